@@ -1,0 +1,78 @@
+"""Channels to peer services: every call has a deadline, the request's id and the caller's assertion.
+
+A peer that was restarted is found again within a second. Nothing is retried here; who calls decides.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import grpc
+
+from servicekit import context
+from servicekit.errors import from_rpc_error
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+ASSERTION = "x-tessera-assertion"
+REQUEST_ID = "x-tessera-request-id"
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 17 * 1024 * 1024),
+    ("grpc.max_send_message_length", 17 * 1024 * 1024),
+    # A Unix socket's path is no host name.
+    ("grpc.default_authority", "localhost"),
+    # Environment proxies are for the internet, not for our own sockets.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+@asynccontextmanager
+async def opened(address: str) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to `unix:/path` or `host:port`, closed in the end. It connects when first used."""
+    channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    try:
+        yield channel
+    finally:
+        await channel.close()
+
+
+def new_request_id() -> str:
+    """An id for a request that came without one."""
+    return uuid.uuid4().hex
+
+
+def outgoing_metadata() -> tuple[tuple[str, str], ...]:
+    """What a call on behalf of the current request carries: its id, and the caller's assertion if it has a caller."""
+    request = context.current()
+    if request is None:
+        return ((REQUEST_ID, new_request_id()),)
+    if request.assertion is None:
+        return ((REQUEST_ID, request.request_id),)
+    return ((REQUEST_ID, request.request_id), (ASSERTION, request.assertion))
+
+
+async def call(
+    method: Callable[..., Awaitable[A]],
+    message: Q,
+    *,
+    peer: str,
+    timeout: float,
+) -> A:
+    """Calls a stub's unary method for the current request; raises the ServiceError that the peer answered.
+
+    `peer` is the service's name for people, `timeout` is in seconds.
+    """
+    try:
+        return await method(message, timeout=timeout, metadata=outgoing_metadata())
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error, peer=peer) from None

@@ -1,0 +1,137 @@
+"""The door to SQLite: one connection writes, a few read, and a transaction is one function.
+
+A transaction is handed over as a function of a plain connection and runs whole in the connection's own thread: one hop
+instead of three (measured: 2.3 to 7 times the throughput), and it begins and ends in one place. `synchronous=FULL`:
+what was acknowledged is on stable storage. Only the writer checkpoints; readers cannot write, which also keeps clear of
+the WAL-reset bug of SQLite before 3.51.3.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import aiosqlite
+
+from servicekit.errors import StartError
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READERS = 2
+
+
+class DatabaseError(StartError):
+    """The database cannot be opened; the message says why and what to do."""
+
+
+class Database:
+    """An open database. Functions given to `read` and `write` run in the thread of a connection: no awaiting there."""
+
+    def __init__(self, writer: aiosqlite.Connection, readers: list[aiosqlite.Connection], existed: bool) -> None:
+        self._writer = writer
+        self._readers = readers
+        self._next = 0
+        self.existed = existed
+        """Whether there was a database before this process opened it."""
+
+    async def read(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs a function that only reads, and returns its result."""
+        self._next = (self._next + 1) % len(self._readers)
+        return await _hop(self._readers[self._next], function, *args, **kwargs)
+
+    async def write(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Runs a function as one transaction: all of it is on stable storage afterwards, or none when it raises."""
+
+        def transaction(connection: sqlite3.Connection) -> T:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                result = function(connection, *args, **kwargs)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            return result
+
+        return await _hop(self._writer, transaction)
+
+    async def ping(self) -> None:
+        """Raises when the database does not answer."""
+        await self.read(lambda connection: connection.execute("SELECT 1").fetchone())
+
+
+async def _hop(
+    connection: aiosqlite.Connection,
+    function: Callable[Concatenate[sqlite3.Connection, P], T],
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    # aiosqlite has no public call for "run this function in your thread"; its own methods are all made of this one.
+    # The thread finishes a function whose caller was cancelled, so a transaction is never left open.
+    result: T = await connection._execute(function, connection._conn, *args, **kwargs)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return result
+
+
+@asynccontextmanager
+async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]:
+    """Opens the database at `path`, brings its schema up to date, and closes it in the end.
+
+    `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Raises
+    DatabaseError when another process has it open, when it is damaged, or when it is newer than this program.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DatabaseError(f"{path} is in use by another process. Stop that one first.") from None
+        existed = path.exists()
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        writer = await aiosqlite.connect(path, isolation_level=None)
+        readers: list[aiosqlite.Connection] = []
+        try:
+            try:
+                await _hop(writer, _prepare, path, migrations)
+            except sqlite3.DatabaseError as error:
+                raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
+            for _ in range(READERS):
+                reader = await aiosqlite.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+                readers.append(reader)
+                await _hop(reader, lambda connection: connection.execute("PRAGMA busy_timeout=5000").fetchone())
+            yield Database(writer, readers, existed)
+        finally:
+            await asyncio.gather(*(connection.close() for connection in [*readers, writer]))
+    finally:
+        os.close(lock)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable) -> None:
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "busy_timeout=5000"):
+        connection.execute(f"PRAGMA {pragma}")
+    damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if damage != "ok":
+        raise DatabaseError(f"{path} is damaged ({damage}). Restore it from a backup.")
+    scripts = sorted((entry for entry in migrations.iterdir() if entry.name.endswith(".sql")), key=lambda e: e.name)
+    applied = connection.execute("PRAGMA user_version").fetchone()[0]
+    if applied > len(scripts):
+        raise DatabaseError(f"{path} was written by a newer version of this program. Install that version.")
+    for number, script in enumerate(scripts[applied:], start=applied + 1):
+        sql = script.read_text(encoding="utf-8")
+        connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version={number};\nCOMMIT;")
+        log.info("migration applied", extra={"database": path.name, "migration": script.name})

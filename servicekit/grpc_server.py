@@ -1,0 +1,169 @@
+"""A service's gRPC listeners: a public one, and one for each peer.
+
+A listener is built from the descriptors: an RPC that may not be called there is not there. Requests to the public
+listener carry tokens; on a peer's socket they carry assertions, and the RPCs that are internal to that peer exist too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from servicekit import background
+from servicekit.errors import StartError
+from servicekit.exposure import exposure
+from servicekit.identity import Identify
+from servicekit.interceptors import RequestInterceptor
+
+log = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 5.0
+"""How long calls under way may take to finish when the service stops."""
+
+READINESS_SECONDS = 1.0
+"""How often readiness is looked at."""
+
+Check = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listener:
+    """Where and for whom to listen."""
+
+    address: str
+    """`host:port` or `unix:/path`."""
+
+    identify: Identify
+    """How callers are known here."""
+
+    peer: str | None = None
+    """The one service that this listener is for; None: the public."""
+
+    reflection: bool = False
+    """Whether callers may ask for descriptors."""
+
+
+@asynccontextmanager
+async def serving(
+    listeners: Sequence[Listener],
+    *,
+    services: Sequence[tuple[ServiceDescriptor, object]],
+    readiness: Mapping[str, Check],
+    jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
+    message_limit: int,
+) -> AsyncIterator[list[str]]:
+    """Listens until the context is left, then lets calls under way finish.
+
+    `services` pairs descriptors with servicers, `readiness` holds a check per dependency of our own (it raises when the
+    dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes. Yields the addresses, with
+    the ports that the system chose. Raises StartError when an address cannot be listened on.
+    """
+    statuses = health.aio.HealthServicer()
+    async with AsyncExitStack() as stack:
+        addresses = []
+        for listener in listeners:
+            server, address = _server(listener, services, statuses, message_limit)
+            await server.start()
+            stack.push_async_callback(server.stop, DRAIN_SECONDS)
+            addresses.append(address)
+        stack.push_async_callback(statuses.enter_graceful_shutdown)
+        watch = _watching(statuses, readiness)
+        await stack.enter_async_context(background.running({"readiness": watch, **(jobs or {})}))
+        yield addresses
+
+
+def _server(
+    listener: Listener,
+    services: Sequence[tuple[ServiceDescriptor, object]],
+    statuses: object,
+    message_limit: int,
+) -> tuple[grpc.aio.Server, str]:
+    internal: set[str] = set()
+    handlers = []
+    names = []
+    for service, servicer in services:
+        methods = {}
+        for method in service.methods:
+            path = f"/{service.full_name}/{method.name}"
+            allowed = exposure(method)
+            if not allowed.is_public:
+                if listener.peer not in allowed.callers:
+                    continue
+                internal.add(path)
+            methods[method.name] = _handler(method, getattr(servicer, method.name))
+        if methods:
+            handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
+            names.append(service.full_name)
+    server = grpc.aio.server(
+        interceptors=[RequestInterceptor(listener.identify, internal=frozenset(internal))],
+        options=[
+            # Without this two servers silently share a port.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", message_limit),
+            ("grpc.max_send_message_length", message_limit),
+            ("grpc.max_metadata_size", 16 * 1024),
+            ("grpc.max_concurrent_streams", 100),
+            ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ],
+    )
+    server.add_generic_rpc_handlers(handlers)
+    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+    if listener.reflection:
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    try:
+        port = server.add_insecure_port(listener.address)
+    except RuntimeError:
+        raise StartError(f"Cannot listen on {listener.address}: it is in use, or not an address of ours.") from None
+    if listener.address.startswith("unix:"):
+        return server, listener.address
+    return server, f"{listener.address.rpartition(':')[0]}:{port}"
+
+
+def _handler(method: MethodDescriptor, behavior: Any) -> grpc.RpcMethodHandler[Any, Any]:
+    request = GetMessageClass(method.input_type)
+    response = GetMessageClass(method.output_type)
+    kinds = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make: Any = kinds[method.client_streaming, method.server_streaming]
+    handler: grpc.RpcMethodHandler[Any, Any] = make(
+        behavior, request_deserializer=request.FromString, response_serializer=response.SerializeToString
+    )
+    return handler
+
+
+def _watching(statuses: Any, readiness: Mapping[str, Check]) -> Callable[[], Awaitable[None]]:
+    async def watch() -> None:
+        well: bool | None = None
+        while True:
+            failing = [name for name, check in readiness.items() if not await _is_well(check)]
+            if well != (not failing):
+                well = not failing
+                log.info("ready" if well else "not ready", extra={"failing": failing} if failing else {})
+                status = health_pb2.HealthCheckResponse
+                await statuses.set("", status.SERVING if well else status.NOT_SERVING)
+            await asyncio.sleep(READINESS_SECONDS)
+
+    return watch
+
+
+async def _is_well(check: Check) -> bool:
+    try:
+        async with asyncio.timeout(READINESS_SECONDS):
+            await check()
+    except Exception:
+        return False
+    return True

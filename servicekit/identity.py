@@ -1,0 +1,281 @@
+"""Who is calling: a token is exchanged for an assertion, and an assertion is verified.
+
+Secrets alone knows tokens and signs assertions. The other services send a token there once, keep the assertion for a
+few seconds, and pass it on instead of the token. Nothing else in a request says who the caller is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from servicekit import channels
+from servicekit.context import Principal
+from servicekit.errors import PermissionDenied, ServiceError, Unauthenticated, Unavailable
+from tessera.identity.v1 import identity_pb2 as pb
+from tessera.identity.v1 import identity_pb2_grpc as rpc
+
+AUDIENCE = "tessera"
+ALGORITHM = "EdDSA"
+ASSERTION_SECONDS = 60
+
+FRESH_SECONDS = 3.0
+"""Up to this age a cached identity is used as it is."""
+
+REFRESH_SECONDS = 8.0
+"""Up to this age it is used while it is being refreshed; beyond, a request waits for the refresh. A revoked token
+therefore stops working within 10 s everywhere (S12)."""
+
+EXCHANGE_TIMEOUT = 1.0
+"""Seconds that Secrets has for one exchange."""
+
+CAPACITY = 10_000
+"""How many identities and verified assertions are kept."""
+
+
+class InvalidToken(PermissionDenied):
+    """The token is wrong, expired or revoked, or its owner is not active."""
+
+    def __init__(self) -> None:
+        super().__init__("Invalid access token.")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A caller and, where one is at hand, the assertion that proves it to the next service."""
+
+    principal: Principal
+    assertion: str | None = field(default=None, repr=False)
+
+
+Identify = Callable[[Mapping[str, str], str], Awaitable[Identity | None]]
+"""Decides who calls: from a call's metadata and full method name to an identity; raises Unauthenticated or
+InvalidToken. None: nobody, which only an internal RPC accepts."""
+
+
+def token_from(authorization: str | None) -> str:
+    """The token in an Authorization header: `Bearer <token>`, or Basic with user `token` (contract 2.3).
+
+    Raises Unauthenticated for anything else.
+    """
+    kind, _, credential = (authorization or "").strip().partition(" ")
+    credential = credential.strip()
+    if kind.lower() == "bearer" and credential:
+        return credential
+    if kind.lower() == "basic":
+        try:
+            user, _, password = base64.b64decode(credential, validate=True).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            raise Unauthenticated from None
+        if user == "token" and password:
+            return password
+    raise Unauthenticated
+
+
+class AssertionVerifier:
+    """Verifies assertions with the platform's public keys, which are fetched when an unknown key is met."""
+
+    def __init__(self, fetch_keys: Callable[[], Awaitable[Mapping[str, Ed25519PublicKey]]]) -> None:
+        self._fetch_keys = fetch_keys
+        self._keys: Mapping[str, Ed25519PublicKey] = {}
+        self._fetched_at = -1e9
+        self._verified: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
+
+    async def verify(self, assertion: str) -> Principal:
+        """The principal that a valid assertion speaks of; raises Unauthenticated for any other."""
+        digest = hashlib.sha256(assertion.encode()).digest()
+        known = self._verified.get(digest)
+        if known is not None and time.time() < known[1]:
+            return known[0]
+        try:
+            key = await self._key(str(jwt.get_unverified_header(assertion).get("kid", "")))
+            claims = jwt.decode(
+                assertion,
+                key,
+                algorithms=[ALGORITHM],
+                audience=AUDIENCE,
+                options={"require": ["exp", "iat", "sub", "aud"]},
+            )
+            principal = principal_of(claims)
+        except (jwt.InvalidTokenError, KeyError, TypeError, ValueError):
+            raise Unauthenticated("The assertion is not valid.") from None
+        _remember(self._verified, digest, (principal, float(claims["exp"])))
+        return principal
+
+    async def _key(self, key_id: str) -> Ed25519PublicKey:
+        if key_id not in self._keys and time.monotonic() - self._fetched_at > 1.0:
+            self._fetched_at = time.monotonic()
+            self._keys = await self._fetch_keys()
+        return self._keys[key_id]
+
+
+def claims_of(principal: Principal, *, issued_at: float) -> dict[str, Any]:
+    """The claims of an assertion about a principal; the reverse of `principal_of`."""
+    claims: dict[str, Any] = {
+        "aud": AUDIENCE,
+        "sub": principal.id,
+        "name": principal.name,
+        "groups": sorted(principal.groups),
+        "tid": principal.token_id,
+        "iat": int(issued_at),
+        "exp": int(issued_at) + ASSERTION_SECONDS,
+    }
+    if principal.token_expires_at is not None:
+        claims["texp"] = principal.token_expires_at
+    return claims
+
+
+def principal_of(claims: Mapping[str, Any]) -> Principal:
+    """The principal in the claims of a verified assertion; raises KeyError, TypeError or ValueError."""
+    expires = claims.get("texp")
+    return Principal(
+        id=str(claims["sub"]),
+        name=str(claims["name"]),
+        groups=frozenset(str(group) for group in claims["groups"]),
+        token_id=str(claims["tid"]),
+        token_expires_at=None if expires is None else float(expires),
+    )
+
+
+@dataclass(slots=True)
+class _Known:
+    identity: Identity
+    verified_at: float
+    is_secrets_gone: bool = False
+
+
+class TokenExchange:
+    """Tokens to identities, through Secrets, with a bounded memory.
+
+    `stale_seconds` is how long an identity that was verified before may be used while Secrets does not answer, and then
+    only where the caller of `identify` allows it: inference (S12).
+    """
+
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        *,
+        stale_seconds: float,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._authority = rpc.AuthorityStub(channel)
+        self._stale_seconds = stale_seconds
+        self._now = now
+        self._known: OrderedDict[bytes, _Known] = OrderedDict()
+        self._exchanges: dict[bytes, asyncio.Task[Identity]] = {}
+        self.verifier = AssertionVerifier(self._fetch_keys)
+        """Verifies assertions with the same platform's keys."""
+
+    async def platform(self) -> pb.GetPlatformResponse:
+        """What is the same for the whole platform; raises Unavailable while Secrets does not answer."""
+        return await channels.call(
+            self._authority.GetPlatform, pb.GetPlatformRequest(), peer="Secrets", timeout=EXCHANGE_TIMEOUT
+        )
+
+    async def identify(self, token: str, *, may_be_stale: bool = False) -> Identity:
+        """Who owns a token.
+
+        Raises InvalidToken, or Unavailable while Secrets does not answer and no identity may be used without it.
+        """
+        digest = hashlib.sha256(token.encode()).digest()
+        known = self._known.get(digest)
+        if known is None:
+            return await self._exchanged(digest, token)
+        expires = known.identity.principal.token_expires_at
+        if expires is not None and time.time() >= expires:
+            del self._known[digest]
+            raise InvalidToken
+        age = self._now() - known.verified_at
+        if age < FRESH_SECONDS:
+            return known.identity
+        usable = may_be_stale and age < self._stale_seconds
+        refresh = self._exchange(digest, token)
+        if age < REFRESH_SECONDS or (usable and known.is_secrets_gone):
+            return known.identity
+        try:
+            return await asyncio.shield(refresh)
+        except Unavailable:
+            if usable:
+                return known.identity
+            raise
+
+    async def _exchanged(self, digest: bytes, token: str) -> Identity:
+        return await asyncio.shield(self._exchange(digest, token))
+
+    def _exchange(self, digest: bytes, token: str) -> asyncio.Task[Identity]:
+        """The exchange of this token that is under way; one at a time, however many requests wait for it."""
+        task = self._exchanges.get(digest)
+        if task is None:
+            task = asyncio.create_task(self._ask_secrets(digest, token), name="token exchange")
+            self._exchanges[digest] = task
+            task.add_done_callback(lambda done: self._finished(digest, done))
+        return task
+
+    def _finished(self, digest: bytes, task: asyncio.Task[Identity]) -> None:
+        self._exchanges.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; a refresh in the background needs nobody to hear of it
+
+    async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
+        try:
+            answer = await channels.call(
+                self._authority.ExchangeToken,
+                pb.ExchangeTokenRequest(token=token),
+                peer="Secrets",
+                timeout=EXCHANGE_TIMEOUT,
+            )
+            principal = await self.verifier.verify(answer.assertion)
+        except ServiceError as error:
+            if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                if digest in self._known:
+                    self._known[digest].is_secrets_gone = True
+                raise Unavailable("The Secrets service does not answer just now.", retry_after=1) from None
+            self._known.pop(digest, None)
+            raise
+        identity = Identity(principal, answer.assertion)
+        _remember(self._known, digest, _Known(identity, self._now()))
+        return identity
+
+    async def _fetch_keys(self) -> dict[str, Ed25519PublicKey]:
+        platform = await self.platform()
+        return {key.key_id: Ed25519PublicKey.from_public_bytes(key.public_key) for key in platform.keys}
+
+
+def by_token(exchange: TokenExchange, *, stale_methods: frozenset[str] = frozenset()) -> Identify:
+    """How a public listener knows its callers; `stale_methods` may go on with known ones while Secrets is gone."""
+
+    async def identify(metadata: Mapping[str, str], method: str) -> Identity:
+        token = token_from(metadata.get("authorization"))
+        return await exchange.identify(token, may_be_stale=method in stale_methods)
+
+    return identify
+
+
+def by_assertion(verifier: AssertionVerifier) -> Identify:
+    """How an internal listener knows on whose behalf its peer calls."""
+
+    async def identify(metadata: Mapping[str, str], method: str) -> Identity | None:
+        assertion = metadata.get(channels.ASSERTION)
+        if assertion is None:
+            return None
+        return Identity(await verifier.verify(assertion), assertion)
+
+    return identify
+
+
+def _remember(memory: OrderedDict[bytes, Any], digest: bytes, value: Any) -> None:
+    memory[digest] = value
+    memory.move_to_end(digest)
+    while len(memory) > CAPACITY:
+        memory.popitem(last=False)

@@ -1,0 +1,162 @@
+"""What happens around every RPC, in this order: request context, access log, errors, identity, deadline.
+
+The log comes first so that refused calls are seen too; errors wrap identity because a refusal is an error like any
+other. Whatever a handler raises that is no ServiceError reaches the caller as a fixed text and a request id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from servicekit import channels, context
+from servicekit.errors import DeadlineExceeded, ServiceError, Unauthenticated, to_status
+from servicekit.identity import Identify
+
+log = logging.getLogger("servicekit.access")
+
+DEFAULT_DEADLINE = 10.0
+"""Seconds for a call that came without a deadline; Python servers see none at all."""
+
+LONGEST_DEADLINE = 60.0
+
+OPEN_SERVICES = ("grpc.health.v1.Health",)
+"""Services that answer without a credential."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestInterceptor(grpc.aio.ServerInterceptor):
+    """The chain of one listener. RPCs in `internal` may be called by the peer itself, on nobody's behalf."""
+
+    def __init__(self, identify: Identify, *, internal: frozenset[str]) -> None:
+        self._identify = identify
+        self._internal = internal
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        metadata = {
+            key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
+        }
+        call = _Call(self, method, metadata)
+        if handler is None:
+            return grpc.stream_stream_rpc_method_handler(call.unknown)
+        serializers = (handler.request_deserializer, handler.response_serializer)
+        if handler.response_streaming and handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(call.streaming(handler.stream_stream), *serializers)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(call.streaming(handler.unary_stream), *serializers)
+        if handler.request_streaming:
+            raise NotImplementedError(f"{method} streams requests only, which no RPC of ours does")
+        return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary), *serializers)
+
+    async def authenticate(self, method: str, metadata: dict[str, str]) -> context.RequestContext:
+        """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
+        request_id = _request_id(metadata)
+        if method.split("/")[1] in OPEN_SERVICES:
+            return context.RequestContext(request_id)
+        identity = await self._identify(metadata, method)
+        if identity is None:
+            if method not in self._internal:
+                raise Unauthenticated
+            return context.RequestContext(request_id)
+        return context.RequestContext(request_id, identity.principal, identity.assertion)
+
+
+class _Call:
+    """One RPC under way."""
+
+    def __init__(self, chain: RequestInterceptor, method: str, metadata: dict[str, str]) -> None:
+        self._chain = chain
+        self._method = method
+        self._metadata = metadata
+        self._started = time.perf_counter()
+
+    def unary(self, behavior: Any) -> Any:
+        async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                await self._begin()
+                remaining = rpc.time_remaining()
+                async with asyncio.timeout(DEFAULT_DEADLINE if remaining is None else min(remaining, LONGEST_DEADLINE)):
+                    answer = await behavior(request, rpc)
+            except TimeoutError:
+                await self._refuse(rpc, DeadlineExceeded("The deadline passed before the answer was ready."))
+            except ServiceError as error:
+                await self._refuse(rpc, error)
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                await self._crash(rpc, error)
+            else:
+                self._log_success()
+                return answer
+
+        return handle
+
+    def streaming(self, behavior: Any) -> Any:
+        async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                await self._begin()
+                answers = behavior(request, rpc)
+                if hasattr(answers, "__aiter__"):
+                    async for answer in answers:
+                        yield answer
+                else:  # health and reflection write through the context
+                    await answers
+            except ServiceError as error:
+                await self._refuse(rpc, error)
+            except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+                raise
+            except Exception as error:
+                await self._crash(rpc, error)
+            else:
+                self._log_success()
+
+        return handle
+
+    async def unknown(self, request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+        """Answers for a method that this listener does not have; only callers that we know learn as much."""
+        try:
+            await self._begin()
+        except ServiceError as error:
+            await self._refuse(rpc, error)
+        await rpc.abort(grpc.StatusCode.UNIMPLEMENTED, "This listener has no such method.")
+        yield b""
+
+    async def _begin(self) -> None:
+        context.enter(context.RequestContext(_request_id(self._metadata)))
+        context.enter(await self._chain.authenticate(self._method, self._metadata))
+
+    async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
+        log.info("call refused", extra={**self._facts(), "reason": error.reason})
+        await rpc.abort_with_status(to_status(error))
+
+    async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+        log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))
+        request_id = _request_id(self._metadata)
+        await rpc.abort_with_status(to_status(ServiceError(f"Internal error. Request id: {request_id}.")))
+
+    def _log_success(self) -> None:
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("call answered", extra=self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {"method": self._method, "milliseconds": round((time.perf_counter() - self._started) * 1000, 2)}
+
+
+def _request_id(metadata: dict[str, str]) -> str:
+    given = metadata.get(channels.REQUEST_ID, "")
+    if not _REQUEST_ID.fullmatch(given):
+        given = metadata[channels.REQUEST_ID] = channels.new_request_id()
+    return given

@@ -1,0 +1,192 @@
+"""Settings: environment variables read once, at start, into a frozen dataclass.
+
+This is the only module that reads the environment. A settings class describes each field with `setting(...)`; the same
+description checks the value, prints `--help` and fills the documentation. All mistakes are reported at once, so that a
+person corrects a configuration in one go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from servicekit import sockets
+
+S = TypeVar("S")
+
+
+class SettingsError(Exception):
+    """Some settings are missing or wrong; `problems` has one line for each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def setting(
+    variable: str,
+    parse: Callable[[str], Any],
+    *,
+    help: str,
+    default: Any = dataclasses.MISSING,
+) -> Any:
+    """A field of a settings class: read from `variable` by `parse`, which raises ValueError with what it expected."""
+    metadata = {"variable": variable, "parse": parse, "help": help}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
+    """Builds a settings object from the environment; raises SettingsError naming every variable that is wrong."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        variable = field.metadata["variable"]
+        text = environ.get(variable, "")
+        if text == "":
+            if field.default is dataclasses.MISSING:
+                problems.append(f"{variable} is not set. It says: {field.metadata['help']}")
+            continue
+        try:
+            values[field.name] = field.metadata["parse"](text)
+        except ValueError as error:
+            problems.append(f"{variable} is not right: {error}")
+    if problems:
+        raise SettingsError(problems)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise SettingsError([str(error)]) from None
+
+
+def described(cls: type[Any]) -> str:
+    """The settings of a class as text for `--help`: variable, default and meaning."""
+    lines = []
+    for field in dataclasses.fields(cls):
+        default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
+        lines.append(f"  {field.metadata['variable']}  ({default})\n      {field.metadata['help']}")
+    return "\n".join(lines)
+
+
+def default_data_dir() -> Path:
+    """The user's own data directory for Tessera, after the XDG base directory specification."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share").expanduser() / "tessera"
+
+
+def boolean(text: str) -> bool:
+    """`true` or `false`."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def seconds(text: str) -> float:
+    """A length of time in seconds, zero or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1e9:
+        raise ValueError("expected a number of seconds")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number, zero or more."""
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("expected a whole number")
+    return int(text)
+
+
+def directory(text: str) -> Path:
+    """An absolute path of a directory; `~` is the home directory."""
+    return Path(text).expanduser().absolute()
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """One of the given words, in any letter case."""
+
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+def address(text: str) -> str:
+    """`host:port` to listen on; port 0 lets the system choose."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ValueError("expected host:port, such as 127.0.0.1:8080")
+    return text
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether `host:port` is reachable from this machine only."""
+    host = listen.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """What every service can be told."""
+
+    data_dir: Path = setting(
+        "TESSERA_DATA_DIR",
+        directory,
+        default=default_data_dir(),
+        help="Directory of all data; made when it is not there.",
+    )
+    socket_dir: Path | None = setting(
+        "TESSERA_SOCKET_DIR",
+        directory,
+        default=None,
+        help="Directory of the internal sockets, mode 0700; by default it follows from the data directory.",
+    )
+    log_level: str = setting(
+        "TESSERA_LOG_LEVEL",
+        one_of("debug", "info", "warning", "error"),
+        default="info",
+        help="Which events are logged: debug, info, warning or error. Requests that succeed are logged at debug.",
+    )
+    supervised: bool = setting(
+        "TESSERA_SUPERVISED",
+        boolean,
+        default=False,
+        help="Whether to end when standard input closes, as it does when the supervisor is gone.",
+    )
+    allow_plaintext: bool = setting(
+        "TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK",
+        boolean,
+        default=False,
+        help="Whether a listener without TLS may listen beyond loopback. Only behind something that encrypts.",
+    )
+
+    @property
+    def sockets(self) -> Path:
+        """The directory of the internal sockets, made if need be; raises StartError when it is not ours alone."""
+        return sockets.socket_directory(self.data_dir, self.socket_dir)
+
+
+def refuse_plaintext(variable: str, listen: str, *, allowed: bool) -> None:
+    """Raises ValueError when a listener without TLS would be reachable from other machines and nobody allowed that."""
+    if not allowed and not is_loopback(listen):
+        raise ValueError(
+            f"{variable} is {listen}, which other machines can reach, and this listener has no TLS: tokens would travel"
+            " in clear. Listen on 127.0.0.1, or set TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK=true if something in front"
+            " of it encrypts."
+        )
