@@ -252,6 +252,7 @@ def test_body_may_nest_to_the_limit_and_no_deeper() -> None:
         return b'{"free":' * (depth - 1) + b"{}" + b"}" * (depth - 1)
 
     assert parse(nested(MAX_DEPTH))
+    assert parse(nested(MAX_DEPTH)[:-1] + b',"list":[]}'), "more brackets than levels"
     with pytest.raises(CodecError, match=f"deeper than {MAX_DEPTH} levels"):
         parse(nested(MAX_DEPTH + 1))
     assert parse(b'{"words": ["%s"]}' % (b"[{" * 1000)), "brackets inside of strings do not nest"
