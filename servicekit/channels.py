@@ -5,6 +5,7 @@ A peer that was restarted is found again within a second. Nothing is retried her
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,8 @@ A = TypeVar("A")
 
 ASSERTION = "x-tessera-assertion"
 REQUEST_ID = "x-tessera-request-id"
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -44,6 +47,11 @@ async def opened(address: str) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
     finally:
         await channel.close()
+
+
+def is_request_id(text: str) -> bool:
+    """Whether a caller's request id is taken over: 1 to 64 letters, digits, `.`, `_` or `-`."""
+    return _REQUEST_ID.fullmatch(text) is not None
 
 
 def new_request_id() -> str:

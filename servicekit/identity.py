@@ -176,12 +176,16 @@ class TokenExchange:
         self._exchanges: dict[bytes, asyncio.Task[Identity]] = {}
         self.verifier = AssertionVerifier(self._fetch_keys)
         """Verifies assertions with the same platform's keys."""
+        self.workspace_id: str | None = None
+        """The workspace's id: decimal digits. Known from the first exchange, or the first call of `platform`, on."""
 
     async def platform(self) -> pb.GetPlatformResponse:
         """What is the same for the whole platform; raises Unavailable while Secrets does not answer."""
-        return await channels.call(
+        platform = await channels.call(
             self._authority.GetPlatform, pb.GetPlatformRequest(), peer="Secrets", timeout=EXCHANGE_TIMEOUT
         )
+        self.workspace_id = platform.workspace_id
+        return platform
 
     async def identify(self, token: str, *, may_be_stale: bool = False) -> Identity:
         """Who owns a token.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -28,8 +27,6 @@ LONGEST_DEADLINE = 60.0
 
 OPEN_SERVICES = ("grpc.health.v1.Health",)
 """Services that answer without a credential."""
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -157,6 +154,6 @@ class _Call:
 
 def _request_id(metadata: dict[str, str]) -> str:
     given = metadata.get(channels.REQUEST_ID, "")
-    if not _REQUEST_ID.fullmatch(given):
+    if not channels.is_request_id(given):
         given = metadata[channels.REQUEST_ID] = channels.new_request_id()
     return given

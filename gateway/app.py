@@ -1,0 +1,304 @@
+"""The gateway, wired: routes from the protos, the few that are no messages, and the HTTP server around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import orjson
+import uvicorn
+
+from gateway import errors
+from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, Send, answer, read_body
+from gateway.http_rules import RouteTable, bindings
+from gateway.invocations import Invocations
+from gateway.routes import RoutingTable
+from gateway.settings import GatewaySettings
+from gateway.transcoding import Transcoder
+from servicekit import background, channels
+from servicekit.errors import ServiceError, StartError
+from servicekit.http_client import HttpPool
+from servicekit.identity import Identity, TokenExchange, token_from
+from servicekit.sockets import socket_address
+from tessera.identity.v1 import identity_pb2
+from tessera.secrets.v1 import secrets_pb2
+from tessera.serving.v1 import serving_pb2
+
+log = logging.getLogger(__name__)
+
+CONTROL_BODY_LIMIT = 1024 * 1024
+"""Bytes of a control-plane body."""
+
+CONTROL_DEADLINE = 60.0
+"""Seconds for a control-plane call; clients give up at about this time."""
+
+DRAIN_SECONDS = 5
+"""How long requests under way may take to finish when the gateway stops."""
+
+_OWNED = {
+    "secrets": (identity_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
+    "serving": (serving_pb2.DESCRIPTOR,),
+}
+"""Which service answers the RPCs of which proto files."""
+
+_JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
+_ORG_ID = b"x-databricks-org-id"
+_INVOCATION = re.compile(r"/serving-endpoints/([^/]+)(?:/served-models/([^/]+))?/invocations/?")
+_OPENAI_STYLE = re.compile(r"/serving-endpoints/(?:chat/completions|completions|embeddings|responses)/?")
+
+
+@asynccontextmanager
+async def running(settings: GatewaySettings) -> AsyncIterator[str]:
+    """The whole gateway: entering opens it and yields the URL it listens on, leaving drains and closes it."""
+    async with AsyncExitStack() as stack:
+        directory = settings.sockets
+        open_channel = {
+            name: await stack.enter_async_context(
+                channels.opened(socket_address(directory, callee=name, caller="gateway"))
+            )
+            for name in ("secrets", "serving")
+        }
+        owners = {
+            service: open_channel[name]
+            for name, files in _OWNED.items()
+            for file in files
+            for service in file.services_by_name.values()
+        }
+        rules = bindings(list(owners))
+        pool = HttpPool()
+        stack.push_async_callback(pool.close)
+        table = RoutingTable()
+        exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
+        listening = _listening(settings.listen)
+        url = f"http://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
+        gateway = Gateway(
+            rules=rules,
+            transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
+            exchange=exchange,
+            invocations=Invocations(
+                table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
+            ),
+            public_url=settings.public_url or url,
+        )
+        await stack.enter_async_context(
+            background.running(
+                {
+                    "routes": partial(table.follow, open_channel["serving"]),
+                    "workspace": partial(_learn_workspace, exchange),
+                }
+            )
+        )
+        await stack.enter_async_context(_http_server(gateway, listening))
+        yield url
+
+
+@dataclass(frozen=True, slots=True)
+class _Special:
+    """A route that is no message: which requests it takes, and who answers them."""
+
+    method: str
+    path: re.Pattern[str]
+    handle: Callable[[Request, Send, Headers, re.Match[str]], Awaitable[None]]
+
+
+class Gateway:
+    """The ASGI application."""
+
+    def __init__(
+        self,
+        *,
+        rules: RouteTable,
+        transcoder: Transcoder,
+        exchange: TokenExchange,
+        invocations: Invocations,
+        public_url: str,
+    ) -> None:
+        self._rules = rules
+        self._transcoder = transcoder
+        self._exchange = exchange
+        self._invocations = invocations
+        self._public_url = public_url
+        # Everything that is not one message in and one message out, each with its reason.
+        self._special = (
+            # The body belongs to the model and is streamed.
+            _Special("POST", _INVOCATION, self._invoke),
+            # As above; the endpoint is named in the body.
+            _Special("POST", _OPENAI_STYLE, self._invoke_openai_style),
+            # Clients ask before they know where to log in; it must answer at once and without a credential.
+            _Special("GET", re.compile(r"/\.well-known/databricks-config"), self._discovery),
+            # For load balancers and supervisors, without a credential.
+            _Special("GET", re.compile(r"/health"), self._health),
+            # The command line waits for the count of what it sent; nothing is kept.
+            _Special("POST", re.compile(r"/telemetry-ext"), self._telemetry),
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(
+            method=scope["method"],
+            path=scope["raw_path"].decode("latin-1"),
+            query_string=scope["query_string"],
+            headers=dict(scope["headers"]),
+            receive=receive,
+            id="",
+        )
+        given = request.header(b"x-tessera-request-id") or ""
+        request.id = given if channels.is_request_id(given) else channels.new_request_id()
+        headers: Headers = [(b"x-tessera-request-id", request.id.encode())]
+        is_started = False
+
+        async def send_once(message: Message) -> None:
+            nonlocal is_started
+            is_started = True
+            await send(message)
+
+        try:
+            await self._route(request, send_once, headers)
+        except ClientGone:
+            log.debug("caller hung up", extra={"request_id": request.id})
+        except Exception as error:
+            refusal = errors.render(error)
+            if refusal.status == 500:
+                log.error(
+                    "request failed",
+                    extra={"request_id": request.id, "method": request.method, "path": request.path},
+                    exc_info=(type(error), error, error.__traceback__),
+                )
+            if not is_started:
+                await answer(send, refusal.status, [*self._named(headers), *refusal.headers], refusal.body)
+
+    async def _identify(self, request: Request, headers: Headers, *, may_be_stale: bool = False) -> Identity:
+        """Who sent a request; the answer's headers name the workspace from here on."""
+        identity = await self._exchange.identify(
+            token_from(request.header(b"authorization")), may_be_stale=may_be_stale
+        )
+        headers[:] = self._named(headers)
+        return identity
+
+    def _named(self, headers: Headers) -> Headers:
+        """Headers with the workspace's id, which clients look for on every answer (contract 1.2)."""
+        if self._exchange.workspace_id is None or any(name == _ORG_ID for name, _ in headers):
+            return headers
+        return [*headers, (_ORG_ID, self._exchange.workspace_id.encode())]
+
+    async def _route(self, request: Request, send: Send, headers: Headers) -> None:
+        for special in self._special:
+            if special.method == request.method and (match := special.path.fullmatch(request.path)):
+                await special.handle(request, send, headers, match)
+                return
+        # Callers that we do not know learn nothing about which paths there are.
+        identity = await self._identify(request, headers)
+        found = self._rules.match(request.method, request.path)
+        if found is None:
+            raise errors.no_such_route(request.method, request.path)
+        binding, parameters = found
+        metadata = [(channels.REQUEST_ID, request.id)]
+        if identity.assertion is not None:
+            metadata.append((channels.ASSERTION, identity.assertion))
+        try:
+            body = await read_body(request, CONTROL_BODY_LIMIT)
+            text = await self._transcoder.handle(
+                binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
+            )
+        except ClientGone:
+            raise
+        except Exception as error:
+            refusal = errors.render(error, binding.service)
+            await answer(send, refusal.status, [*headers, *refusal.headers], refusal.body)
+        else:
+            await answer(send, binding.success_status, [*headers, _JSON], text)
+
+    async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
+        identity = await self._identify(request, headers, may_be_stale=True)
+        await self._invocations.invoke(request, send, headers, identity.principal, match[1], match[2])
+
+    async def _invoke_openai_style(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+        identity = await self._identify(request, headers, may_be_stale=True)
+        await self._invocations.invoke_named_in_body(request, send, headers, identity.principal)
+
+    async def _discovery(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+        document = {"oidc_endpoint": f"{self._public_url}/oidc"}
+        if self._exchange.workspace_id is not None:
+            document["workspace_id"] = self._exchange.workspace_id
+        await answer(send, 200, [*self._named(headers), _JSON], orjson.dumps(document))
+
+    async def _health(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+        await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')
+
+    async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+        await self._identify(request, headers)
+        body = await read_body(request, CONTROL_BODY_LIMIT)
+        try:
+            logs = orjson.loads(body).get("protoLogs", [])
+        except (orjson.JSONDecodeError, AttributeError):
+            logs = []
+        taken = len(logs) if isinstance(logs, list) else 0
+        await answer(send, 200, [*headers, _JSON], orjson.dumps({"errors": [], "numProtoSuccess": taken}))
+
+
+async def _learn_workspace(exchange: TokenExchange) -> None:
+    """Asks Secrets for the workspace id until it answers, so that discovery can tell it before anybody logs in."""
+    while exchange.workspace_id is None:
+        try:
+            await exchange.platform()
+        except ServiceError:
+            await asyncio.sleep(0.1)
+    await asyncio.Event().wait()
+
+
+def _listening(listen: str) -> socket.socket:
+    host, _, port = listen.rpartition(":")
+    try:
+        return socket.create_server(
+            (host.strip("[]"), int(port)),
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            backlog=2048,
+        )
+    except OSError as error:
+        raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_accepting = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.is_accepting.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone: the process around us has its own way of stopping."""
+        yield
+
+
+@asynccontextmanager
+async def _http_server(application: Gateway, listening: socket.socket) -> AsyncIterator[None]:
+    config = uvicorn.Config(
+        application,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listening]), name="http server")
+    try:
+        await server.is_accepting.wait()
+        yield
+    finally:
+        server.should_exit = True
+        await task
+        listening.close()

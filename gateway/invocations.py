@@ -1,0 +1,223 @@
+"""Inference: from a request to a replica and back, without any other service on the way.
+
+The body is passed on as it comes, in both directions, and not looked at (the OpenAI-style paths excepted, where the
+endpoint's name stands in it). What a model sees of a request's headers is a short list: never the caller's token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+import orjson
+
+from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
+from gateway.routes import Endpoint, Entity, RoutingTable
+from servicekit.context import Principal
+from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
+from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+
+log = logging.getLogger(__name__)
+
+TO_MODEL = (b"content-type", b"content-encoding", b"accept", b"traceparent", b"tracestate")
+"""Headers of a request that its model sees."""
+
+FROM_MODEL = frozenset((b"content-type", b"content-encoding", b"content-length", b"cache-control"))
+"""Headers of an answer that its caller sees."""
+
+WATCH_AFTER_SECONDS = 0.05
+"""When a request has taken this long, its caller is watched, so that the model is spared work nobody waits for."""
+
+
+class EndpointNotFound(NotFound):
+    """No such endpoint or entity on the data plane, or none that this caller may know of (contract 6.7)."""
+
+    reason = "ENDPOINT_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The given endpoint does not exist, please retry after checking the specified model and version deployment"
+            " exists."
+        )
+
+
+class ModelServerFailed(ServiceError):
+    """The model server ended or spoke nonsense in the middle of a request."""
+
+    code = grpc.StatusCode.INTERNAL
+
+    def __init__(self, entity: str) -> None:
+        super().__init__(f"The model server of {entity} ended while it was answering. Its logs say why.")
+
+
+class Invocations:
+    """Answers inference requests. `deadline` is in seconds, `body_limit` in bytes."""
+
+    def __init__(self, table: RoutingTable, pool: HttpPool, *, deadline: float, body_limit: int) -> None:
+        self._table = table
+        self._pool = pool
+        self._deadline = deadline
+        self._body_limit = body_limit
+
+    async def invoke(
+        self, request: Request, send: Send, headers: Headers, caller: Principal, name: str, entity_name: str | None
+    ) -> None:
+        """Answers with what the endpoint `name`, or one entity of it, makes of the request's body.
+
+        `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
+        """
+        endpoint = self._visible(name, caller)
+        if (request.declared_length() or 0) > self._body_limit:
+            raise BadRequest(too_large(self._body_limit))
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body: bytes | AsyncIterator[bytes] = message.get("body", b"")
+        if message.get("more_body", False):
+            body = self._rest(request, message.get("body", b""))
+        await self._forward(request, send, headers, endpoint, entity_name, body)
+
+    async def invoke_named_in_body(self, request: Request, send: Send, headers: Headers, caller: Principal) -> None:
+        """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
+        body = await read_body(request, self._body_limit, BadRequest)
+        try:
+            name = orjson.loads(body)["model"]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            name = None
+        if not isinstance(name, str):
+            raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
+        await self._forward(request, send, headers, self._visible(name, caller), None, body)
+
+    def _visible(self, name: str, caller: Principal) -> Endpoint:
+        if not self._table.is_known:
+            raise Unavailable(
+                "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
+            )
+        endpoint = self._table.endpoint(name)
+        if endpoint is None or not (caller.is_admin or caller.id == endpoint.creator_id) or not endpoint.entities:
+            raise EndpointNotFound
+        return endpoint
+
+    def _entity(self, endpoint: Endpoint, name: str | None) -> Entity:
+        entity = endpoint.chosen() if name is None else endpoint.entity(name)
+        if name is not None and entity is None:
+            raise EndpointNotFound
+        if entity is None or not entity.replicas:
+            idle = [one.name for one in endpoint.entities if not one.replicas and name in (None, one.name)]
+            self._table.ask_for(endpoint, idle)
+            raise BadRequest(
+                f"Endpoint {endpoint.name} is not ready: {', '.join(idle)} has no running replica just now. The"
+                " endpoint's state and logs say why."
+            )
+        return entity
+
+    async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
+        size = len(first)
+        yield first
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            size += len(message.get("body", b""))
+            if size > self._body_limit:
+                raise BadRequest(too_large(self._body_limit))
+            yield message.get("body", b"")
+            if not message.get("more_body", False):
+                return
+
+    async def _forward(
+        self,
+        request: Request,
+        send: Send,
+        headers: Headers,
+        endpoint: Endpoint,
+        entity_name: str | None,
+        body: bytes | AsyncIterator[bytes],
+    ) -> None:
+        entity = self._entity(endpoint, entity_name)
+        sent_headers = [(name, request.headers[name]) for name in TO_MODEL if name in request.headers]
+        if not isinstance(body, bytes) and (length := request.headers.get(b"content-length")) is not None:
+            sent_headers.append((b"content-length", length))
+        untried = list(entity.replicas)
+        while True:
+            replica = self._table.begin(untried)
+            try:
+                async with (
+                    _CallerWatch(request, is_body_read=isinstance(body, bytes)),
+                    await self._pool.send(
+                        replica.address, "POST", "/invocations", sent_headers, body, timeout=self._deadline
+                    ) as response,
+                ):
+                    headers = [*headers, (b"served-model-name", entity.name.encode())]
+                    await _pass_on(response, send, headers)
+                    return
+            except ConnectFailed:
+                # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
+                untried.remove(replica)
+                self._pool.forget(replica.address)
+                if not untried:
+                    raise BadRequest(
+                        f"Endpoint {endpoint.name} is not ready: {entity.name} is being started again."
+                    ) from None
+            except HttpTimeout:
+                raise DeadlineExceeded(f"The model did not answer within {self._deadline:g} s.") from None
+            except HttpError as error:
+                log.warning(
+                    "model server failed",
+                    extra={"endpoint": endpoint.name, "replica": replica.id, "problem": type(error).__name__},
+                )
+                raise ModelServerFailed(entity.name) from None
+            finally:
+                self._table.end(replica)
+
+
+async def _pass_on(response: HttpResponse, send: Send, headers: Headers) -> None:
+    kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
+    await send({"type": "http.response.start", "status": response.status, "headers": [*kept, *headers]})
+    try:
+        async for piece in response:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except HttpError as error:
+        # The status is gone already. Ending without a last piece makes the server cut the connection, which is how
+        # HTTP says that an answer is incomplete.
+        log.warning("answer cut short", extra={"problem": type(error).__name__})
+        return
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _CallerWatch:
+    """Gives a request up when its caller hangs up: cancels the task that answers it, and raises ClientGone there."""
+
+    def __init__(self, request: Request, *, is_body_read: bool) -> None:
+        self._request = request
+        self._is_body_read = is_body_read
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._is_gone = False
+
+    async def __aenter__(self) -> None:
+        # While the body is being read, its reader learns of a hang-up by itself.
+        if self._is_body_read:
+            self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._start)
+
+    async def __aexit__(self, *exception: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._is_gone and exception[0] is asyncio.CancelledError and self._task is not None:
+            self._task.uncancel()
+            raise ClientGone
+
+    def _start(self) -> None:
+        self._watch = asyncio.create_task(self._wait(), name="caller watch")
+
+    async def _wait(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._is_gone = True
+        if self._task is not None:
+            self._task.cancel()

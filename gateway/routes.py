@@ -1,0 +1,197 @@
+"""The table by which an invocation finds a replica, kept up to date by a stream from Serving.
+
+The last table stays in force while Serving is gone, so inference needs no service but this one. A replica that leaves
+the table gets no new request; how many it is still answering is reported until there are none, which is what Serving
+waits for before it stops the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+
+from servicekit import channels
+from tessera.serving.v1 import serving_pb2 as pb
+from tessera.serving.v1 import serving_pb2_grpc as rpc
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = (0.05, 1.0)
+"""The first and the longest pause before Serving is asked again."""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica, with the number of requests that this gateway has in flight on it."""
+
+    id: str
+    address: str
+    in_flight: int = 0
+    is_retired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A served entity and the replicas that are ready."""
+
+    name: str
+    traffic_percentage: int
+    replicas: tuple[Replica, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An endpoint, as far as invocations need to know it; without entities before its first deployment."""
+
+    id: str
+    name: str
+    creator_id: str
+    entities: tuple[Entity, ...]
+
+    def entity(self, name: str) -> Entity | None:
+        """The entity called `name`, if there is one."""
+        return next((entity for entity in self.entities if entity.name == name), None)
+
+    def chosen(self) -> Entity | None:
+        """An entity drawn by the traffic split among those that have a replica; None when none of them can answer."""
+        able = [entity for entity in self.entities if entity.replicas and entity.traffic_percentage]
+        if len(able) == 1:
+            return able[0]
+        weights = [entity.traffic_percentage for entity in able]
+        return random.choices(able, weights)[0] if able else None  # noqa: S311 (a split, not a secret)
+
+
+@dataclass(slots=True)
+class _Report:
+    """What Serving has not been told yet."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    demand: set[tuple[str, str]] = field(default_factory=set)
+
+
+class RoutingTable:
+    """All endpoints by name. `follow` keeps it up to date; `is_known` is false until the first table has come."""
+
+    def __init__(self) -> None:
+        self.is_known = False
+        self._by_name: dict[str, Endpoint] = {}
+        self._by_id: dict[str, Endpoint] = {}
+        self._replicas: dict[str, Replica] = {}
+        self._revision = 0
+        self._report = _Report()
+
+    def endpoint(self, name: str) -> Endpoint | None:
+        """The endpoint called `name`, if there is one."""
+        return self._by_name.get(name)
+
+    def begin(self, replicas: Sequence[Replica]) -> Replica:
+        """Takes the least busy of the replicas for one request; `end` gives it back."""
+        replica = min(replicas, key=lambda one: one.in_flight)
+        replica.in_flight += 1
+        return replica
+
+    def end(self, replica: Replica) -> None:
+        """The request that `begin` took the replica for is over."""
+        replica.in_flight -= 1
+        if replica.is_retired and replica.in_flight == 0:
+            self._replicas.pop(replica.id, None)
+            self._report.changed.set()
+
+    def ask_for(self, endpoint: Endpoint, entity_names: Sequence[str]) -> None:
+        """Tells Serving that these entities were asked for and have no replica."""
+        self._report.demand.update((endpoint.id, name) for name in entity_names)
+        self._report.changed.set()
+
+    def apply(self, table: pb.RouteTable) -> None:
+        """Follows a message of the stream: new requests go by it from here on."""
+        if table.complete:
+            kept = {endpoint.endpoint_id for endpoint in table.endpoints}
+            gone = [endpoint_id for endpoint_id in self._by_id if endpoint_id not in kept]
+        else:
+            gone = list(table.removed_endpoint_ids)
+        for endpoint_id in gone:
+            self._remove(endpoint_id)
+        for routes in table.endpoints:
+            # A name can pass to a new endpoint in the same message that removes the old one.
+            self._remove(routes.endpoint_id)
+            endpoint = self._endpoint(routes)
+            self._by_id[endpoint.id] = self._by_name[endpoint.name] = endpoint
+        current = {
+            replica.id
+            for endpoint in self._by_id.values()
+            for entity in endpoint.entities
+            for replica in entity.replicas
+        }
+        for replica in list(self._replicas.values()):
+            replica.is_retired = replica.id not in current
+            if replica.is_retired and replica.in_flight == 0:
+                del self._replicas[replica.id]
+        self._revision = table.revision
+        self.is_known = True
+        self._report.changed.set()
+
+    def _remove(self, endpoint_id: str) -> None:
+        endpoint = self._by_id.pop(endpoint_id, None)
+        if endpoint is not None and self._by_name.get(endpoint.name) is endpoint:
+            del self._by_name[endpoint.name]
+
+    def _endpoint(self, routes: pb.EndpointRoutes) -> Endpoint:
+        entities = [
+            Entity(entity.name, entity.traffic_percentage, tuple(self._replica(route) for route in entity.replicas))
+            for entity in routes.entities
+        ]
+        return Endpoint(routes.endpoint_id, routes.name, routes.creator_id, tuple(entities))
+
+    def _replica(self, route: pb.ReplicaRoute) -> Replica:
+        replica = self._replicas.get(route.replica_id)
+        if replica is None:
+            replica = self._replicas[route.replica_id] = Replica(route.replica_id, route.address)
+        return replica
+
+    async def follow(self, channel: grpc.aio.Channel) -> None:
+        """Keeps the table up to date until cancelled; comes back by itself when Serving was gone."""
+        first, longest = RECONNECT_SECONDS
+        pause = first
+        while True:
+            revision = self._revision
+            try:
+                await self._follow_once(channel)
+            except grpc.aio.AioRpcError as error:
+                log.info("route stream ended", extra={"code": error.code().name})
+            pause = first if self._revision != revision else min(pause * 2, longest)
+            await asyncio.sleep(pause)
+
+    async def _follow_once(self, channel: grpc.aio.Channel) -> None:
+        self._revision = 0
+        self._report.changed.set()
+        stream = rpc.RoutesStub(channel).Watch(metadata=channels.outgoing_metadata())
+        writer = asyncio.create_task(self._write_reports(stream), name="route reports")
+        try:
+            async for table in stream:
+                self.apply(table)
+        finally:
+            writer.cancel()
+            stream.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write_reports(self, stream: grpc.aio.StreamStreamCall[pb.RouteReport, pb.RouteTable]) -> None:
+        while True:
+            await self._report.changed.wait()
+            self._report.changed.clear()
+            demand, self._report.demand = self._report.demand, set()
+            await stream.write(
+                pb.RouteReport(
+                    acknowledged_revision=self._revision,
+                    retired=[
+                        pb.ReplicaLoad(replica_id=replica.id, in_flight=replica.in_flight)
+                        for replica in self._replicas.values()
+                        if replica.is_retired
+                    ],
+                    demand=[pb.EntityDemand(endpoint_id=one, served_entity_name=name) for one, name in sorted(demand)],
+                )
+            )

@@ -1,0 +1,50 @@
+"""What the gateway can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from servicekit.settings import ServiceSettings, address, count, refuse_plaintext, seconds, setting
+
+
+def _origin(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise ValueError("expected an address that begins with http:// or https://")
+    return text.rstrip("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings(ServiceSettings):
+    """Where the gateway listens and what it allows."""
+
+    listen: str = setting(
+        "TESSERA_GATEWAY_LISTEN", address, default="127.0.0.1:8080", help="host:port of the REST API."
+    )
+    public_url: str = setting(
+        "TESSERA_PUBLIC_URL",
+        _origin,
+        default="",
+        help="The address that clients reach the REST API under; by default http:// and the listening address.",
+    )
+    inference_deadline: float = setting(
+        "TESSERA_INFERENCE_DEADLINE",
+        seconds,
+        default=597.0,
+        help="Seconds that one inference may take, from connecting to the last byte of the answer.",
+    )
+    inference_body_limit: int = setting(
+        "TESSERA_INFERENCE_BODY_LIMIT",
+        count,
+        default=16 * 1024 * 1024,
+        help="Bytes that the body of an inference may have.",
+    )
+    stale_identity_seconds: float = setting(
+        "TESSERA_STALE_IDENTITY_SECONDS",
+        seconds,
+        default=3600.0,
+        help="Seconds for which a caller that was verified before may go on with inference while Secrets does not"
+        " answer; 0 refuses at once.",
+    )
+
+    def __post_init__(self) -> None:
+        refuse_plaintext("TESSERA_GATEWAY_LISTEN", self.listen, allowed=self.allow_plaintext)

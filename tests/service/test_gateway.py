@@ -1,0 +1,464 @@
+"""The gateway between scripted neighbours: who gets in, where requests go, and what callers are told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servicekit import identity
+from servicekit.http_client import ConnectionLost
+from tests.support.gateway import ADMIN, OWNER, WORKSPACE_ID, Platform, platform, routes
+from tests.support.http import Answer, fetch
+
+GONE = {
+    "error_code": "ENDPOINT_NOT_FOUND",
+    "message": "The given endpoint does not exist, please retry after checking the specified model and version"
+    " deployment exists.",
+}
+
+
+async def body_of(receive: Any) -> bytes:
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body", False):
+            return body
+
+
+async def reply(send: Any, body: bytes, status: int = 200, headers: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": list(headers)})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Echo:
+    """A replica that tells what it was sent, and counts its connections."""
+
+    def __init__(self, name: str = "echo") -> None:
+        self.name = name
+        self.clients: set[Any] = set()
+        self.requests = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.requests += 1
+        seen = {key.decode(): value.decode() for key, value in scope["headers"]}
+        body = await body_of(receive)
+        document = {
+            "name": self.name,
+            "path": scope["path"],
+            "headers": seen,
+            "size": len(body),
+            "body": body.decode()[:80],
+        }
+        await reply(send, json.dumps(document).encode(), headers=((b"content-type", b"application/json"),))
+
+
+class Held:
+    """A replica that answers when it is released, and notices callers that hang up."""
+
+    def __init__(self) -> None:
+        self.arrived = asyncio.Event()
+        self.release = asyncio.Event()
+        self.gone = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await body_of(receive)
+        self.arrived.set()
+        waiting = asyncio.create_task(self.release.wait())
+        hang_up = asyncio.create_task(receive())
+        done, pending = await asyncio.wait({waiting, hang_up}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if hang_up in done:
+            self.gone.set()
+            return
+        await reply(send, b"{}")
+
+
+class DiesMidAnswer:
+    """A replica that promises more than it sends."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await body_of(receive)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[Platform]:
+    async with platform() as running:
+        yield running
+
+
+async def serve(stack: Platform, name: str, application: Any) -> None:
+    address = await stack.add_replica(application)
+    await stack.serving.publish(routes(name, ("m-1", 100, [(f"r-{name}", address)])))
+
+
+async def invoke(stack: Platform, name: str, token: str | None = "owner-token", **more: Any) -> Answer:
+    return await fetch(stack.url, "POST", f"/serving-endpoints/{name}/invocations", token=token, **more)
+
+
+class CountingProxy:
+    """Stands in front of a replica and counts the connections that it is given."""
+
+    def __init__(self, directory: Path, behind: str) -> None:
+        self.address = f"unix:{directory}/proxy.sock"
+        self.accepted = 0
+        self._behind = behind
+
+    async def __aenter__(self) -> CountingProxy:
+        self._server = await asyncio.start_unix_server(self._serve, self.address.removeprefix("unix:"))
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        there, back = await asyncio.open_unix_connection(self._behind.removeprefix("unix:"))
+        await asyncio.gather(self._copy(reader, back), self._copy(there, writer), return_exceptions=True)
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while piece := await reader.read(65536):
+            writer.write(piece)
+        writer.close()
+
+
+# --- who gets in
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/2.0/secrets/scopes/list", "/serving-endpoints/ep/invocations", "/nowhere", "/", "/telemetry-ext"]
+)
+@pytest.mark.parametrize("method", ["GET", "POST", "PATCH"])
+async def test_nobody_learns_anything_without_a_credential(stack: Platform, method: str, path: str) -> None:
+    answer = await fetch(stack.url, method, path)
+    assert answer.status == 401
+    assert answer.json()["error_code"] == "UNAUTHENTICATED"
+
+
+async def test_a_wrong_token_is_refused_with_the_documented_text(stack: Platform) -> None:
+    answer = await fetch(stack.url, "GET", "/api/2.0/serving-endpoints", token="dapi-wrong")
+    assert (answer.status, answer.json()) == (
+        403,
+        {"error_code": "PERMISSION_DENIED", "message": "Invalid access token."},
+    )
+
+
+async def test_basic_credentials_with_user_token_are_taken(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    credential = base64.b64encode(b"token:owner-token").decode()
+    answer = await invoke(stack, "ep", token=None, headers={"authorization": f"Basic {credential}"})
+    assert answer.status == 200
+
+
+async def test_discovery_and_health_need_no_credential(stack: Platform) -> None:
+    discovery = await fetch(stack.url, "GET", "/.well-known/databricks-config", headers={"host": "evil.example"})
+    assert discovery.json() == {"oidc_endpoint": f"{stack.url}/oidc", "workspace_id": WORKSPACE_ID}
+    assert (await fetch(stack.url, "GET", "/health")).status == 200
+
+
+async def test_every_answer_names_the_workspace_and_the_request(stack: Platform) -> None:
+    answer = await fetch(stack.url, "GET", "/nowhere", token="owner-token", headers={"x-tessera-request-id": "mine-1"})
+    assert answer.headers["x-databricks-org-id"] == WORKSPACE_ID
+    assert answer.headers["x-tessera-request-id"] == "mine-1"
+
+
+async def test_an_unknown_path_or_verb_gets_the_envelope(stack: Platform) -> None:
+    for method, path in [
+        ("GET", "/api/2.0/nothing"),
+        ("DELETE", "/api/2.0/secrets/scopes/list"),
+        ("HEAD", "/api/2.0/x"),
+    ]:
+        answer = await fetch(stack.url, method, path, token="owner-token")
+        assert answer.status == 404
+        if method != "HEAD":
+            assert answer.json() == {
+                "error_code": "ENDPOINT_NOT_FOUND",
+                "message": f"No API found for '{method} {path}'",
+            }
+
+
+async def test_telemetry_is_counted_and_dropped(stack: Platform) -> None:
+    answer = await fetch(stack.url, "POST", "/telemetry-ext", token="owner-token", json={"protoLogs": ["{}", "{}"]})
+    assert answer.json() == {"errors": [], "numProtoSuccess": 2}
+
+
+async def test_a_token_is_exchanged_once_for_many_requests(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    for _ in range(20):
+        assert (await invoke(stack, "ep")).status == 200
+    assert stack.authority.exchanges == 1
+
+
+# --- the control plane
+
+
+async def test_a_call_reaches_its_service_as_the_caller_and_foreign_texts_stay_there(stack: Platform) -> None:
+    answer = await fetch(stack.url, "GET", "/api/2.0/serving-endpoints/ep", token="owner-token")
+    assert stack.serving.seen == [("GetServingEndpoint", OWNER.name)]
+    assert answer.status == 501
+    assert "canary" not in answer.body.decode()
+
+
+async def test_a_service_that_is_gone_is_a_503_that_asks_to_retry(stack: Platform) -> None:
+    # Nobody serves the Secrets API here, only the Authority: the call itself works, the method is missing.
+    answer = await fetch(stack.url, "GET", "/api/2.0/secrets/scopes/list", token="owner-token")
+    assert answer.status == 501
+    async with platform() as other:
+        (other.directory / "run" / "sockets" / "serving-for-gateway.sock").unlink()
+        other.serving.hang_up()
+        gone = await fetch(other.url, "GET", "/api/2.0/serving-endpoints", token="owner-token")
+    assert gone.status in (501, 503)
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b'"x"'])
+async def test_a_body_that_is_no_json_object_is_malformed(stack: Platform, body: bytes) -> None:
+    answer = await fetch(stack.url, "POST", "/api/2.0/secrets/put", token="owner-token", body=body)
+    assert (answer.status, answer.json()["error_code"]) == (400, "MALFORMED_REQUEST")
+
+
+async def test_a_control_plane_body_over_the_limit_is_refused(stack: Platform) -> None:
+    answer = await fetch(stack.url, "POST", "/api/2.0/secrets/put", token="owner-token", body=b" " * (1024 * 1024 + 1))
+    assert (answer.status, answer.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert "1048576 bytes" in answer.json()["message"]
+
+
+# --- where requests go
+
+
+async def test_the_body_reaches_the_model_and_its_answer_the_caller(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    answer = await invoke(stack, "ep", json={"inputs": [1]})
+    assert answer.status == 200
+    assert answer.headers["served-model-name"] == "m-1"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["body"] == '{"inputs":[1]}'
+    assert answer.json()["path"] == "/invocations"
+
+
+async def test_the_model_never_sees_the_callers_credentials(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    sent = {
+        "cookie": "session=1",
+        "x-forwarded-for": "10.0.0.1",
+        "x-tessera-assertion": "forged",
+        "accept": "text/plain",
+    }
+    answer = await invoke(stack, "ep", headers=sent, json={})
+    assert answer.json()["headers"].keys() == {"host", "content-type", "content-length", "accept"}
+
+
+async def test_an_endpoint_of_somebody_else_looks_like_none(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    hidden = await invoke(stack, "ep", token="stranger-token")
+    missing = await invoke(stack, "none", token="stranger-token")
+    assert (hidden.status, hidden.json()) == (missing.status, missing.json()) == (404, GONE)
+    assert hidden.headers.keys() == missing.headers.keys()
+    assert (await invoke(stack, "ep", token="admin-token")).status == 200
+
+
+async def test_before_the_first_deployment_there_is_no_endpoint(stack: Platform) -> None:
+    await stack.serving.publish(routes("new"))
+    assert (await invoke(stack, "new")).json() == GONE
+
+
+async def test_an_entity_can_be_asked_directly_also_one_without_traffic(stack: Platform) -> None:
+    addresses = [await stack.add_replica(Echo(name)) for name in ("a", "b")]
+    await stack.serving.publish(routes("ep", ("a", 100, [("r1", addresses[0])]), ("b", 0, [("r2", addresses[1])])))
+    assert {(await invoke(stack, "ep")).json()["name"] for _ in range(20)} == {"a"}
+    direct = await fetch(stack.url, "POST", "/serving-endpoints/ep/served-models/b/invocations", token="owner-token")
+    assert (direct.json()["name"], direct.headers["served-model-name"]) == ("b", "b")
+    unknown = await fetch(stack.url, "POST", "/serving-endpoints/ep/served-models/c/invocations", token="owner-token")
+    assert unknown.json() == GONE
+
+
+async def test_traffic_is_split_by_the_percentages(stack: Platform) -> None:
+    addresses = [await stack.add_replica(Echo(name)) for name in ("a", "b")]
+    await stack.serving.publish(routes("ep", ("a", 80, [("r1", addresses[0])]), ("b", 20, [("r2", addresses[1])])))
+    answers = await asyncio.gather(*(invoke(stack, "ep") for _ in range(200)))
+    share = sum(answer.json()["name"] == "b" for answer in answers)
+    assert 10 <= share <= 80  # 40 expected; beyond these bounds once in a billion runs
+
+
+async def test_an_endpoint_whose_replica_is_missing_is_a_400_and_serving_hears_of_the_demand(stack: Platform) -> None:
+    await stack.serving.publish(routes("ep", ("m-1", 100, [])))
+    answer = await invoke(stack, "ep")
+    assert (answer.status, answer.json()["error_code"]) == (400, "BAD_REQUEST")
+    assert "m-1" in answer.json()["message"]
+    await stack.serving.until(
+        lambda: any(one.served_entity_name == "m-1" for report in stack.serving.reports for one in report.demand)
+    )
+
+
+async def test_a_replica_that_does_not_accept_is_passed_over(stack: Platform) -> None:
+    good = await stack.add_replica(Echo())
+    nobody = f"unix:{stack.directory}/nobody.sock"
+    await stack.serving.publish(routes("ep", ("m-1", 100, [("r0", nobody), ("r1", good)])))
+    assert [(await invoke(stack, "ep")).status for _ in range(5)] == [200] * 5
+    await stack.serving.publish(routes("ep", ("m-1", 100, [("r0", nobody)])))
+    assert (await invoke(stack, "ep")).status == 400
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses"])
+async def test_openai_style_paths_name_the_endpoint_in_the_body(stack: Platform, path: str) -> None:
+    await serve(stack, "chat", Echo())
+    answer = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", json={"model": "chat"})
+    assert (answer.status, answer.json()["path"]) == (200, "/invocations")
+    for body in ({"model": 1}, {}, [], "x"):
+        bad = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", json=body)
+        assert (bad.status, bad.json()["error_code"]) == (400, "BAD_REQUEST")
+
+
+# --- bodies, times, and people who hang up
+
+
+async def test_a_streamed_body_is_passed_on_piece_by_piece(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(40):
+            yield b"x" * 65536
+
+    assert (await invoke(stack, "ep", body=pieces())).json()["size"] == 40 * 65536
+
+
+async def test_a_body_over_the_limit_is_refused_whether_it_is_declared_or_not(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    limit = 16 * 1024 * 1024
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for _ in range(limit // 65536):
+            yield b"x" * 65536
+        yield b"x"
+
+    for body in (b"x" * (limit + 1), pieces()):
+        answer = await invoke(stack, "ep", body=body)
+        assert (answer.status, answer.json()["error_code"]) == (400, "BAD_REQUEST")
+        assert str(limit) in answer.json()["message"]
+    assert (await invoke(stack, "ep", body=b"x" * limit)).json()["size"] == limit
+
+
+async def test_a_model_that_is_too_slow_is_a_504(stack: Platform) -> None:
+    async with platform(inference_deadline=0.2) as quick:
+        held = Held()
+        await serve(quick, "ep", held)
+        answer = await invoke(quick, "ep")
+    assert (answer.status, answer.json()["error_code"]) == (504, "DEADLINE_EXCEEDED")
+    assert held.gone.is_set()
+
+
+async def test_a_model_that_dies_before_its_answer_is_a_500_that_names_the_entity(stack: Platform) -> None:
+    async def die(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    path = stack.directory / "dies.sock"
+    async with await asyncio.start_unix_server(die, path):
+        await stack.serving.publish(routes("ep", ("m-1", 100, [("r-1", f"unix:{path}")])))
+        answer = await invoke(stack, "ep")
+    assert (answer.status, answer.json()["error_code"]) == (500, "INTERNAL_ERROR")
+    assert "m-1" in answer.json()["message"]
+
+
+async def test_an_answer_that_breaks_off_is_seen_as_broken(stack: Platform) -> None:
+    await serve(stack, "ep", DiesMidAnswer())
+    with pytest.raises(ConnectionLost):
+        await invoke(stack, "ep")
+
+
+async def test_a_caller_that_hangs_up_spares_the_model_the_work(stack: Platform) -> None:
+    held = Held()
+    await serve(stack, "ep", held)
+    request = asyncio.create_task(invoke(stack, "ep"))
+    await held.arrived.wait()
+    request.cancel()
+    with suppress(asyncio.CancelledError):
+        await request
+    async with asyncio.timeout(5):
+        await held.gone.wait()
+
+
+async def test_connections_to_a_replica_are_used_again(stack: Platform) -> None:
+    address = await stack.add_replica(Echo())
+    async with CountingProxy(stack.directory, address) as proxy:
+        await stack.serving.publish(routes("ep", ("m-1", 100, [("r-1", proxy.address)])))
+        for _ in range(50):
+            assert (await invoke(stack, "ep")).status == 200
+        assert proxy.accepted == 1
+
+
+# --- the table
+
+
+async def test_a_retired_replica_gets_no_new_request_and_its_last_one_is_reported(stack: Platform) -> None:
+    held, after = Held(), Echo("new")
+    await serve(stack, "ep", held)
+    under_way = asyncio.create_task(invoke(stack, "ep"))
+    await held.arrived.wait()
+    address = await stack.add_replica(after)
+    await stack.serving.publish(routes("ep", ("m-2", 100, [("r-new", address)])))
+    latest = stack.serving.reports[-1]
+    assert [(load.replica_id, load.in_flight) for load in latest.retired] == [("r-ep", 1)]
+    assert (await invoke(stack, "ep")).json()["name"] == "new"
+    held.release.set()
+    assert (await under_way).status == 200
+    await stack.serving.until(lambda: not stack.serving.reports[-1].retired)
+
+
+async def test_the_last_table_stays_in_force_while_serving_is_gone(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    stack.serving.hang_up()
+    assert [(await invoke(stack, "ep")).status for _ in range(10)] == [200] * 10
+
+
+async def test_after_a_lost_stream_the_whole_table_is_fetched_anew(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    acknowledged = stack.serving.acknowledged
+    del stack.serving.endpoints["id-ep"]
+    stack.serving.hang_up()
+    await stack.serving.until(lambda: stack.serving.acknowledged > acknowledged)
+    assert (await invoke(stack, "ep")).json() == GONE
+
+
+async def test_a_name_can_pass_to_a_new_endpoint(stack: Platform) -> None:
+    await serve(stack, "ep", Echo("old"))
+    address = await stack.add_replica(Echo("new"))
+    successor = routes("ep", ("m-1", 100, [("r-2", address)]), creator=ADMIN)
+    successor.endpoint_id = "id-second"
+    await stack.serving.publish(successor, removed=("id-ep",))
+    assert (await invoke(stack, "ep", token="owner-token")).json() == GONE
+    assert (await invoke(stack, "ep", token="admin-token")).json()["name"] == "new"
+
+
+# --- while Secrets is gone
+
+
+async def test_known_callers_go_on_with_inference_while_secrets_is_gone(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serve(stack, "ep", Echo())
+    assert (await invoke(stack, "ep")).status == 200
+    monkeypatch.setattr(identity, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(identity, "REFRESH_SECONDS", 0.0)
+    stack.authority.is_gone = True
+    assert [(await invoke(stack, "ep")).status for _ in range(5)] == [200] * 5
+    assert (await fetch(stack.url, "GET", "/api/2.0/serving-endpoints", token="owner-token")).status == 503
+    assert (await invoke(stack, "ep", token="stranger-token")).status == 503
+
+
+async def test_a_revoked_token_stops_working(stack: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    await serve(stack, "ep", Echo())
+    assert (await invoke(stack, "ep")).status == 200
+    stack.authority.revoked.add("owner-token")
+    monkeypatch.setattr(identity, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(identity, "REFRESH_SECONDS", 0.0)
+    assert (await invoke(stack, "ep")).status == 403

@@ -1,0 +1,214 @@
+"""A real gateway between scripted neighbours: an Authority that knows two tokens, a Serving that says what it is told,
+and replicas that behave as they are called."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jwt
+import uvicorn
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from gateway import app
+from gateway.settings import GatewaySettings
+from servicekit import grpc_server
+from servicekit.context import Principal, current
+from servicekit.errors import Unavailable
+from servicekit.identity import ALGORITHM, AssertionVerifier, InvalidToken, by_assertion, claims_of
+from servicekit.sockets import socket_address, socket_directory
+from tessera.identity.v1 import identity_pb2
+from tessera.serving.v1 import serving_pb2 as pb
+
+WORKSPACE_ID = "1234567890123456"
+OWNER = Principal("11", "owner@example.com", frozenset({"users"}), "t1", None)
+STRANGER = Principal("12", "stranger@example.com", frozenset({"users"}), "t2", None)
+ADMIN = Principal("13", "admin", frozenset({"users", "admins"}), "t3", None)
+TOKENS = {"owner-token": OWNER, "stranger-token": STRANGER, "admin-token": ADMIN}
+
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+class ScriptedAuthority:
+    """Knows the three tokens above, forgets those in `revoked`, and does not answer while it `is_gone`."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+        self.is_gone = False
+        self.revoked: set[str] = set()
+        self._key = Ed25519PrivateKey.generate()
+
+    async def ExchangeToken(self, request: Any, context: Any) -> Any:
+        self.exchanges += 1
+        if self.is_gone:
+            raise Unavailable("gone")
+        principal = TOKENS.get(request.token)
+        if principal is None or request.token in self.revoked:
+            raise InvalidToken
+        claims = claims_of(principal, issued_at=time.time())
+        return identity_pb2.ExchangeTokenResponse(
+            assertion=jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"kid": "k1"})
+        )
+
+    async def GetPlatform(self, request: Any, context: Any) -> Any:
+        raw = self._key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+        return identity_pb2.GetPlatformResponse(
+            workspace_id=WORKSPACE_ID, keys=[identity_pb2.VerificationKey(key_id="k1", public_key=raw)]
+        )
+
+    async def public_keys(self) -> dict[str, Any]:
+        return {"k1": self._key.public_key()}
+
+
+class ScriptedServing:
+    """Sends the tables it is given, and keeps what the gateway reports."""
+
+    def __init__(self) -> None:
+        self.endpoints: dict[str, pb.EndpointRoutes] = {}
+        self.revision = 0
+        self.acknowledged = 0
+        self.reports: list[pb.RouteReport] = []
+        self.reported = asyncio.Condition()
+        self.seen: list[tuple[str, str | None]] = []
+        self._streams: set[asyncio.Queue[pb.RouteTable | None]] = set()
+
+    async def Watch(self, requests: Any, context: Any) -> AsyncIterator[pb.RouteTable]:
+        queue: asyncio.Queue[pb.RouteTable | None] = asyncio.Queue()
+        self._streams.add(queue)
+        self.revision += 1
+        yield pb.RouteTable(revision=self.revision, complete=True, endpoints=list(self.endpoints.values()))
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while (table := await queue.get()) is not None:
+                yield table
+        finally:
+            self._streams.discard(queue)
+            reader.cancel()
+
+    async def _read(self, requests: Any) -> None:
+        async for report in requests:
+            async with self.reported:
+                self.reports.append(report)
+                self.acknowledged = report.acknowledged_revision
+                self.reported.notify_all()
+
+    def __getattr__(self, name: str) -> Any:
+        async def refuse(request: Any, context: Any) -> Any:
+            request_context = current()
+            assert request_context is not None
+            self.seen.append((name, request_context.caller.name if request_context.caller else None))
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "canary text of a foreign server")
+
+        return refuse
+
+    async def publish(self, *endpoints: pb.EndpointRoutes, removed: tuple[str, ...] = ()) -> None:
+        """Sends a change and returns when the gateway follows it."""
+        for endpoint in endpoints:
+            self.endpoints[endpoint.endpoint_id] = endpoint
+        for endpoint_id in removed:
+            self.endpoints.pop(endpoint_id, None)
+        self.revision += 1
+        table = pb.RouteTable(revision=self.revision, endpoints=endpoints, removed_endpoint_ids=removed)
+        for queue in self._streams:
+            queue.put_nowait(table)
+        await self.until(lambda: self.acknowledged >= table.revision)
+
+    async def until(self, is_true: Callable[[], bool]) -> None:
+        """Waits until the reports make `is_true` true."""
+        async with asyncio.timeout(5), self.reported:
+            await self.reported.wait_for(is_true)
+
+    def hang_up(self) -> None:
+        """Ends every stream."""
+        for queue in self._streams:
+            queue.put_nowait(None)
+
+
+def routes(
+    name: str, *entities: tuple[str, int, list[tuple[str, str]]], creator: Principal = OWNER
+) -> pb.EndpointRoutes:
+    """The routes of endpoint `name` (its id is `id-<name>`): entities as (name, share, [(replica id, address)])."""
+    return pb.EndpointRoutes(
+        endpoint_id=f"id-{name}",
+        name=name,
+        creator_id=creator.id,
+        entities=[
+            pb.EntityRoutes(
+                name=entity,
+                traffic_percentage=percentage,
+                replicas=[pb.ReplicaRoute(replica_id=one, address=address) for one, address in replicas],
+            )
+            for entity, percentage, replicas in entities
+        ],
+    )
+
+
+@asynccontextmanager
+async def replica(directory: Path, application: Application) -> AsyncIterator[str]:
+    """Serves an ASGI application as a replica would, and yields its address."""
+    path = Path(tempfile.mkdtemp(dir=directory)) / "http.sock"
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(str(path))
+    listening.listen(64)
+    config = uvicorn.Config(application, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
+    server = app._Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    await server.is_accepting.wait()
+    try:
+        yield f"unix:{path}"
+    finally:
+        server.should_exit = True
+        await task
+        listening.close()
+
+
+@dataclass
+class Platform:
+    """A gateway with its neighbours."""
+
+    url: str
+    directory: Path
+    authority: ScriptedAuthority
+    serving: ScriptedServing
+    stack: AsyncExitStack = field(repr=False)
+
+    async def add_replica(self, application: Application) -> str:
+        """Starts a replica that lives as long as the platform; returns its address."""
+        return await self.stack.enter_async_context(replica(self.directory, application))
+
+
+@asynccontextmanager
+async def platform(**settings: Any) -> AsyncIterator[Platform]:
+    """A gateway with scripted neighbours, on a free port."""
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
+        authority, serving = ScriptedAuthority(), ScriptedServing()
+        identify = by_assertion(AssertionVerifier(authority.public_keys))
+        sockets = socket_directory(directory)
+        services = {
+            "secrets": [(identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority)],
+            "serving": [
+                (pb.DESCRIPTOR.services_by_name["Routes"], serving),
+                (pb.DESCRIPTOR.services_by_name["ServingEndpoints"], serving),
+            ],
+        }
+        for name, served in services.items():
+            listener = grpc_server.Listener(
+                address=socket_address(sockets, callee=name, caller="gateway"), identify=identify, peer="gateway"
+            )
+            await stack.enter_async_context(
+                grpc_server.serving([listener], services=served, readiness={}, message_limit=1 << 20)
+            )
+        configured = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", **settings)
+        url = await stack.enter_async_context(app.running(configured))
+        await serving.until(lambda: serving.acknowledged > 0)
+        yield Platform(url, directory, authority, serving, stack)
