@@ -163,7 +163,7 @@ class Gateway:
         except ClientGone:
             log.debug("caller hung up", extra={"request_id": request.id})
         except Exception as error:
-            refusal = errors.render(error)
+            refusal = errors.render(error, request.service)
             if refusal.status == 500:
                 log.error(
                     "request failed",
@@ -201,18 +201,12 @@ class Gateway:
         metadata = [(channels.REQUEST_ID, request.id)]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
-        try:
-            body = await read_body(request, CONTROL_BODY_LIMIT)
-            text = await self._transcoder.handle(
-                binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
-            )
-        except ClientGone:
-            raise
-        except Exception as error:
-            refusal = errors.render(error, binding.service)
-            await answer(send, refusal.status, [*headers, *refusal.headers], refusal.body)
-        else:
-            await answer(send, binding.success_status, [*headers, _JSON], text)
+        request.service = binding.service
+        body = await read_body(request, CONTROL_BODY_LIMIT)
+        text = await self._transcoder.handle(
+            binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
+        )
+        await answer(send, binding.success_status, [*headers, _JSON], text)
 
     async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
         identity = await self._identify(request, headers, may_be_stale=True)

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from google.protobuf.descriptor import ServiceDescriptor
+
 from servicekit.errors import InvalidParameter, ServiceError
 
 Scope = MutableMapping[str, Any]
@@ -21,7 +23,7 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Request:
-    """One request. `path` is still percent-encoded; `id` is the request's id."""
+    """One request. `path` is still percent-encoded; `id` is the request's id; `service` answers it, once it is known."""
 
     method: str
     path: str
@@ -29,6 +31,7 @@ class Request:
     headers: dict[bytes, bytes]
     receive: Receive
     id: str
+    service: ServiceDescriptor | None = None
 
     def header(self, name: bytes) -> str | None:
         """A header's value; the name in lower case."""
