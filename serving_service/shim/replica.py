@@ -1,0 +1,189 @@
+"""The model process: started, watched, ended, and its state told to whoever waits for it.
+
+Rule: the process's number is used for a signal only under the lock and only while it has not been waited for, and
+STOPPED is said only when no descendant is left.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from serving_service.shim import processes
+from serving_service.shim.masking import Masker
+from serving_service.shim.ring import LineRing, LineWriter
+from serving_service.shim.spec import Spec
+
+STARTING, READY, FAILED, STOPPED = "STARTING", "READY", "FAILED", "STOPPED"
+_LISTEN_FD, _REPORT_FD = 3, 4
+_REPORT_BYTES = 65_536
+_CAUSE_BYTES = 4_096
+_HANDLED = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ]
+
+
+class Replica:
+    """One model process with its log and its state."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._masker = Masker(spec.masked_values)
+        self._changed = threading.Condition()
+        self._state, self._cause, self._since = STARTING, "", time.time()
+        self._load_seconds: float | None = None
+        self._pid: int | None = None
+        self._exit_code: int | None = None
+        self._stopping = False
+        self._readers: list[threading.Thread] = []
+        self.log = LineRing(spec.log_bytes)
+
+    def start(self, listener: socket.socket) -> None:
+        """Starts the model server on `listener`; a program that cannot be started is a STOPPED replica with a cause."""
+        output, output_end = _pipe()
+        errors, errors_end = _pipe()
+        report, report_end = _pipe()
+        listen = _out_of_the_way(listener.detach())
+        words = {"{listen_fd}": str(_LISTEN_FD), "{report_fd}": str(_REPORT_FD)}
+        command = [words.get(word, word) for word in self._spec.command]
+        try:
+            self._pid = os.posix_spawn(
+                command[0],
+                command,
+                {name.encode(): value.encode() for name, value in self._spec.environment.items()},
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    (os.POSIX_SPAWN_DUP2, output_end, 1),
+                    (os.POSIX_SPAWN_DUP2, errors_end, 2),
+                    (os.POSIX_SPAWN_DUP2, listen, _LISTEN_FD),
+                    (os.POSIX_SPAWN_DUP2, report_end, _REPORT_FD),
+                ],
+                setsid=True,
+                setsigmask=[],
+                setsigdef=_HANDLED,  # what this process ignores must not be ignored by the model
+            )
+        except (OSError, ValueError) as error:  # a ValueError for a NUL in a name or value
+            cause = (error.strerror or "") if isinstance(error, OSError) else str(error)
+            self._become(STOPPED, f"the model server could not be started: {cause}")
+        finally:
+            # Only the model holds these now: its end is the end of the pipes, and nobody queues at a dead server.
+            for fd in (output_end, errors_end, report_end, listen):
+                os.close(fd)
+        self._read(lambda: self._capture(output))
+        self._read(lambda: self._capture(errors))
+        self._read(lambda: self._listen_to(report))
+
+    def identity(self) -> dict[str, Any]:
+        """Number and mark of the model process, for whoever finds the replica without its shim."""
+        return {"model_pid": self._pid, "model_mark": processes.started(self._pid) if self._pid else None}
+
+    def reap(self) -> None:
+        """Waits for every descendant; returns when none is left. To be called by the main thread only."""
+        if self._pid is None:
+            return
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            assert ended is not None
+            with self._changed:
+                status = os.waitpid(ended.si_pid, 0)[1]
+                if ended.si_pid == self._pid:
+                    self._exit_code = os.waitstatus_to_exitcode(status)
+                if self._exit_code is not None:
+                    processes.kill_children()
+        for reader in self._readers:
+            reader.join(timeout=1)
+        self._become(STOPPED, self._cause or self._cause_of_exit())
+
+    def stop(self, grace_seconds: float) -> None:
+        """TERM to the process group, KILL to everything after `grace_seconds`; returns when nothing is left."""
+        with self._changed:
+            self._stopping = True
+            self._signal(signal.SIGTERM)
+            if not self._changed.wait_for(lambda: self._state == STOPPED, timeout=grace_seconds):
+                self._signal(signal.SIGKILL)
+            self._changed.wait_for(lambda: self._state == STOPPED)
+
+    def snapshot(self) -> dict[str, Any]:
+        with self._changed:
+            return {
+                "replica_id": self._spec.replica_id,
+                "state": self._state,
+                "cause": self._cause,
+                "pid": self._pid,
+                "exit_code": self._exit_code,
+                "since": self._since,
+                "load_seconds": self._load_seconds,
+            }
+
+    def wait_for_change(self, known: str, timeout: float) -> dict[str, Any]:
+        """The snapshot as soon as the state is not `known`, and after `timeout` seconds in any case."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._state != known, timeout=timeout)
+        return self.snapshot()
+
+    def _read(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        self._readers.append(thread)
+
+    def _capture(self, pipe: int) -> None:
+        writer = LineWriter(self.log, self._masker, self._spec.log_line_bytes)
+        while data := os.read(pipe, 65_536):
+            writer.feed(data)
+        writer.close()
+
+    def _listen_to(self, pipe: int) -> None:
+        """Takes the first report that makes sense. The model is not trusted: anything else is passed over."""
+        with os.fdopen(pipe, "rb") as reports:
+            while self._state == STARTING and (line := reports.readline(_REPORT_BYTES)):
+                # Numbers beyond a float and brackets beyond the stack are among what a hostile writer can send.
+                with contextlib.suppress(ValueError, OverflowError, RecursionError):
+                    self._take(json.loads(line))
+
+    def _take(self, report: Any) -> None:
+        match report:
+            case {"event": "ready", "load_seconds": int() | float() as seconds}:
+                self._load_seconds = float(seconds)
+                self._become(READY)
+            case {"event": "failed", "cause": str() as cause}:
+                self._become(FAILED, self._masked(cause))
+
+    def _become(self, state: str, cause: str = "") -> None:
+        with self._changed:
+            if self._state != STOPPED:
+                self._state, self._cause, self._since = state, cause, time.time()
+                self._changed.notify_all()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._pid is not None and self._exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._pid, number)
+
+    def _masked(self, text: str) -> str:
+        return self._masker.mask(text.encode("utf-8", "replace"), limit=_CAUSE_BYTES).decode("utf-8", "replace")
+
+    def _cause_of_exit(self) -> str:
+        code = self._exit_code
+        if self._stopping or code is None:
+            return ""
+        how = f"exited with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        return f"the model server {how}" + (" before it was ready" if self._state == STARTING else "")
+
+
+def _pipe() -> tuple[int, int]:
+    reading, writing = os.pipe()
+    return reading, _out_of_the_way(writing)
+
+
+def _out_of_the_way(fd: int) -> int:
+    """Moves `fd` above the numbers that the model process gets, so that no duplication overwrites a source."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return moved

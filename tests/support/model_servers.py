@@ -1,0 +1,135 @@
+"""Tiny real programs to launch in place of the model server, each with one manner: ready, dying, stubborn, ...
+
+`python -I tests/support/model_servers.py MANNER LISTEN_FD REPORT_FD`; tests name them by `command(manner)` and speak to
+them with `answer(address)`. Every one that is ready answers any request with what it found itself started with.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+
+def command(manner: str) -> tuple[str, ...]:
+    """The command of a launch that runs one of these programs."""
+    return (sys.executable, "-I", __file__, manner, "{listen_fd}", "{report_fd}")
+
+
+async def answer(address: str, *, path: str = "/", body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+    """One HTTP request to a `unix:` address: status, headers with lower-case names, body."""
+    reader, writer = await asyncio.open_unix_connection(address.removeprefix("unix:"))
+    try:
+        async with asyncio.timeout(30):
+            lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "host: replica", "connection: close"]
+            if body is not None:
+                lines += ["content-type: application/json", f"content-length: {len(body)}"]
+            writer.write("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+            head, _, content = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+    status, *fields = head.decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
+    return int(status.split()[1]), headers, content
+
+
+async def found_by(address: str) -> dict[str, Any]:
+    """What the program behind `address` found itself started with."""
+    found: dict[str, Any] = json.loads((await answer(address))[2])
+    return found
+
+
+def _surroundings() -> dict[str, Any]:
+    umask = os.umask(0)
+    os.umask(umask)
+    fds = [fd for fd in range(1_000) if _is_open(fd)]
+    return {
+        "environment": dict(os.environ),
+        "fds": fds,
+        "standard_input": os.readlink("/proc/self/fd/0"),  # noqa: PTH115
+        "directory": str(Path.cwd()),
+        "umask": umask,
+        "core": resource.getrlimit(resource.RLIMIT_CORE),
+        "pid": os.getpid(),
+        "leads_session": os.getsid(0) == os.getpid(),
+        "ignored_signals": [s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN],
+    }
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def _say(report_fd: int, report: dict[str, Any]) -> None:
+    with os.fdopen(report_fd, "wb") as pipe:
+        pipe.write(json.dumps(report).encode() + b"\n")
+
+
+def _write_taken(fd: int, data: bytes) -> None:
+    """Writes, and returns when the other side has read it all: the next write comes in another read."""
+    os.write(fd, data)
+    while struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]:
+        os.sched_yield()
+
+
+def _daemon() -> int:
+    """Starts a process that has left our session and group, and that TERM does not end; returns its number."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.write(writing, struct.pack("i", os.getpid()))
+            while True:
+                signal.pause()
+        os._exit(0)
+    os.waitpid(child, 0)
+    number: int = struct.unpack("i", os.read(reading, 4))[0]
+    return number
+
+
+def main(manner: str, listen_fd: int, report_fd: int) -> None:
+    surroundings = _surroundings()
+    if manner == "dying":
+        sys.stdout.write("about to die\n")
+        sys.exit(3)
+    if manner == "failing":
+        _say(report_fd, {"event": "failed", "cause": f"KeyError: {os.environ['SAID']}"})
+        sys.exit(1)
+    if manner == "babbling":
+        os.write(report_fd, b'nothing\n[]\n{"event":1}\n' + b"[" * 30_000 + b'\n{"event":"failed","cause":1}\n')
+    if manner == "speaking":
+        for piece in json.loads(os.environ["PIECES"]):
+            _write_taken(1, piece.encode())
+    if manner == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if manner == "forking":
+        surroundings["daemon"] = _daemon()
+    if manner != "slow":
+        _say(report_fd, {"event": "ready", "load_seconds": 0.25})
+    body = json.dumps(surroundings).encode()
+    with socket.socket(fileno=listen_fd) as listener:
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                if os.path.basename(connection.recv(65_536).split()[1]) == b"die":  # noqa: PTH119
+                    os._exit(7)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

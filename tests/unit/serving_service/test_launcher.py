@@ -1,0 +1,56 @@
+"""What a replica's environment is made of, and who may name what."""
+
+from pathlib import Path
+
+import pytest
+
+from serving_service.launcher import Launch, is_reserved, model_environment
+
+DIRECTORY = Path("/run/replicas/r1")
+
+
+def test_a_model_gets_what_was_declared_and_the_short_set_of_our_own() -> None:
+    service = {"PATH": "/opt/bin:/bin", "TESSERA_TOKEN": "no", "HOME": "/root", "LANG": "de_DE", "PYTHONPATH": "/x"}
+    assert model_environment({"KEY": "v"}, directory=DIRECTORY, service=service) == {
+        "KEY": "v",
+        "PATH": "/opt/bin:/bin",
+        "HOME": "/run/replicas/r1/work",
+        "TMPDIR": "/run/replicas/r1/tmp",
+        "LANG": "C.UTF-8",
+        "LC_CTYPE": "C.UTF-8",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def test_a_certificate_bundle_is_passed_on_only_where_set() -> None:
+    service = {"SSL_CERT_FILE": "/ca.pem", "REQUESTS_CA_BUNDLE": "/bundle.pem"}
+    environment = model_environment({}, directory=DIRECTORY, service=service)
+    assert environment["SSL_CERT_FILE"] == "/ca.pem"
+    assert environment["REQUESTS_CA_BUNDLE"] == "/bundle.pem"
+
+
+def test_a_declared_variable_wins_where_it_may_be_declared() -> None:
+    declared = {"LANG": "fr_FR.UTF-8", "SSL_CERT_FILE": "/mine.pem"}
+    environment = model_environment(declared, directory=DIRECTORY, service={"SSL_CERT_FILE": "/ca.pem"})
+    assert environment["LANG"] == "fr_FR.UTF-8"
+    assert environment["SSL_CERT_FILE"] == "/mine.pem"
+
+
+@pytest.mark.parametrize("name", ["PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED", "LD_PRELOAD", "LD_LIBRARY_PATH"])
+def test_a_reserved_variable_is_refused_by_name_and_without_its_value(name: str) -> None:
+    assert is_reserved(name)
+    with pytest.raises(ValueError, match=name) as refusal:
+        model_environment({name: "the-value"}, directory=DIRECTORY, service={})
+    assert "the-value" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "PYTHONPATH", "LANG", "path", "LDAP_HOST", "MLFLOW_TRACKING_URI"])
+def test_other_variables_may_be_declared(name: str) -> None:
+    assert not is_reserved(name)
+
+
+def test_a_launch_does_not_show_its_values() -> None:
+    launch = Launch(
+        replica_id="r1", model_path=Path("/m"), environment={"K": "sk-012345"}, masked_values=("sk-012345",)
+    )
+    assert "sk-012345" not in repr(launch)
