@@ -1,0 +1,1 @@
+"""The command line: `tessera up`, `tessera demo`, `tessera admin-token`."""

@@ -1,0 +1,49 @@
+"""A service's standard error as a file of bounded size.
+
+The service writes the file itself, so that its last words are kept even when `up` is killed. When the file is full,
+its content moves to a second file; a line that is written at that very moment may be lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+FULL_BYTES = 5 * 2**20
+"""A file and its predecessor stay at about twice this."""
+
+_LAST_WORDS_BYTES = 4096
+_LAST_WORDS_LENGTH = 300
+
+
+class ServiceLog:
+    """The log file of one service."""
+
+    def __init__(self, path: Path, full_bytes: int = FULL_BYTES) -> None:
+        self.path = path
+        self._full_bytes = full_bytes
+
+    def open(self) -> int:
+        """A descriptor that appends, to be given to the service and closed by the caller."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self.path, flags, 0o600)
+
+    def rotate(self) -> None:
+        """Moves the content to `<name>.1` when the file is full."""
+        if self.path.exists() and self.path.stat().st_size > self._full_bytes:
+            shutil.copy(self.path, self.path.with_name(f"{self.path.name}.1"))
+            os.truncate(self.path, 0)
+
+    def last_words(self) -> str:
+        """Why the service ended, as far as its last line tells; empty when it tells nothing."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - _LAST_WORDS_BYTES))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+        last = lines[-1] if lines else ""
+        try:
+            event = json.loads(last)
+        except ValueError:
+            return last[:_LAST_WORDS_LENGTH]
+        return str(event.get("cause", ""))[:_LAST_WORDS_LENGTH] if isinstance(event, dict) else ""
