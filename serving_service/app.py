@@ -1,0 +1,106 @@
+"""The whole service on one page: what there is, and what is handed to whom."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+
+from servicekit import channels, database, grpc_server, sockets
+from servicekit.grpc_server import Listener
+from servicekit.http_client import HttpPool
+from servicekit.identity import TokenExchange, by_assertion, by_token
+from serving_service.controller import Doors
+from serving_service.controllers import Controllers
+from serving_service.endpoints import Endpoints
+from serving_service.environment import SecretReferences
+from serving_service.launcher import Launcher, LocalLauncher
+from serving_service.launches import Launches
+from serving_service.query import Queries
+from serving_service.registry import MlflowRegistry, Registry
+from serving_service.routes import RouteTable
+from serving_service.servicer import RoutesServicer, ServingEndpointsServicer
+from serving_service.settings import ServingSettings, own_environment
+from tessera.serving.v1 import serving_pb2 as pb
+
+MIGRATIONS = files("serving_service") / "migrations"
+
+MESSAGE_LIMIT = 17 << 20
+"""Bytes of one message: the body of a query, and room for what is around it."""
+
+QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
+
+
+@dataclass(frozen=True)
+class Running:
+    """The service while it runs."""
+
+    address: str
+    """`host:port` of the public listener, with the port that the system chose."""
+
+
+@asynccontextmanager
+async def running(
+    settings: ServingSettings, *, launcher: Launcher | None = None, registry: Registry | None = None
+) -> AsyncIterator[Running]:
+    """The whole service: entering opens it, leaving drains and closes it.
+
+    `launcher` and `registry` take the place of the real ones in tests. Raises StartError.
+    """
+    directory = settings.sockets
+    data = settings.data_dir / "serving"
+    async with AsyncExitStack() as stack:
+        opened = await stack.enter_async_context(database.opened(data / "serving.db", MIGRATIONS))
+        secrets = await stack.enter_async_context(
+            channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
+        )
+        pool = HttpPool()
+        stack.push_async_callback(pool.close)
+        exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
+        references = SecretReferences(secrets)
+        registry = registry or MlflowRegistry(
+            settings.registry_uri, data / "models", service_environment=own_environment()
+        )
+        routes = RouteTable(ack_seconds=settings.route_ack_seconds)
+        controllers = Controllers(
+            Doors(
+                database=opened,
+                launcher=launcher
+                or LocalLauncher(
+                    directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
+                ),
+                launches=Launches(registry, references),
+                routes=routes,
+                inference_deadline=settings.inference_deadline,
+                deploy_deadline=settings.deploy_deadline,
+            )
+        )
+        endpoints = Endpoints(opened, registry, references, controllers)
+        queries = Queries(routes, pool, deadline=settings.inference_deadline)
+        services = pb.DESCRIPTOR.services_by_name
+        addresses = await stack.enter_async_context(
+            grpc_server.serving(
+                [
+                    Listener(
+                        address=settings.listen,
+                        identify=by_token(exchange, stale_methods=frozenset({QUERY})),
+                        reflection=settings.has_reflection,
+                    ),
+                    Listener(
+                        address=sockets.socket_address(directory, callee="serving", caller="gateway"),
+                        identify=by_assertion(exchange.verifier),
+                        peer="gateway",
+                    ),
+                ],
+                services=[
+                    (services["ServingEndpoints"], ServingEndpointsServicer(endpoints, queries)),
+                    (services["Routes"], RoutesServicer(routes)),
+                ],
+                readiness={"database": opened.ping},
+                # Routes last: its streams end with it, and would hold the service up if they did not.
+                jobs={"registry": registry.run, "controllers": controllers.run, "routes": routes.run},
+                message_limit=MESSAGE_LIMIT,
+            )
+        )
+        yield Running(addresses[0])

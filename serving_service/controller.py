@@ -1,0 +1,417 @@
+"""One worker per endpoint: it looks at the records and at the replicas, plans, and carries the plan out.
+
+What is decided is recorded before it is done, so that a successor of this process can tell whose a replica is. What can
+take long (a launch, a drain) goes on beside the worker and wakes it when something has changed. A replica is never
+stopped because something could not be read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import time
+import uuid
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from servicekit.database import Database
+from serving_service import reconcile, store
+from serving_service.launcher import (
+    Launcher,
+    LaunchError,
+    Observation,
+    ReplicaGoneError,
+    ReplicaHandle,
+    ReplicaState,
+)
+from serving_service.launches import LaunchDelayed, Launches, LaunchImpossible
+from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord, ServedEntity
+from serving_service.reconcile import Phase, Replica
+from serving_service.routes import EndpointRoutes, EntityRoutes, ReplicaAddress, RouteTable
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_SECONDS = 10.0
+"""Between TERM and KILL of a replica that is stopped."""
+
+DELETE_DRAIN_SECONDS = 30.0
+"""How long requests in flight may take to finish when their endpoint is deleted."""
+
+UNREADABLE_SECONDS = 1.0
+"""Until something that did not answer is asked again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doors:
+    """What every controller works with."""
+
+    database: Database
+    launcher: Launcher
+    launches: Launches
+    routes: RouteTable
+    inference_deadline: float
+    deploy_deadline: float
+
+
+class EndpointController:
+    """The worker of one endpoint."""
+
+    def __init__(self, endpoint_id: str, doors: Doors) -> None:
+        self.endpoint_id = endpoint_id
+        self._doors = doors
+        self._replicas: dict[str, Replica] = {}
+        self._handles: dict[str, ReplicaHandle] = {}
+        self._ready_since: dict[str, float] = {}
+        self._retries: dict[tuple[int, str], reconcile.Retry] = {}
+        self._deadlines: dict[int, float] = {}
+        self._preparing: set[str] = set()
+        self._launching: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._woken = asyncio.Event()
+        self._woken.set()
+        self._next_look: float | None = None
+        self._is_deleted = False
+
+    def wake(self) -> None:
+        """Has the worker look again."""
+        self._woken.set()
+
+    def deleted(self) -> None:
+        """Takes the routes away at once; the worker does the rest."""
+        self._withdraw()
+        self.wake()
+
+    def adopt(self, record: ReplicaRecord, handle: ReplicaHandle, seen: Observation | None) -> None:
+        """Takes over a replica that a predecessor of this process started; `seen` is None when it did not answer."""
+        self._replicas[record.id] = Replica(id=record.id, version=record.version, entity=record.entity)
+        self._handles[record.id] = handle
+        if seen is not None:
+            self._observe(record.id, seen)
+        self._spawn(self._watch(record.id, handle))
+
+    def publish(self, endpoint: Endpoint, config: EndpointConfig | None) -> None:
+        """Puts the ready replicas of a configuration into the table of routes."""
+        if not self._is_deleted:
+            self._doors.routes.publish(
+                EndpointRoutes(
+                    endpoint_id=endpoint.id,
+                    name=endpoint.name,
+                    creator_id=endpoint.creator_id,
+                    entities=self._entity_routes(config) if config else (),
+                )
+            )
+
+    def state_of(self, endpoint: Endpoint, config: EndpointConfig, entity: str) -> EntityState:
+        """How an entity of the active or the pending configuration is."""
+        observed = self._observed()
+        is_ready = observed.is_ready(config.version, entity)
+        if endpoint.active is not None and config.version == endpoint.active.version:
+            if is_ready:
+                return EntityState(Deployment.READY, "")
+            return EntityState(Deployment.RECOVERING, self._doing(config.version, entity))
+        if not endpoint.is_updating:
+            return endpoint.failures.get(entity, EntityState(Deployment.FAILED, ""))
+        if is_ready:
+            return EntityState(Deployment.READY, "Ready. The update ends when every served entity is.")
+        return EntityState(Deployment.CREATING, self._doing(config.version, entity))
+
+    async def logs(self, version: int, entity: str, max_bytes: int) -> str:
+        """The latest output of the newest replica of an entity; empty when there is none."""
+        newest = [r.id for r in self._replicas.values() if (r.version, r.entity) == (version, entity)]
+        handle = self._handles.get(newest[-1]) if newest else None
+        if handle is None:
+            return ""
+        try:
+            return await handle.logs(max_bytes)
+        except ReplicaGoneError:
+            return ""
+
+    async def run(self) -> None:
+        """Works until the endpoint is deleted and nothing is left of it."""
+        try:
+            while True:
+                await self._wait()
+                try:
+                    if not await self._pass():
+                        return
+                except Exception as error:
+                    # Most likely the disk is full. Nothing is stopped meanwhile, and the next pass plans anew.
+                    kind = (type(error), error, error.__traceback__)
+                    log.error("endpoint controller failed", extra={"endpoint": self.endpoint_id}, exc_info=kind)
+                    await asyncio.sleep(UNREADABLE_SECONDS)
+                    self.wake()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _wait(self) -> None:
+        delay = None if self._next_look is None else max(self._next_look - time.monotonic(), 0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay):
+                await self._woken.wait()
+        self._woken.clear()
+
+    async def _pass(self) -> bool:
+        """Observe, plan, record, act, once. False when the endpoint is gone with all its replicas."""
+        endpoint = await self._doors.database.read(store.endpoint_with_id, self.endpoint_id)
+        if endpoint is None:
+            return False
+        if endpoint.is_deleted:
+            self._withdraw()
+            if not self._replicas:
+                await self._doors.database.write(store.purge, endpoint.id)
+                return False
+        else:
+            self.publish(endpoint, endpoint.active)
+        desired = self._desired(endpoint)
+        for action in reconcile.plan(desired, self._observed(), time.monotonic()):
+            await self._carry_out(endpoint, action)
+        self._next_look = reconcile.next_look(desired, self._observed(), time.monotonic())
+        return True
+
+    def _withdraw(self) -> None:
+        self._is_deleted = True  # a pass that began before must not publish any more
+        self._doors.routes.remove(self.endpoint_id)
+
+    def _desired(self, endpoint: Endpoint) -> reconcile.Desired:
+        wanted = {config.version: config for config in (endpoint.active, endpoint.pending) if config is not None}
+        self._retries = {key: retry for key, retry in self._retries.items() if key[0] in wanted}
+        if endpoint.pending is not None and endpoint.pending.version not in self._deadlines:
+            # Timed on the clock that nobody can set; what passed before this process started is taken from the record.
+            left = endpoint.pending.created_at / 1000 + self._doors.deploy_deadline - time.time()
+            left = min(max(left, 0), self._doors.deploy_deadline)
+            self._deadlines = {endpoint.pending.version: time.monotonic() + left}
+        return reconcile.Desired(
+            is_deleted=endpoint.is_deleted,
+            is_updating=endpoint.is_updating,
+            active=_named(endpoint.active),
+            pending=_named(endpoint.pending),
+            deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
+        )
+
+    def _observed(self) -> reconcile.Observed:
+        return reconcile.Observed(replicas=tuple(self._replicas.values()), retries=self._retries)
+
+    async def _carry_out(self, endpoint: Endpoint, action: reconcile.Action) -> None:
+        match action:
+            case reconcile.StartReplica(version, name):
+                config = next(c for c in (endpoint.active, endpoint.pending) if c is not None and c.version == version)
+                entity = config.entity(name)
+                assert entity is not None
+                await self._start(endpoint, version, entity)
+            case reconcile.Activate(version):
+                await self._activate(endpoint, version)
+            case reconcile.FailUpdate(version, causes):
+                await self._fail(endpoint, version, dict(causes))
+            case reconcile.StopReplica(replica_id, keep_log):
+                drain = DELETE_DRAIN_SECONDS if endpoint.is_deleted else self._doors.inference_deadline
+                self._change(replica_id, is_stopping=True)
+                self._spawn(self._stop(replica_id, drain=drain, keep_log=keep_log))
+
+    async def _start(self, endpoint: Endpoint, version: int, entity: ServedEntity) -> None:
+        replica = Replica(id=uuid.uuid4().hex, version=version, entity=entity.name, message="Waiting to be started.")
+        await self._doors.database.write(
+            store.add_replica, ReplicaRecord(replica.id, endpoint.id, version, entity.name)
+        )
+        self._replicas[replica.id] = replica
+        self._preparing.add(replica.id)
+        self._launching[replica.id] = self._spawn(self._launch(endpoint, entity, replica))
+
+    async def _activate(self, endpoint: Endpoint, version: int) -> None:
+        config = endpoint.pending
+        assert config is not None
+        self.publish(endpoint, config)
+        await self._doors.routes.acknowledged()
+        observed = self._observed()
+        # A replica may have died while the gateways were told; then the old ones go on and this version is not done.
+        is_ready = all(observed.is_ready(version, entity.name) for entity in config.entities)
+        if is_ready and await self._doors.database.write(store.activate, endpoint.id, version):
+            log.info("configuration activated", extra={"endpoint": endpoint.name, "version": version})
+        self.wake()
+
+    async def _fail(self, endpoint: Endpoint, version: int, causes: dict[str, str]) -> None:
+        assert endpoint.pending is not None
+        culprits = ", ".join(f"'{name}'" for name in causes)
+        aborted = EntityState(Deployment.ABORTED, f"Given up, because served entity {culprits} failed.")
+        failures = {
+            entity.name: EntityState(Deployment.FAILED, causes[entity.name]) if entity.name in causes else aborted
+            for entity in endpoint.pending.entities
+        }
+        await self._doors.database.write(store.fail_update, endpoint.id, version, failures)
+        log.info("configuration failed", extra={"endpoint": endpoint.name, "version": version})
+        self.wake()
+
+    async def _launch(self, endpoint: Endpoint, entity: ServedEntity, replica: Replica) -> None:
+        try:
+            launch = await self._doors.launches.prepare(
+                endpoint, entity, replica.id, lambda message: self._change(replica.id, message=message)
+            )
+            # From here on the launch is not cancelled: a shim that nobody knows of would be left.
+            self._preparing.discard(replica.id)
+            handle = await self._doors.launcher.start(launch)
+        except LaunchImpossible as error:
+            await self._not_started(endpoint, replica, str(error), is_final=True)
+        except (LaunchDelayed, LaunchError) as error:
+            await self._not_started(endpoint, replica, str(error), is_final=False)
+        except Exception as error:
+            kind = (type(error), error, error.__traceback__)
+            log.error("replica could not be started", extra={"replica": replica.id}, exc_info=kind)
+            await self._not_started(endpoint, replica, "The replica could not be started.", is_final=False)
+        else:
+            self._handles[replica.id] = handle
+            self._change(replica.id, message="Loading the model.")
+            self._spawn(self._watch(replica.id, handle))
+        finally:
+            self._preparing.discard(replica.id)
+            del self._launching[replica.id]
+            self.wake()
+
+    async def _not_started(self, endpoint: Endpoint, replica: Replica, message: str, *, is_final: bool) -> None:
+        key = (replica.version, replica.entity)
+        log.info("replica not started", extra={"endpoint": endpoint.name, "replica": replica.id, "cause": message})
+        if is_final:
+            self._retries[key] = reconcile.after_end(
+                self._retries.get(key), ready_seconds=0, message=message, now=time.monotonic()
+            )
+            if endpoint.pending is not None and endpoint.pending.version == replica.version:
+                self._change(replica.id, phase=Phase.ENDED, message=message, is_final=True)
+                return
+        else:
+            self._retries[key] = reconcile.after_wait(self._retries.get(key), message=message, now=time.monotonic())
+        await self._forget(replica.id)
+
+    async def _watch(self, replica_id: str, handle: ReplicaHandle) -> None:
+        """Follows a replica until it has ended."""
+        known: ReplicaState | None = None
+        while known is not ReplicaState.STOPPED:
+            try:
+                seen = await (handle.state() if known is None else handle.wait(known))
+            except ReplicaGoneError as error:
+                if replica_id in self._replicas and not self._replicas[replica_id].is_stopping:
+                    self._ended(replica_id, str(error), is_final=False)
+                    self._change(replica_id, is_stopping=True)
+                    await self._stop(replica_id, drain=0, keep_log=False)
+                return
+            except (TimeoutError, OSError):
+                await asyncio.sleep(UNREADABLE_SECONDS)  # it may be well all the same
+                continue
+            known = seen.state
+            self._observe(replica_id, seen)
+            self.wake()
+
+    def _observe(self, replica_id: str, seen: Observation) -> None:
+        replica = self._replicas.get(replica_id)
+        if replica is None or replica.phase is Phase.ENDED:
+            return
+        facts = {"endpoint": self.endpoint_id, "replica": replica_id, "entity": replica.entity}
+        match seen.state:
+            case ReplicaState.READY:
+                self._ready_since[replica_id] = time.monotonic()
+                self._change(replica_id, phase=Phase.READY, message="")
+                log.info("replica ready", extra={**facts, "load_seconds": seen.load_seconds})
+            case ReplicaState.FAILED | ReplicaState.STOPPED:
+                was_ready = replica.phase is Phase.READY or seen.load_seconds is not None
+                self._ended(replica_id, seen.cause, is_final=not was_ready)
+                log.info("replica ended", extra={**facts, "exit_code": seen.exit_code})
+
+    def _ended(self, replica_id: str, message: str, *, is_final: bool) -> None:
+        replica = self._replicas[replica_id]
+        now = time.monotonic()
+        ready_seconds = now - self._ready_since.pop(replica_id, now)
+        if not replica.is_stopping:
+            key = (replica.version, replica.entity)
+            self._retries[key] = reconcile.after_end(
+                self._retries.get(key), ready_seconds=ready_seconds, message=message, now=now
+            )
+        self._change(replica_id, phase=Phase.ENDED, message=message, is_final=is_final)
+
+    async def _stop(self, replica_id: str, *, drain: float, keep_log: bool) -> None:
+        launching = self._launching.get(replica_id)
+        if launching is not None:
+            if replica_id in self._preparing:
+                launching.cancel()
+            await asyncio.wait([launching])
+        handle = self._handles.get(replica_id)
+        if handle is not None:
+            if self._replicas[replica_id].phase is Phase.READY:
+                await self._doors.routes.drained(replica_id, timeout=drain)
+            await self._end(handle, dismiss=not keep_log)
+        if keep_log:
+            self._change(replica_id, phase=Phase.ENDED, is_stopping=False)
+        else:
+            await self._forget(replica_id)
+        self.wake()
+
+    async def _end(self, handle: ReplicaHandle, *, dismiss: bool) -> None:
+        while True:
+            try:
+                await handle.stop(STOP_GRACE_SECONDS, dismiss=dismiss)
+            except ReplicaGoneError:
+                return
+            except (TimeoutError, OSError, RuntimeError):
+                log.warning("replica cannot be stopped yet", extra={"replica": handle.replica_id})
+                await asyncio.sleep(UNREADABLE_SECONDS)
+            else:
+                return
+
+    async def _forget(self, replica_id: str) -> None:
+        while True:
+            try:
+                await self._doors.database.write(store.remove_replica, replica_id)
+                break
+            except sqlite3.Error:
+                log.warning("replica cannot be forgotten yet", extra={"replica": replica_id})
+                await asyncio.sleep(UNREADABLE_SECONDS)
+        for memory in (self._replicas, self._handles, self._ready_since):
+            memory.pop(replica_id, None)
+
+    def _entity_routes(self, config: EndpointConfig) -> tuple[EntityRoutes, ...]:
+        shares: Mapping[str, int] = {route.entity: route.percentage for route in config.routes}
+        return tuple(
+            EntityRoutes(
+                entity.name,
+                shares[entity.name],
+                tuple(
+                    ReplicaAddress(replica.id, self._handles[replica.id].address)
+                    for replica in self._observed().of(config.version, entity.name)
+                    if replica.phase is Phase.READY
+                ),
+            )
+            for entity in config.entities
+        )
+
+    def _doing(self, version: int, entity: str) -> str:
+        """What goes on with an entity that is not ready, or what it waits for."""
+        live = [replica for replica in self._observed().of(version, entity) if replica.is_live]
+        retry = self._retries.get((version, entity))
+        if live and retry is not None:
+            return f"{live[-1].message} Before: {retry.message}"
+        if live:
+            return live[-1].message
+        if retry is not None:
+            return f"{retry.message} It is going to be tried again."
+        return "Waiting to be started."
+
+    def _change(self, replica_id: str, **facts: Any) -> None:
+        if replica_id in self._replicas:
+            self._replicas[replica_id] = replace(self._replicas[replica_id], **facts)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"endpoint {self.endpoint_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            kind = (type(error), error, error.__traceback__)
+            log.error("endpoint controller failed", extra={"endpoint": self.endpoint_id}, exc_info=kind)
+
+
+def _named(config: EndpointConfig | None) -> tuple[int, tuple[str, ...]] | None:
+    return None if config is None else (config.version, tuple(entity.name for entity in config.entities))

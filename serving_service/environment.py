@@ -1,0 +1,221 @@
+"""The environment variables of served entities: which may be declared, which are references, and what those stand for.
+
+A value is a secret reference only if it is one from its first to its last character; everything else is plain text.
+Secret values pass through here once per launch, on their way to the launcher, and are kept nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import grpc
+
+from servicekit import channels
+from servicekit.errors import InvalidParameter, PermissionDenied, ServiceError
+from serving_service.launcher import is_reserved
+from serving_service.model import ServedEntity
+from tessera.secrets.v1 import secrets_pb2 as pb
+from tessera.secrets.v1 import secrets_pb2_grpc as rpc
+
+MAX_VARIABLES = 50
+MAX_ENTRY_BYTES = 131_070
+"""Name and value together: what the kernel takes for one variable."""
+MAX_TOTAL_BYTES = 1 << 20
+
+CHECK_SECONDS = 5.0
+RESOLVE_SECONDS = 5.0
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_REFERENCE = re.compile(r"\{\{secrets/([A-Za-z0-9_.@-]{1,128})/([A-Za-z0-9_.-]{1,128})\}\}")
+
+_Kind = pb.ReferenceFailure
+_REFUSALS = (_Kind.NOT_PERMITTED, _Kind.CREATOR_INACTIVE)
+
+
+class UnresolvableError(Exception):
+    """A launch cannot have its environment; the message names scope, key and variable, and never a value."""
+
+
+@dataclass(frozen=True)
+class SecretRef:
+    """A secret reference, parsed."""
+
+    scope: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{{{{secrets/{self.scope}/{self.key}}}}}"
+
+    @property
+    def folded(self) -> tuple[str, str]:
+        """What the reference is compared by: Secrets ignores the letter case of both names."""
+        return self.scope.lower(), self.key.lower()
+
+
+@dataclass(frozen=True)
+class ResolvedEnvironment:
+    """The declared variables of one launch with their values, and those values among them that are secret."""
+
+    variables: Mapping[str, str] = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+
+
+def parse_reference(value: str) -> SecretRef | None:
+    """The reference that `value` is; None for plain text."""
+    match = _REFERENCE.fullmatch(value)
+    return SecretRef(*match.groups()) if match else None
+
+
+def references_of(entities: Iterable[ServedEntity]) -> dict[tuple[str, str], SecretRef]:
+    """Every reference of these entities once, by what it is compared by."""
+    found: dict[tuple[str, str], SecretRef] = {}
+    for entity in entities:
+        for value in entity.environment.values():
+            if reference := parse_reference(value):
+                found.setdefault(reference.folded, reference)
+    return found
+
+
+def check_declared(variables: Mapping[str, str], at: str) -> None:
+    """Raises InvalidParameter, naming the variable, for what no process could be given. `at` is the field's path."""
+    if len(variables) > MAX_VARIABLES:
+        raise InvalidParameter(f"{at}: {len(variables)} variables are declared; at most {MAX_VARIABLES} are allowed.")
+    for name, value in sorted(variables.items()):
+        if not _NAME.fullmatch(name):
+            raise InvalidParameter(
+                f"{at}: {name[:128]!r} is no name of a variable. Use letters, digits and '_', and no digit in front."
+            )
+        if is_reserved(name):
+            raise InvalidParameter(f"{at}: {name} belongs to the platform. Choose another name.")
+        if problem := _problem(name, value):
+            raise InvalidParameter(f"{at}.{name[:128]}: {problem}")
+
+
+class SecretReferences:
+    """Asks Secrets about references: may they be used, and what do they stand for."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._resolver = rpc.SecretResolverStub(channel)
+
+    async def check(
+        self, entities: tuple[ServedEntity, ...], *, creator_id: str, known: Container[tuple[str, str]]
+    ) -> None:
+        """Raises PermissionDenied or InvalidParameter, naming every reference that cannot be resolved.
+
+        `creator_id` is who the endpoint runs as, empty when that is the caller; `known` are the references that the
+        endpoint had before, for which the caller needs no right of its own.
+        """
+        references = references_of(entities)
+        if not references:
+            return
+        introduced = [reference for folded, reference in references.items() if folded not in known]
+        answer = await channels.call(
+            self._resolver.CheckReferences,
+            pb.CheckReferencesRequest(
+                creator_id=creator_id,
+                references=map(_message, references.values()),
+                introduced=map(_message, introduced),
+            ),
+            peer="Secrets",
+            timeout=CHECK_SECONDS,
+        )
+        if not answer.failures:
+            return
+        causes = " ".join(_cause(failure, entities) for failure in answer.failures)
+        if any(failure.kind in _REFUSALS for failure in answer.failures):
+            raise PermissionDenied(causes)
+        raise InvalidParameter(f"Invalid secret provided. {causes}")
+
+    async def resolve(
+        self, entity: ServedEntity, *, endpoint_id: str, replica_id: str, creator_id: str
+    ) -> ResolvedEnvironment:
+        """The environment of one launch.
+
+        Raises UnresolvableError when a value cannot be had or used, and ServiceError when Secrets does not answer.
+        """
+        references = references_of([entity])
+        values: dict[tuple[str, str], str] = {}
+        if references:
+            answer = await channels.call(
+                self._resolver.Resolve,
+                pb.ResolveRequest(
+                    endpoint_id=endpoint_id,
+                    replica_id=replica_id,
+                    creator_id=creator_id,
+                    references=map(_message, references.values()),
+                ),
+                peer="Secrets",
+                timeout=RESOLVE_SECONDS,
+            )
+            if answer.failures:
+                raise UnresolvableError(" ".join(_cause(failure, [entity]) for failure in answer.failures))
+            if len(answer.values) != len(references):
+                raise ServiceError("The Secrets service answered with another number of values than was asked for.")
+            for folded, value in zip(references, answer.values, strict=True):
+                values[folded] = _text(value, references[folded], entity)
+        variables = {}
+        for name, declared in entity.environment.items():
+            reference = parse_reference(declared)
+            variables[name] = values[reference.folded] if reference else declared
+            if problem := _problem(name, variables[name]):
+                raise UnresolvableError(f"Environment variable {name} of served entity '{entity.name}': {problem}")
+        total = sum(_size(name, value) for name, value in variables.items())
+        if total > MAX_TOTAL_BYTES:
+            raise UnresolvableError(
+                f"The environment variables of served entity '{entity.name}' have {total} bytes together, more than "
+                f"the limit of {MAX_TOTAL_BYTES}. Use shorter secrets."
+            )
+        return ResolvedEnvironment(variables, tuple(values.values()))
+
+
+def _message(reference: SecretRef) -> pb.SecretReference:
+    return pb.SecretReference(scope=reference.scope, key=reference.key)
+
+
+def _cause(failure: pb.ReferenceFailure, entities: Iterable[ServedEntity]) -> str:
+    """One sentence about a failed reference: what is wrong, where it stands, and what to do."""
+    scope, key, who = failure.reference.scope, failure.reference.key, failure.principal
+    reference = SecretRef(scope, key)
+    places = ", ".join(
+        f"{variable} of served entity '{entity.name}'"
+        for entity in entities
+        for variable, value in sorted(entity.environment.items())
+        if (found := parse_reference(value)) and found.folded == reference.folded
+    )
+    where = f"(referenced as {reference} by environment variable {places})"
+    match failure.kind:
+        case _Kind.NOT_PERMITTED:
+            return f"User {who} does not have READ permission on scope {scope} {where}."
+        case _Kind.CREATOR_INACTIVE:
+            return f"User {who}, as whom the endpoint runs, is not active {where}. Create the endpoint anew."
+        case _Kind.SCOPE_MISSING:
+            return f"Scope {scope} does not exist {where}, so key {key} cannot be read. Create the scope."
+        case _Kind.KEY_MISSING:
+            return f"Scope {scope} has no key {key} {where}. Put the secret."
+        case _Kind.NOT_TEXT:
+            return f"The value of key {key} in scope {scope} is not UTF-8 text or holds a NUL {where}. Put it as text."
+        case _:
+            return f"The value of key {key} in scope {scope} cannot be read {where}. Put it again."
+
+
+def _text(value: bytes, reference: SecretRef, entity: ServedEntity) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        failure = pb.ReferenceFailure(reference=_message(reference), kind=_Kind.NOT_TEXT)
+        # Not chained: the decoding error holds the value.
+        raise UnresolvableError(_cause(failure, [entity])) from None
+
+
+def _problem(name: str, value: str) -> str | None:
+    if "\0" in value:
+        return "The value holds a NUL character, which no environment variable can. Put it as text without one."
+    if (size := _size(name, value)) > MAX_ENTRY_BYTES:
+        return f"Name and value have {size} bytes, more than the limit of {MAX_ENTRY_BYTES}. Use a shorter value."
+    return None
+
+
+def _size(name: str, value: str) -> int:
+    return len(name) + len(value.encode())

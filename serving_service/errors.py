@@ -1,0 +1,86 @@
+"""The errors of this service that callers meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from servicekit import errors
+
+
+class EndpointNotFound(errors.NotFound):
+    """There is no such endpoint, or the caller may not know of it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Endpoint with name '{name}' does not exist.")
+
+
+class EntityNotFound(errors.NotFound):
+    """The endpoint has no such served entity."""
+
+    def __init__(self, endpoint: str, entity: str) -> None:
+        super().__init__(f"Endpoint '{endpoint}' has no served entity with name '{entity}'.")
+
+
+class ConfigVersionNotFound(errors.NotFound):
+    """The endpoint's active and pending configurations have other versions."""
+
+    def __init__(self, endpoint: str, version: int) -> None:
+        super().__init__(f"Endpoint '{endpoint}' has no configuration with version {version}.")
+
+
+class EndpointExists(errors.AlreadyExists):
+    """The name is taken, maybe by an endpoint that the caller may not see."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Serving endpoint with name '{name}' already exists. Choose another name.")
+
+
+class UpdateInProgress(errors.Conflict):
+    """The endpoint is being updated."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Endpoint '{name}' is being updated. Wait until that update has ended, then send this one.")
+
+
+class TooManyEndpoints(errors.LimitExceeded):
+    """The workspace is full."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There are {limit} serving endpoints, which is the limit. Delete one first.")
+
+
+class ModelNotFound(errors.NotFound):
+    """The registry has no such model version."""
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(f"Version {version} of model '{name}' is not in the model registry. Register it first.")
+
+
+class RegistryUnusable(errors.BadRequest):
+    """The registry cannot be used as configured; a retry does not help."""
+
+
+class NotDeployed(errors.NotFound):
+    """Nothing answers queries under this name."""
+
+    reason = "ENDPOINT_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__("The given endpoint does not exist, or nothing has been deployed under it yet.")
+
+
+class NotReady(errors.BadRequest):
+    """The entity is not running just now."""
+
+    def __init__(self, endpoint: str, entities: Sequence[str]) -> None:
+        names = ", ".join(f"'{entity}'" for entity in entities)
+        super().__init__(
+            f"Endpoint '{endpoint}' is not ready: {names} has no running replica just now. Its state and logs say why."
+        )
+
+
+class ModelServerFailed(errors.ServiceError):
+    """The model server ended in the middle of a request."""
+
+    def __init__(self, entity: str) -> None:
+        super().__init__(f"The model server of '{entity}' ended while it was answering. Its logs say why.")

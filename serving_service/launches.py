@@ -1,0 +1,64 @@
+"""From a served entity to a launch: its model's files, then its secrets' values, right before they are needed.
+
+What goes wrong is one of two things: `LaunchImpossible`, which only a person can change, or `LaunchDelayed`, which time
+may cure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import grpc
+
+from servicekit.errors import ServiceError
+from serving_service.environment import SecretReferences, UnresolvableError
+from serving_service.launcher import Launch
+from serving_service.model import Endpoint, ServedEntity
+from serving_service.registry import Registry
+
+_PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL)
+
+
+class LaunchImpossible(Exception):
+    """The launch cannot be; the message says what to change."""
+
+
+class LaunchDelayed(Exception):
+    """Something that the launch needs is not there just now."""
+
+
+class Launches:
+    """Makes launches of what the registry and Secrets hold."""
+
+    def __init__(self, registry: Registry, references: SecretReferences) -> None:
+        self._registry = registry
+        self._references = references
+
+    async def prepare(
+        self, endpoint: Endpoint, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
+    ) -> Launch:
+        """Everything that one replica is started from; `say` hears which step is under way.
+
+        Raises LaunchImpossible or LaunchDelayed.
+        """
+        try:
+            say("Fetching the model.")
+            path = await self._registry.fetch(entity.model)
+            say("Reading secrets.")
+            resolved = await self._references.resolve(
+                entity, endpoint_id=endpoint.id, replica_id=replica_id, creator_id=endpoint.creator_id
+            )
+        except UnresolvableError as error:
+            raise LaunchImpossible(str(error)) from None
+        except ServiceError as error:
+            kind = LaunchDelayed if error.code in _PASSING else LaunchImpossible
+            raise kind(error.message) from None
+        except OSError as error:
+            raise LaunchDelayed(f"The model's files cannot be kept: {error.strerror}.") from None
+        say("Starting the model server.")
+        return Launch(
+            replica_id=replica_id,
+            model_path=path,
+            environment=resolved.variables,
+            masked_values=resolved.secrets,
+        )

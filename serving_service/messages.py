@@ -1,0 +1,141 @@
+"""Our endpoints as messages. Both spellings of served entities are always filled, since clients read either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from serving_service.endpoints import View
+from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
+from tessera.serving.v1 import serving_pb2 as pb
+
+
+def detailed(view: View) -> pb.ServingEndpointDetailed:
+    """The endpoint with its configurations."""
+    endpoint = view.endpoint
+    return pb.ServingEndpointDetailed(
+        name=endpoint.name,
+        id=endpoint.id,
+        creator=endpoint.creator,
+        creator_display_name=endpoint.creator,
+        creator_kind="User",
+        creation_timestamp=endpoint.created_at,
+        last_updated_timestamp=endpoint.updated_at,
+        state=_state(view),
+        config=_config(endpoint.active, view.active) if endpoint.active else None,
+        pending_config=_config(endpoint.pending, view.pending, is_pending=True) if endpoint.pending else None,
+        permission_level=pb.CAN_MANAGE,
+        description=endpoint.description,
+        tags=_tags(endpoint),
+    )
+
+
+def summary(view: View) -> pb.ServingEndpointSummary:
+    """The endpoint as it stands in a list, without environment variables."""
+    endpoint = view.endpoint
+    config = endpoint.active or endpoint.pending
+    return pb.ServingEndpointSummary(
+        name=endpoint.name,
+        id=endpoint.id,
+        creator=endpoint.creator,
+        creation_timestamp=endpoint.created_at,
+        last_updated_timestamp=endpoint.updated_at,
+        state=_state(view),
+        config=_config_summary(config) if config else None,
+        tags=_tags(endpoint),
+        description=endpoint.description,
+    )
+
+
+def _state(view: View) -> pb.EndpointState:
+    is_ready = view.endpoint.active is not None and all(
+        state.deployment is Deployment.READY for state in view.active.values()
+    )
+    update: Mapping[ConfigUpdate, pb.EndpointState.ConfigUpdate.ValueType] = {
+        ConfigUpdate.NOT_UPDATING: pb.EndpointState.NOT_UPDATING,
+        ConfigUpdate.IN_PROGRESS: pb.EndpointState.IN_PROGRESS,
+        ConfigUpdate.UPDATE_FAILED: pb.EndpointState.UPDATE_FAILED,
+    }
+    return pb.EndpointState(
+        ready=pb.EndpointState.READY if is_ready else pb.EndpointState.NOT_READY,
+        config_update=update[view.endpoint.config_update],
+        suspend=pb.EndpointState.NOT_SUSPENDED,
+    )
+
+
+def _config(
+    config: EndpointConfig, states: Mapping[str, EntityState], *, is_pending: bool = False
+) -> pb.EndpointCoreConfigOutput:
+    return pb.EndpointCoreConfigOutput(
+        served_entities=[_served_entity(entity, states[entity.name]) for entity in config.entities],
+        served_models=[_served_model(entity, states[entity.name]) for entity in config.entities],
+        traffic_config=pb.TrafficConfigOutput(
+            routes=[
+                pb.RouteOutput(
+                    served_entity_name=route.entity, served_model_name=route.entity, traffic_percentage=route.percentage
+                )
+                for route in config.routes
+            ]
+        ),
+        config_version=config.version,
+        start_time=config.created_at if is_pending else None,
+    )
+
+
+def _served_entity(entity: ServedEntity, state: EntityState) -> pb.ServedEntityOutput:
+    return pb.ServedEntityOutput(
+        name=entity.name,
+        entity_name=entity.model.name,
+        entity_version=entity.model.version,
+        environment_vars=entity.environment,
+        instance_profile_arn=entity.instance_profile_arn,
+        workload_size=entity.workload_size,
+        workload_type=pb.WorkloadType.Value(entity.workload_type),
+        scale_to_zero_enabled=entity.scale_to_zero,
+        min_provisioned_concurrency=entity.min_concurrency,
+        max_provisioned_concurrency=entity.max_concurrency,
+        creator=entity.creator,
+        creation_timestamp=entity.created_at,
+        state=_entity_state(state),
+    )
+
+
+def _served_model(entity: ServedEntity, state: EntityState) -> pb.ServedModelOutput:
+    return pb.ServedModelOutput(
+        name=entity.name,
+        model_name=entity.model.name,
+        model_version=entity.model.version,
+        environment_vars=entity.environment,
+        instance_profile_arn=entity.instance_profile_arn,
+        workload_size=entity.workload_size,
+        workload_type=pb.WorkloadType.Value(entity.workload_type),
+        scale_to_zero_enabled=entity.scale_to_zero,
+        min_provisioned_concurrency=entity.min_concurrency,
+        max_provisioned_concurrency=entity.max_concurrency,
+        creator=entity.creator,
+        creation_timestamp=entity.created_at,
+        state=_entity_state(state),
+    )
+
+
+def _entity_state(state: EntityState) -> pb.ServedEntityState:
+    return pb.ServedEntityState(
+        deployment=pb.ServedEntityState.Deployment.Value(state.deployment.value),
+        deployment_state_message=state.message,
+    )
+
+
+def _config_summary(config: EndpointConfig) -> pb.EndpointConfigSummary:
+    return pb.EndpointConfigSummary(
+        served_entities=[
+            pb.ServedEntitySummary(name=each.name, entity_name=each.model.name, entity_version=each.model.version)
+            for each in config.entities
+        ],
+        served_models=[
+            pb.ServedModelSummary(name=each.name, model_name=each.model.name, model_version=each.model.version)
+            for each in config.entities
+        ],
+    )
+
+
+def _tags(endpoint: Endpoint) -> list[pb.EndpointTag]:
+    return [pb.EndpointTag(key=key, value=value) for key, value in endpoint.tags]

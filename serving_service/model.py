@@ -1,0 +1,124 @@
+"""What Serving talks about: endpoints, their configurations, and the replicas behind them. Plain values, no behaviour.
+
+A configuration never changes once it has a version; what happens to it stands beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class ConfigUpdate(StrEnum):
+    """Where the latest configuration update of an endpoint stands."""
+
+    NOT_UPDATING = "NOT_UPDATING"
+    IN_PROGRESS = "IN_PROGRESS"
+    UPDATE_FAILED = "UPDATE_FAILED"
+
+
+class Deployment(StrEnum):
+    """Where the deployment of a served entity stands."""
+
+    CREATING = "DEPLOYMENT_CREATING"
+    READY = "DEPLOYMENT_READY"
+    RECOVERING = "DEPLOYMENT_RECOVERING"
+    FAILED = "DEPLOYMENT_FAILED"
+    ABORTED = "DEPLOYMENT_ABORTED"
+
+
+@dataclass(frozen=True)
+class EntityState:
+    """The state of a served entity, in a word and in a sentence."""
+
+    deployment: Deployment
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersion:
+    """A registered model version; `source` and `created_at` tell it from a later one of the same name and number."""
+
+    name: str
+    version: str
+    source: str
+    created_at: int
+    """Unix milliseconds, as the registry says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedEntity:
+    """One model version inside a configuration."""
+
+    name: str
+    model: ModelVersion
+    environment: Mapping[str, str] = field(repr=False)
+    """As declared: references stay references."""
+    instance_profile_arn: str
+    workload_size: str
+    """Empty when provisioned concurrency was given instead."""
+    workload_type: str
+    scale_to_zero: bool
+    min_concurrency: int | None
+    max_concurrency: int | None
+    creator: str
+    """The name of whoever brought the entity in."""
+    created_at: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """One share of the requests, in percent."""
+
+    entity: str
+    percentage: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """One configuration of one endpoint."""
+
+    version: int
+    created_at: int
+    entities: tuple[ServedEntity, ...]
+    routes: tuple[Route, ...]
+
+    def entity(self, name: str) -> ServedEntity | None:
+        """The served entity of that name."""
+        return next((entity for entity in self.entities if entity.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """An endpoint as it is recorded. Times are Unix milliseconds."""
+
+    id: str
+    name: str
+    creator_id: str
+    creator: str
+    description: str
+    tags: tuple[tuple[str, str], ...]
+    created_at: int
+    updated_at: int
+    latest_version: int = 0
+    active: EndpointConfig | None = None
+    pending: EndpointConfig | None = None
+    config_update: ConfigUpdate = ConfigUpdate.NOT_UPDATING
+    failures: Mapping[str, EntityState] = field(default_factory=dict)
+    """How each entity of a pending configuration ended that failed."""
+    is_deleted: bool = False
+
+    @property
+    def is_updating(self) -> bool:
+        return self.config_update is ConfigUpdate.IN_PROGRESS
+
+
+@dataclass(frozen=True)
+class ReplicaRecord:
+    """That a replica was meant to be started: written before it is, removed after it is gone."""
+
+    id: str
+    endpoint_id: str
+    version: int
+    entity: str

@@ -1,0 +1,92 @@
+"""Queries over gRPC: pick an entity by its share, send the body to its replica, stream the answer back.
+
+The same way that requests take through a gateway. Bodies are passed on as they are; nothing of them is logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from servicekit.context import Principal
+from servicekit.errors import BadRequest, DeadlineExceeded
+from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from serving_service.endpoints import may_manage
+from serving_service.errors import ModelServerFailed, NotDeployed, NotReady
+from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
+
+MAX_BODY_BYTES = 16 << 20
+DEFAULT_CONTENT_TYPE = "application/json"
+
+
+@dataclass(frozen=True)
+class AnswerHead:
+    """What is known of an answer before its body."""
+
+    status: int
+    content_type: str
+    entity: str
+
+
+class Queries:
+    """Sends queries to replicas."""
+
+    def __init__(self, routes: RouteTable, pool: HttpPool, *, deadline: float) -> None:
+        self._routes = routes
+        self._pool = pool
+        self._deadline = deadline
+
+    async def query(
+        self, name: str, entity_name: str, content_type: str, body: bytes, *, caller: Principal, timeout: float | None
+    ) -> AsyncIterator[AnswerHead | bytes]:
+        """The answer of a model: its head, then its body as it comes.
+
+        `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed, NotReady,
+        ModelServerFailed, DeadlineExceeded, and BadRequest for a body that cannot be sent.
+        """
+        if len(body) > MAX_BODY_BYTES:
+            raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
+        routes = await self._routes.find(name)
+        if routes is None or not may_manage(caller, routes.creator_id):
+            raise NotDeployed
+        entity = _chosen(routes, entity_name)
+        if entity is None:
+            raise NotReady(name, [each.name for each in routes.entities if each.percentage])
+        timeout = self._deadline if timeout is None else min(timeout, self._deadline)
+        headers = [(b"content-type", (content_type or DEFAULT_CONTENT_TYPE).encode())]
+        for replica in entity.replicas:
+            with self._routes.using(replica.replica_id):
+                try:
+                    response = await self._pool.send(
+                        replica.address, "POST", "/invocations", headers, body, timeout=timeout
+                    )
+                    async with response:
+                        yield AnswerHead(response.status, _content_type(response), entity.name)
+                        async for piece in response:
+                            yield piece
+                except ConnectFailed:
+                    continue  # nothing was sent
+                except HttpTimeout:
+                    raise DeadlineExceeded(f"Served entity '{entity.name}' did not answer in time.") from None
+                except HttpError:
+                    raise ModelServerFailed(entity.name) from None
+                except ValueError:
+                    raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
+            return
+        raise NotReady(name, [entity.name])
+
+
+def _chosen(routes: EndpointRoutes, entity_name: str) -> EntityRoutes | None:
+    if not routes.entities:
+        raise NotDeployed
+    if not entity_name:
+        return routes.pick()
+    for entity in routes.entities:
+        if entity.name == entity_name:
+            return entity
+    raise NotDeployed
+
+
+def _content_type(response: HttpResponse) -> str:
+    found = [value for name, value in response.headers if name == b"content-type"]
+    return found[0].decode("latin-1") if found else DEFAULT_CONTENT_TYPE

@@ -1,0 +1,179 @@
+"""The program that talks to the MLflow registry, so that the service itself never has to import mlflow.
+
+One JSON request per line comes in on standard input, one JSON answer per line goes out, in the order in which they are
+done; `id` pairs them. It ends when its input closes, whatever is still under way. Requests:
+
+    {"id": 1, "op": "describe", "name": ..., "version": ...}
+    {"id": 2, "op": "fetch", "name": ..., "version": ..., "destination": <an empty folder>}
+
+Answers are `{"id", "source", "created_at"}`, for a fetch with `path`, the model's folder within the destination; or
+`{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `unusable` (the registry's
+address or state is wrong) or `unreachable` (a retry may help).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sqlite3
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import unquote, urlsplit
+
+WORKERS = 4
+_MESSAGE_LENGTH = 500
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+_TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+
+
+class Missing(Exception):
+    """There is no such model version."""
+
+
+class Unusable(Exception):
+    """The registry cannot be used at its address."""
+
+
+class Registry:
+    """The registry at one address."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+        self._opening = threading.Lock()
+        self._client: Any = None
+
+    def warm(self) -> None:
+        """Pays for the imports before anybody waits for them."""
+        import mlflow
+        import mlflow.artifacts
+        import mlflow.store.model_registry.sqlalchemy_store
+
+        assert mlflow
+
+    def describe(self, name: str, version: str) -> dict[str, Any]:
+        """What tells this version from a later one with the same name and number."""
+        found = self._opened().get_model_version(name, version)
+        return {"source": str(found.source), "created_at": int(found.creation_timestamp)}
+
+    def fetch(self, name: str, version: str, destination: str) -> dict[str, Any]:
+        """Downloads the version's files into the folder `destination`."""
+        import mlflow.artifacts
+
+        described = self.describe(name, version)
+        location = self._opened().get_model_version_download_uri(name, version)
+        path = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
+        if not Path(path).is_relative_to(destination):
+            raise Unusable(f"version {version} of model '{name}' was not copied but found at another place")
+        return {**described, "path": str(path)}
+
+    def _opened(self) -> Any:
+        self._check_sqlite()
+        with self._opening:
+            if self._client is None:
+                import mlflow
+
+                mlflow.set_registry_uri(self._uri)
+                # Since MLflow 3 the files of a model are found by way of the tracking store.
+                mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or self._uri)
+                self._client = mlflow.MlflowClient()
+            return self._client
+
+    def _check_sqlite(self) -> None:
+        """A database that is not there yet, or that MLflow is creating just now, holds no models.
+
+        MLflow would create it on first sight, and two programs that do so at once spoil each other's work.
+        """
+        if self._client is not None or not self._uri.startswith("sqlite:///"):
+            return
+        path = Path(unquote(urlsplit(self._uri).path.removeprefix("/")))
+        if not path.exists():
+            raise Missing
+        try:
+            with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)) as connection:
+                if connection.execute("SELECT 1 FROM alembic_version").fetchone() is None:
+                    raise Missing
+        except sqlite3.OperationalError:  # no such table yet
+            raise Missing from None
+        except sqlite3.DatabaseError as error:
+            raise Unusable(f"{path} is no database of MLflow ({error})") from None
+
+
+def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request; never raises."""
+    try:
+        arguments = (request["name"], request["version"])
+        if request["op"] == "fetch":
+            answer = registry.fetch(*arguments, request["destination"])
+        else:
+            answer = registry.describe(*arguments)
+    except Exception as error:
+        answer = {"error": kind_of(error), "message": _first_line(error)}
+    return {"id": request["id"], **answer}
+
+
+def kind_of(error: Exception) -> str:
+    """What a failure means to the service: `missing`, `unusable` or `unreachable`."""
+    if isinstance(error, Missing):
+        return "missing"
+    if isinstance(error, Unusable):
+        return "unusable"
+    code = getattr(error, "error_code", None)  # of MLflow's own exceptions
+    if type(error).__name__.startswith("Unsupported"):  # an address that MLflow cannot read; its code says bad value
+        return "unusable"
+    if code in _MISSING:
+        return "missing"
+    return "unreachable" if code in _TRANSIENT or _is_connection_lost(error) else "unusable"
+
+
+def _is_connection_lost(error: BaseException | None) -> bool:
+    """Whether the network is behind a failure; MLflow and its libraries wrap what happened in their own exceptions."""
+    while error is not None:
+        if type(error).__name__ == "OperationalError":  # of SQLAlchemy: a database server that does not answer
+            return True
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError | PermissionError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"[:_MESSAGE_LENGTH] if text else type(error).__name__
+
+
+def serve(registry: Registry, requests: TextIO, answers: TextIO) -> None:
+    """Answers until `requests` closes."""
+    writing = threading.Lock()
+
+    def handle(request: dict[str, Any]) -> None:
+        line = json.dumps(answer_to(registry, request))
+        with writing:
+            answers.write(line + "\n")
+            answers.flush()
+
+    with ThreadPoolExecutor(WORKERS) as workers:
+        workers.submit(registry.warm)
+        for line in requests:
+            workers.submit(handle, json.loads(line))
+        # The service is gone or done with us: a download that nobody waits for must not keep the process.
+        os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m serving_service.registry_helper", description=__doc__)
+    parser.parse_args()
+    # The address may hold a password, so it comes as the first line and never as an argument.
+    uri = json.loads(sys.stdin.readline())["registry"]
+    answers = os.fdopen(os.dup(1), "w")
+    # Libraries print; what they print must not get between the answers.
+    os.dup2(2, 1)
+    serve(Registry(uri), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

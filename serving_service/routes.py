@@ -1,0 +1,283 @@
+"""The table by which gateways, and our own Query, find replicas: who has which revision, and when a replica is unused.
+
+A change reaches every stream; a gateway that does not follow it in time is cut off, so that nobody waits for it and it
+starts again from a whole table. A replica that left the table is drained when every gateway follows a table without it
+and reports no more requests on it. A gateway that went away, and every gateway when we have just started, gets the same
+time to come back and report before its silence counts as "none".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from servicekit.errors import Unavailable
+from tessera.serving.v1 import serving_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+LOAD_SECONDS = 10.0
+"""How long a query waits for the table when the service has just started."""
+
+
+@dataclass(frozen=True)
+class ReplicaAddress:
+    """Where one replica listens."""
+
+    replica_id: str
+    address: str
+
+
+@dataclass(frozen=True)
+class EntityRoutes:
+    """One served entity: its share of the requests in percent, and where it runs."""
+
+    name: str
+    percentage: int
+    replicas: tuple[ReplicaAddress, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointRoutes:
+    """How one endpoint is reached; no entities before the first deployment."""
+
+    endpoint_id: str
+    name: str
+    creator_id: str
+    entities: tuple[EntityRoutes, ...]
+
+    @property
+    def replica_ids(self) -> frozenset[str]:
+        return frozenset(replica.replica_id for entity in self.entities for replica in entity.replicas)
+
+    def pick(self) -> EntityRoutes | None:
+        """An entity by its share of the requests, among those that can answer; None when there is none."""
+        able = [entity for entity in self.entities if entity.replicas and entity.percentage]
+        weights = [entity.percentage for entity in able]
+        return random.choices(able, weights)[0] if able else None  # noqa: S311 (a split, not a secret)
+
+
+@dataclass(eq=False)
+class _Stream:
+    """One gateway's stream: what it still has to be told, and what it told us."""
+
+    acknowledged: int = 0
+    retired: dict[str, int] = field(default_factory=dict)
+    is_complete_due: bool = True
+    changed: set[str] = field(default_factory=set)
+    is_over: bool = False
+    is_waiting: bool = False
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[Any] | None = None
+
+    async def wait(self) -> None:
+        self.is_waiting = True
+        await self.woken.wait()
+        self.is_waiting = False
+
+    def end(self) -> None:
+        self.is_over = True
+        self.woken.set()
+
+    def cut(self) -> None:
+        self.end()
+        if self.task is not None and not self.is_waiting:
+            self.task.cancel()  # it hangs in a send to a gateway that does not read
+
+
+class RouteTable:
+    """All routes, for the life of the service. Lives on one event loop."""
+
+    def __init__(self, *, ack_seconds: float) -> None:
+        self._ack_seconds = ack_seconds
+        self._endpoints: dict[str, EndpointRoutes] = {}
+        self._by_name: dict[str, EndpointRoutes] = {}
+        self._revision = 1
+        self._left: dict[str, int] = {}
+        self._streams: set[_Stream] = set()
+        self._absent: set[object] = set()
+        self._in_flight: Counter[str] = Counter()
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._loaded = asyncio.Event()
+        self.on_demand: Callable[[str], None] = lambda endpoint_id: None
+        """Called with an endpoint's id when a gateway asks for an entity without a replica."""
+
+    async def run(self) -> None:
+        """Ends every stream when cancelled, so that the service does not wait for gateways when it stops."""
+        self._expect_return()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for stream in list(self._streams):
+                stream.cut()
+
+    def loaded(self) -> None:
+        """Says that the table is whole; no stream is served before."""
+        self._loaded.set()
+
+    def publish(self, routes: EndpointRoutes) -> None:
+        """Puts an endpoint's routes in place of its older ones."""
+        if self._endpoints.get(routes.endpoint_id) == routes:
+            return
+        self._change(routes.endpoint_id, routes)
+
+    def remove(self, endpoint_id: str) -> None:
+        """Takes an endpoint out of the table."""
+        if endpoint_id in self._endpoints:
+            self._change(endpoint_id, None)
+
+    async def acknowledged(self) -> None:
+        """Returns when every gateway with a live stream follows the table as it is now, or was cut off."""
+        revision = self._revision
+        await self._until(lambda: all(stream.acknowledged >= revision for stream in self._streams))
+
+    async def drained(self, replica_id: str, *, timeout: float) -> None:
+        """Returns when nobody uses a replica that has left the table, or after `timeout` seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._until(lambda: self._is_unused(replica_id))
+        self._left.pop(replica_id, None)
+
+    async def find(self, name: str) -> EndpointRoutes | None:
+        """The routes of the endpoint of that name; raises Unavailable when the table is not whole in time."""
+        try:
+            async with asyncio.timeout(LOAD_SECONDS):
+                await self._loaded.wait()
+        except TimeoutError:
+            raise Unavailable("The Serving service is still starting. Try again.", retry_after=1) from None
+        return self._by_name.get(name)
+
+    @contextlib.contextmanager
+    def using(self, replica_id: str) -> Iterator[None]:
+        """Counts a request of our own that is in flight on a replica."""
+        self._in_flight[replica_id] += 1
+        try:
+            yield
+        finally:
+            self._in_flight[replica_id] -= 1
+            if not self._in_flight[replica_id]:
+                del self._in_flight[replica_id]
+                self._notify()
+
+    async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncIterator[pb.RouteTable]:
+        """Serves one gateway: tables out, reports in, until either side ends."""
+        await self._loaded.wait()
+        stream = _Stream(task=asyncio.current_task())
+        reading = asyncio.create_task(self._read(stream, reports), name="route reports")
+        self._streams.add(stream)
+        self._expect_acknowledgement(stream)
+        try:
+            yield self._next(stream)
+            while True:
+                await stream.wait()
+                if stream.is_over:
+                    return
+                yield self._next(stream)
+        finally:
+            reading.cancel()
+            self._streams.discard(stream)
+            self._expect_return()
+
+    async def _read(self, stream: _Stream, reports: AsyncIterator[pb.RouteReport]) -> None:
+        try:
+            async for report in reports:
+                stream.acknowledged = max(stream.acknowledged, report.acknowledged_revision)
+                stream.retired = {load.replica_id: load.in_flight for load in report.retired}
+                for demand in report.demand:
+                    self.on_demand(demand.endpoint_id)
+                self._notify()
+        finally:
+            stream.end()
+
+    def _change(self, endpoint_id: str, routes: EndpointRoutes | None) -> None:
+        self._revision += 1
+        before = self._endpoints.pop(endpoint_id, None)
+        if before is not None and self._by_name.get(before.name) is before:
+            del self._by_name[before.name]
+        if routes is not None:
+            self._endpoints[endpoint_id] = self._by_name[routes.name] = routes
+        left = (before.replica_ids if before else frozenset()) - (routes.replica_ids if routes else frozenset())
+        self._left.update(dict.fromkeys(left, self._revision))
+        for stream in self._streams:
+            stream.changed.add(endpoint_id)
+            stream.woken.set()
+            self._expect_acknowledgement(stream)
+
+    def _next(self, stream: _Stream) -> pb.RouteTable:
+        """What the stream is to be told now: all that changed since the last time."""
+        stream.woken.clear()
+        changed = set(self._endpoints) if stream.is_complete_due else stream.changed
+        table = pb.RouteTable(
+            revision=self._revision,
+            complete=stream.is_complete_due,
+            endpoints=[_message(self._endpoints[each]) for each in sorted(changed) if each in self._endpoints],
+            removed_endpoint_ids=sorted(changed - set(self._endpoints)),
+        )
+        stream.is_complete_due, stream.changed = False, set()
+        return table
+
+    def _expect_acknowledgement(self, stream: _Stream) -> None:
+        asyncio.get_running_loop().call_later(self._ack_seconds, self._cut_if_behind, stream, self._revision)
+
+    def _cut_if_behind(self, stream: _Stream, revision: int) -> None:
+        if stream in self._streams and stream.acknowledged < revision:
+            log.warning("gateway does not follow the routes and is cut off", extra={"revision": revision})
+            stream.cut()
+
+    def _expect_return(self) -> None:
+        """Gives a gateway that we do not hear from time to come back before its requests count as ended."""
+        absence = object()
+        self._absent.add(absence)
+        self._notify()
+
+        def over() -> None:
+            self._absent.discard(absence)
+            self._notify()
+
+        asyncio.get_running_loop().call_later(self._ack_seconds, over)
+
+    def _is_unused(self, replica_id: str) -> bool:
+        revision = self._left.get(replica_id, 1)
+        return (
+            not self._absent
+            and not self._in_flight[replica_id]
+            and all(stream.acknowledged >= revision and not stream.retired.get(replica_id) for stream in self._streams)
+        )
+
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.add(waiter)
+            try:
+                await waiter
+            finally:
+                self._waiters.discard(waiter)
+
+    def _notify(self) -> None:
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+
+def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
+    return pb.EndpointRoutes(
+        endpoint_id=routes.endpoint_id,
+        name=routes.name,
+        creator_id=routes.creator_id,
+        entities=[
+            pb.EntityRoutes(
+                name=entity.name,
+                traffic_percentage=entity.percentage,
+                replicas=[
+                    pb.ReplicaRoute(replica_id=each.replica_id, address=each.address) for each in entity.replicas
+                ],
+            )
+            for entity in routes.entities
+        ],
+    )

@@ -1,0 +1,109 @@
+"""Messages to calls and back; no decisions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from google.api.httpbody_pb2 import HttpBody
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from servicekit.context import current_caller
+from serving_service import messages
+from serving_service.endpoints import Endpoints
+from serving_service.query import AnswerHead, Queries
+from serving_service.routes import RouteTable
+from tessera.serving.v1 import serving_pb2 as pb
+
+Call = grpc.aio.ServicerContext[Any, Any]
+
+
+class ServingEndpointsServicer:
+    """tessera.serving.v1.ServingEndpoints."""
+
+    def __init__(self, endpoints: Endpoints, queries: Queries) -> None:
+        self._endpoints = endpoints
+        self._queries = queries
+
+    async def CreateServingEndpoint(
+        self, request: pb.CreateServingEndpointRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return messages.detailed(await self._endpoints.create(request, caller=current_caller()))
+
+    async def GetServingEndpoint(self, request: pb.GetServingEndpointRequest, call: Call) -> pb.ServingEndpointDetailed:
+        return messages.detailed(await self._endpoints.get(request.name, caller=current_caller()))
+
+    async def ListServingEndpoints(
+        self, request: pb.ListServingEndpointsRequest, call: Call
+    ) -> pb.ListServingEndpointsResponse:
+        views = await self._endpoints.list_visible(caller=current_caller())
+        return pb.ListServingEndpointsResponse(endpoints=map(messages.summary, views))
+
+    async def DeleteServingEndpoint(
+        self, request: pb.DeleteServingEndpointRequest, call: Call
+    ) -> pb.DeleteServingEndpointResponse:
+        await self._endpoints.delete(request.name, caller=current_caller())
+        return pb.DeleteServingEndpointResponse()
+
+    async def UpdateServingEndpointConfig(
+        self, request: pb.UpdateServingEndpointConfigRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        config = pb.EndpointCoreConfigInput(
+            served_entities=request.served_entities,
+            traffic_config=request.traffic_config,
+            auto_capture_config=request.auto_capture_config,
+        )
+        return messages.detailed(await self._endpoints.update_config(request.name, config, caller=current_caller()))
+
+    async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
+        logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())
+        return pb.ServedModelLogs(logs=logs)
+
+    async def GetServedModelBuildLogs(
+        self, request: pb.GetServedModelBuildLogsRequest, call: Call
+    ) -> pb.ServedModelLogs:
+        version = request.config_version if request.HasField("config_version") else None
+        logs = await self._endpoints.build_logs(
+            request.name, request.served_model_name, version, caller=current_caller()
+        )
+        return pb.ServedModelLogs(logs=logs)
+
+    async def Query(self, request: pb.QueryRequest, call: Call) -> AsyncIterator[HttpBody]:
+        answer = self._queries.query(
+            request.name,
+            request.served_entity_name,
+            request.body.content_type,
+            request.body.data,
+            caller=current_caller(),
+            timeout=call.time_remaining(),
+        )
+        first: HttpBody | None = None
+        async for part in answer:
+            if isinstance(part, AnswerHead):
+                first = _first_message(part)
+            elif first is not None:
+                first.data = part
+                yield first
+                first = None
+            else:
+                yield HttpBody(data=part)
+        if first is not None:
+            yield first
+
+
+class RoutesServicer:
+    """tessera.serving.v1.Routes."""
+
+    def __init__(self, routes: RouteTable) -> None:
+        self._routes = routes
+
+    async def Watch(self, reports: AsyncIterator[pb.RouteReport], call: Call) -> AsyncIterator[pb.RouteTable]:
+        async for table in self._routes.watch(reports):
+            yield table
+
+
+def _first_message(head: AnswerHead) -> HttpBody:
+    extension = AnyMessage()
+    extension.Pack(pb.QueryHead(status=head.status, served_entity_name=head.entity))
+    return HttpBody(content_type=head.content_type, extensions=[extension])

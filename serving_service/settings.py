@@ -1,0 +1,83 @@
+"""What can be configured about Serving. The only place of this service that looks at the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from servicekit import settings
+from servicekit.settings import setting
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingSettings(settings.ServiceSettings):
+    """The settings of the Serving service."""
+
+    listen: str = setting(
+        "TESSERA_SERVING_LISTEN",
+        settings.address,
+        default="127.0.0.1:8082",
+        help="Where the public gRPC API listens: host:port.",
+    )
+    model_registry: str | None = setting(
+        "TESSERA_MODEL_REGISTRY",
+        str,
+        default=None,
+        help="URI of the MLflow registry that models come from. Not set: the one in the data directory.",
+    )
+    supervisor_lock: Path | None = setting(
+        "TESSERA_SUPERVISOR_LOCK",
+        settings.directory,
+        default=None,
+        help="File that the supervisor keeps locked; replicas end when it is gone. Not set: nobody supervises them.",
+    )
+    reflection: bool | None = setting(
+        "TESSERA_REFLECTION",
+        settings.boolean,
+        default=None,
+        help="Whether callers with a token may read the API's descriptors. Not set: only on a loopback address.",
+    )
+    inference_deadline: float = setting(
+        "TESSERA_INFERENCE_DEADLINE_SECONDS",
+        settings.seconds,
+        default=597.0,
+        help="Seconds that a model has for one request.",
+    )
+    deploy_deadline: float = setting(
+        "TESSERA_DEPLOY_DEADLINE_SECONDS",
+        settings.seconds,
+        default=1800.0,
+        help="Seconds until a configuration that is still not ready counts as failed.",
+    )
+    route_ack_seconds: float = setting(
+        "TESSERA_ROUTE_ACK_SECONDS",
+        settings.seconds,
+        default=5.0,
+        help="Seconds that a gateway has for following a change of the routes before it is cut off.",
+    )
+    stale_identity_seconds: float = setting(
+        "TESSERA_STALE_IDENTITY_SECONDS",
+        settings.seconds,
+        default=3600.0,
+        help="For how long a known caller may go on querying models while Secrets does not answer, in seconds.",
+    )
+
+    def __post_init__(self) -> None:
+        settings.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen, allowed=self.allow_plaintext)
+
+    @property
+    def registry_uri(self) -> str:
+        """The registry that models come from."""
+        return self.model_registry or f"sqlite:///{self.data_dir / 'registry.db'}"
+
+    @property
+    def has_reflection(self) -> bool:
+        """Whether the public listener offers reflection."""
+        return settings.is_loopback(self.listen) if self.reflection is None else self.reflection
+
+
+def own_environment() -> Mapping[str, str]:
+    """This process's environment, from which the launcher and the registry helper each take their allowed part."""
+    return os.environ

@@ -1,0 +1,211 @@
+"""All SQL of this service: functions of a connection, handed to `Database.read` and `Database.write`.
+
+Each function that changes something checks in the same transaction that the change still makes sense.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import Any
+
+import orjson
+
+from serving_service.errors import EndpointExists, TooManyEndpoints, UpdateInProgress
+from serving_service.model import (
+    ConfigUpdate,
+    Deployment,
+    Endpoint,
+    EndpointConfig,
+    EntityState,
+    ModelVersion,
+    ReplicaRecord,
+    Route,
+    ServedEntity,
+)
+
+MAX_ENDPOINTS = 1_000
+
+_COLUMNS = (
+    "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
+    "pending_version, config_update, failures, is_deleted"
+)
+
+
+def add_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+    """Adds a new endpoint, with its pending configuration if it has one; raises EndpointExists, TooManyEndpoints."""
+    if connection.execute("SELECT 1 FROM endpoints WHERE name = ? AND NOT is_deleted", (endpoint.name,)).fetchone():
+        raise EndpointExists(endpoint.name)
+    if connection.execute("SELECT count(*) FROM endpoints WHERE NOT is_deleted").fetchone()[0] >= MAX_ENDPOINTS:
+        raise TooManyEndpoints(MAX_ENDPOINTS)
+    connection.execute(
+        f"INSERT INTO endpoints ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0)",  # noqa: S608
+        (
+            endpoint.id,
+            endpoint.name,
+            endpoint.creator_id,
+            endpoint.creator,
+            endpoint.description,
+            _json(endpoint.tags),
+            endpoint.created_at,
+            endpoint.updated_at,
+            endpoint.latest_version,
+            endpoint.pending.version if endpoint.pending else None,
+            endpoint.config_update,
+        ),
+    )
+    if endpoint.pending:
+        _add_config(connection, endpoint.id, endpoint.pending)
+
+
+def propose_config(connection: sqlite3.Connection, seen: Endpoint, config: EndpointConfig) -> None:
+    """Makes `config` the pending one of the endpoint that was seen as `seen`.
+
+    Raises UpdateInProgress when it is being updated, or was since: what was checked against `seen` no longer holds.
+    """
+    changed = connection.execute(
+        "UPDATE endpoints SET latest_version = ?, pending_version = ?, updated_at = ?, config_update = 'IN_PROGRESS', "
+        "failures = '{}' WHERE id = ? AND NOT is_deleted AND latest_version = ? AND config_update != 'IN_PROGRESS'",
+        (config.version, config.version, config.created_at, seen.id, seen.latest_version),
+    )
+    if not changed.rowcount:
+        raise UpdateInProgress(seen.name)
+    _add_config(connection, seen.id, config)
+    _drop_old_configs(connection, seen.id)
+
+
+def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> bool:
+    """Makes the pending version the active one; False when it is no longer the pending one."""
+    changed = connection.execute(
+        "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING' "
+        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        (version, endpoint_id, version),
+    )
+    _drop_old_configs(connection, endpoint_id)
+    return changed.rowcount == 1
+
+
+def fail_update(
+    connection: sqlite3.Connection, endpoint_id: str, version: int, failures: dict[str, EntityState]
+) -> None:
+    """Records that the pending version could not be deployed, and how each of its entities ended."""
+    connection.execute(
+        "UPDATE endpoints SET config_update = 'UPDATE_FAILED', failures = ? "
+        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS'",
+        (_json({name: [state.deployment, state.message] for name, state in failures.items()}), endpoint_id, version),
+    )
+
+
+def mark_deleted(connection: sqlite3.Connection, endpoint_id: str) -> bool:
+    """Frees the endpoint's name; False when it was deleted before."""
+    changed = connection.execute("UPDATE endpoints SET is_deleted = 1 WHERE id = ? AND NOT is_deleted", (endpoint_id,))
+    return changed.rowcount == 1
+
+
+def purge(connection: sqlite3.Connection, endpoint_id: str) -> None:
+    """Removes what is left of a deleted endpoint."""
+    connection.execute("DELETE FROM endpoints WHERE id = ? AND is_deleted", (endpoint_id,))
+
+
+def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None:
+    """The endpoint of that name that is not deleted."""
+    return _first(_endpoints(connection, "name = ? AND NOT is_deleted", name))
+
+
+def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
+    """The endpoint with that id, deleted or not."""
+    return _first(_endpoints(connection, "id = ?", endpoint_id))
+
+
+def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
+    """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
+    return list(_endpoints(connection, "NOT is_deleted OR ?", deleted))
+
+
+def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:
+    """Records that a replica is about to be started."""
+    connection.execute(
+        "INSERT INTO replicas (id, endpoint_id, version, entity) VALUES (?, ?, ?, ?)",
+        (replica.id, replica.endpoint_id, replica.version, replica.entity),
+    )
+
+
+def remove_replica(connection: sqlite3.Connection, replica_id: str) -> None:
+    """Records that nothing is left of a replica."""
+    connection.execute("DELETE FROM replicas WHERE id = ?", (replica_id,))
+
+
+def all_replicas(connection: sqlite3.Connection) -> list[ReplicaRecord]:
+    """Every recorded replica, the oldest first."""
+    rows = connection.execute("SELECT id, endpoint_id, version, entity FROM replicas ORDER BY rowid")
+    return [ReplicaRecord(*row) for row in rows]
+
+
+def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) -> Iterable[Endpoint]:
+    # The statement is made of constants of this module only; what callers say is bound.
+    query = f"SELECT {_COLUMNS} FROM endpoints WHERE {condition} ORDER BY name"  # noqa: S608
+    for row in connection.execute(query, (argument,)).fetchall():
+        (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
+        (latest, active, pending, config_update, failures, is_deleted) = row[8:]
+        configs = _configs(connection, id_)
+        yield Endpoint(
+            id=id_,
+            name=name,
+            creator_id=creator_id,
+            creator=creator,
+            description=description,
+            tags=tuple((key, value) for key, value in orjson.loads(tags)),
+            created_at=created_at,
+            updated_at=updated_at,
+            latest_version=latest,
+            active=configs.get(active),
+            pending=configs.get(pending),
+            config_update=ConfigUpdate(config_update),
+            failures={
+                entity: EntityState(Deployment(deployment), message)
+                for entity, (deployment, message) in orjson.loads(failures).items()
+            },
+            is_deleted=bool(is_deleted),
+        )
+
+
+def _configs(connection: sqlite3.Connection, endpoint_id: str) -> dict[int | None, EndpointConfig]:
+    rows = connection.execute(
+        "SELECT version, created_at, content FROM configs WHERE endpoint_id = ?", (endpoint_id,)
+    ).fetchall()
+    return {version: _config(version, created_at, orjson.loads(content)) for version, created_at, content in rows}
+
+
+def _config(version: int, created_at: int, content: dict[str, Any]) -> EndpointConfig:
+    return EndpointConfig(
+        version=version,
+        created_at=created_at,
+        entities=tuple(
+            ServedEntity(**{**entity, "model": ModelVersion(**entity["model"])}) for entity in content["entities"]
+        ),
+        routes=tuple(Route(**route) for route in content["routes"]),
+    )
+
+
+def _add_config(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+    connection.execute(
+        "INSERT INTO configs (endpoint_id, version, created_at, content) VALUES (?, ?, ?, ?)",
+        (endpoint_id, config.version, config.created_at, _json({"entities": config.entities, "routes": config.routes})),
+    )
+
+
+def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
+    connection.execute(
+        "DELETE FROM configs WHERE endpoint_id = ?1 AND version NOT IN "
+        "(SELECT coalesce(active_version, 0) FROM endpoints WHERE id = ?1 UNION ALL "
+        "SELECT coalesce(pending_version, 0) FROM endpoints WHERE id = ?1)",
+        (endpoint_id,),
+    )
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _first(endpoints: Iterable[Endpoint]) -> Endpoint | None:
+    return next(iter(endpoints), None)
