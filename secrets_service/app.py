@@ -1,0 +1,89 @@
+"""The one page where the Secrets service is wired."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from importlib import resources
+
+from secrets_service import foundation
+from secrets_service.admin import AdminToken
+from secrets_service.authority import Authority, by_own_token
+from secrets_service.identity_servicer import AuthorityServicer, ScimServicer, TokensServicer
+from secrets_service.principals import Tokens, Users
+from secrets_service.resolver import SecretResolution
+from secrets_service.scopes import SecretScopes
+from secrets_service.servicer import SecretResolverServicer, SecretsServicer
+from secrets_service.settings import SecretsSettings
+from servicekit import database, grpc_server, sockets
+from servicekit.grpc_server import Listener
+from servicekit.identity import AssertionVerifier, by_assertion
+from tessera.identity.v1 import identity_pb2
+from tessera.secrets.v1 import secrets_pb2
+
+MIGRATIONS = resources.files("secrets_service") / "migrations"
+
+MESSAGE_LIMIT = 4 * 1024 * 1024
+"""Bytes of a message: an answer of Resolve is the largest. Values have a limit of their own."""
+
+PEERS = ("gateway", "serving", "operator")
+"""Who may call over a socket of its own; the operator is the person who runs this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The service while it runs."""
+
+    address: str
+    """`host:port` of the public listener, with the port that the system chose."""
+
+
+@asynccontextmanager
+async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.time) -> AsyncIterator[Running]:
+    """The whole service: entering opens it, leaving drains and closes it. Raises StartError.
+
+    `now` tells Unix seconds.
+    """
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        opened = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
+        base = await foundation.opened(settings, opened, now)
+        authority = Authority(
+            opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
+        )
+        scopes = SecretScopes(opened, base.cipher, now)
+        resolution = SecretResolution(opened, base.cipher)
+        users = Users(opened)
+        tokens = Tokens(opened, base.token_mac, now=now, forget=authority.forget)
+        admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now=now, forget=authority.forget)
+        by_peer = by_assertion(AssertionVerifier(authority.public_keys))
+        listeners = [
+            Listener(address=settings.listen, identify=by_own_token(authority), reflection=settings.offers_reflection),
+            *(
+                Listener(
+                    address=sockets.socket_address(settings.sockets, callee="secrets", caller=peer),
+                    identify=by_peer,
+                    peer=peer,
+                )
+                for peer in PEERS
+            ),
+        ]
+        secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
+        identity_services = identity_pb2.DESCRIPTOR.services_by_name
+        addresses = await stack.enter_async_context(
+            grpc_server.serving(
+                listeners,
+                services=[
+                    (secrets_services["Secrets"], SecretsServicer(scopes)),
+                    (secrets_services["SecretResolver"], SecretResolverServicer(resolution)),
+                    (identity_services["Scim"], ScimServicer(users)),
+                    (identity_services["Tokens"], TokensServicer(tokens)),
+                    (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
+                ],
+                readiness={"database": opened.ping},
+                message_limit=MESSAGE_LIMIT,
+            )
+        )
+        yield Running(addresses[0])

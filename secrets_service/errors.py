@@ -1,0 +1,164 @@
+"""What callers of this service can meet, with the documented texts. No text holds a value, a key or a token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import grpc
+
+from secrets_service.model import Permission
+from servicekit.errors import (
+    AlreadyExists,
+    DataLoss,
+    InvalidParameter,
+    LimitExceeded,
+    MalformedRequest,
+    NotFound,
+    PermissionDenied,
+    ServiceError,
+)
+
+
+class ScopeExists(AlreadyExists):
+    """The scope's name is taken, in some letter case."""
+
+    http_status = 400  # clients expect it here and nowhere else
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"Scope {scope} already exists!")
+
+
+class ScopeNotFound(NotFound):
+    """There is no such scope. Scope names are public, so everybody is told."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(f"Scope {scope} does not exist!")
+
+
+class SecretNotFound(NotFound):
+    """There is no such key; told only to those who may list the keys, or may write them."""
+
+    def __init__(self, scope: str, key: str) -> None:
+        super().__init__(f"Secret does not exist with scope: {scope} and key: {key}")
+
+
+class AclNotFound(NotFound):
+    """Nothing is granted to that principal itself."""
+
+    def __init__(self, scope: str, principal: str) -> None:
+        super().__init__(f"Nothing is granted to {principal} on scope {scope}.")
+
+
+class ScopePermissionDenied(PermissionDenied):
+    """The caller has too little permission on the scope."""
+
+    def __init__(self, user: str, permission: Permission, scope: str) -> None:
+        super().__init__(f"User {user} does not have {permission.name} permission on scope {scope}")
+
+
+class AdminsOnly(PermissionDenied):
+    """Only members of `admins` may do this."""
+
+    def __init__(self, action: str) -> None:
+        super().__init__(f"Only admins may {action}. Ask a member of the group admins.")
+
+
+class ValueNotGiven(MalformedRequest):
+    """A put without a value."""
+
+    def __init__(self) -> None:
+        super().__init__("Exactly one of string_value and bytes_value is required; neither was given.")
+
+
+class ValueTooLong(InvalidParameter):
+    """A value beyond the limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The secret value is longer than {limit} bytes, which is the limit.")
+
+
+class TooManyScopes(LimitExceeded):
+    """The workspace is full."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There are {limit} scopes already, which is the limit. Delete one first.")
+
+
+class TooManySecrets(LimitExceeded):
+    """The scope is full."""
+
+    def __init__(self, scope: str, limit: int) -> None:
+        super().__init__(f"Scope {scope} holds {limit} secrets already, which is the limit. Delete one first.")
+
+
+class TooManyAcls(LimitExceeded):
+    """The scope's access control list is full."""
+
+    def __init__(self, scope: str, limit: int) -> None:
+        super().__init__(f"Scope {scope} has {limit} ACLs already, which is the limit. Grant to a group instead.")
+
+
+class ValuesTooLong(LimitExceeded):
+    """The values for one launch do not fit into an environment."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"The values for this launch are longer than {limit} bytes together, which is the limit.")
+
+
+class UnknownPrincipal(InvalidParameter):
+    """A permission or a token for somebody who does not exist."""
+
+    def __init__(self, field: str, principal: str) -> None:
+        super().__init__(f"{field}: there is no user or group named {principal}.")
+
+
+class SecretDamaged(DataLoss):
+    """A stored value does not open at its own place."""
+
+    def __init__(self, scope: str, key: str) -> None:
+        super().__init__(
+            f"The stored value of key {key} in scope {scope} failed its integrity check and was not used. Put it again."
+        )
+
+
+class UserNotFound(NotFound):
+    """There is no user of that id."""
+
+    def __init__(self, user_id: str) -> None:
+        super().__init__(f"User {user_id} does not exist.")
+
+
+class UserExists(AlreadyExists):
+    """The name belongs to another user, or to a group: ACLs name both in one field."""
+
+    facts: ClassVar[Mapping[str, str]] = {"scim_type": "uniqueness"}
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"A user or group named {name} already exists.")
+
+
+class InvalidFilter(InvalidParameter):
+    """A SCIM filter that is not understood."""
+
+    facts: ClassVar[Mapping[str, str]] = {"scim_type": "invalidFilter"}
+
+    def __init__(self) -> None:
+        super().__init__('filter: only userName eq "..." is understood.')
+
+
+class TokenNotFound(NotFound):
+    """The caller has no token of that id."""
+
+    def __init__(self, token_id: str) -> None:
+        super().__init__(f"Token {token_id} does not exist.")
+
+
+class TooManyTokens(ServiceError):
+    """The principal owns as many tokens as it may."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"There are {limit} tokens of this user already, which is the limit. Delete one first.")

@@ -1,0 +1,223 @@
+"""What the Secrets service knows: frozen records without behaviour, free of gRPC and SQL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from typing import NoReturn
+
+from servicekit.context import ADMINS
+
+USERS = "users"
+
+
+class SecretBytes:
+    """Bytes that nobody may read by accident: only `reveal()` gives them, and no text form shows them."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, value: bytes) -> None:
+        self._bytes = value
+
+    def reveal(self) -> bytes:
+        """The bytes themselves: for sealing, and for the one answer that is meant to hold them."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def __repr__(self) -> str:
+        return "SecretBytes(***)"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret value is not pickled")
+
+
+class Permission(IntEnum):
+    """Levels of an ACL; each includes those below it."""
+
+    READ = 1
+    WRITE = 2
+    MANAGE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """A scope; `uuid` binds its ciphertexts, so that a scope made anew under an old name opens none of them."""
+
+    id: int
+    uuid: bytes
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What decides about a principal in one scope: its groups, and what was granted to it or to one of them."""
+
+    groups: frozenset[str]
+    granted: tuple[Permission, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SecretInfo:
+    """A secret without its value; the time is in Unix milliseconds."""
+
+    key: str
+    updated_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSecret:
+    """A secret as it is stored."""
+
+    key: str
+    version: int
+    record: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A permission on a scope, granted to the principal of that name."""
+
+    principal: str
+    permission: Permission
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of users."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Email:
+    """An e-mail address of a user."""
+
+    type: str
+    value: str
+    is_primary: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """What an admin says about a new user."""
+
+    name: str
+    display_name: str = ""
+    given_name: str = ""
+    family_name: str = ""
+    emails: tuple[Email, ...] = ()
+    is_active: bool = True
+    external_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user; the id is never given to another principal."""
+
+    id: int
+    profile: Profile
+    groups: tuple[Group, ...]
+
+    @property
+    def is_admin(self) -> bool:
+        return any(group.name == ADMINS for group in self.groups)
+
+
+@dataclass(frozen=True, slots=True)
+class UserPage:
+    """Some of the users that match, and how many match in all; `start` is one-based."""
+
+    users: tuple[User, ...]
+    start: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """What is remembered about a token; times are in Unix milliseconds."""
+
+    id: str
+    created_ms: int
+    expires_ms: int
+    comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredToken:
+    """A token as it is stored, and whose it is."""
+
+    info: TokenInfo
+    mac: bytes = field(repr=False)
+    owner: User
+
+
+@dataclass(frozen=True, slots=True)
+class NewToken:
+    """A token that was just made, with the text that is shown once."""
+
+    info: TokenInfo
+    value: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What the first start decided for the life of the database."""
+
+    store_id: bytes
+    """Binds every ciphertext and every token to this database."""
+
+    workspace_id: str
+    """Sixteen decimal digits."""
+
+    key_check: bytes = field(repr=False)
+    """A sealed constant: the key that opens it is the key of this database."""
+
+    admin_id: int
+    """The user whose token stands in admin.token."""
+
+    admin_token_id: str
+    """The public id of that token."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSigningKey:
+    """The key that signs assertions, as it is stored."""
+
+    key_id: str
+    record: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The scope and key that an environment variable refers to."""
+
+    scope: str
+    key: str
+
+    @property
+    def folded(self) -> Reference:
+        """The same reference in the letter case that is looked up."""
+        return Reference(self.scope.lower(), self.key.lower())
+
+
+class FailureKind(StrEnum):
+    """Why a reference cannot be resolved; the names are those of the proto."""
+
+    SCOPE_MISSING = "SCOPE_MISSING"
+    KEY_MISSING = "KEY_MISSING"
+    NOT_PERMITTED = "NOT_PERMITTED"
+    CREATOR_INACTIVE = "CREATOR_INACTIVE"
+    NOT_TEXT = "NOT_TEXT"
+    DAMAGED = "DAMAGED"
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceFailure:
+    """A reference that cannot be resolved; `principal` is whose permission or account is missing."""
+
+    reference: Reference
+    kind: FailureKind
+    principal: str = ""

@@ -1,0 +1,161 @@
+"""Secret references on behalf of an endpoint: checked at create and update, resolved at launch.
+
+The rule: the endpoint's creator must have READ now, and the author of a change on what the change brings in. Whether a
+key exists, and whether its value fits an environment, is told only where those concerned may list the scope.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Sequence
+
+from secrets_service import access, names, store
+from secrets_service.cipher import Cipher, Damaged
+from secrets_service.errors import ValuesTooLong
+from secrets_service.model import FailureKind, Permission, Reference, ReferenceFailure, Scope, SecretBytes, User
+from secrets_service.scopes import place_of
+from servicekit.context import Principal
+from servicekit.database import Database
+from servicekit.errors import InvalidParameter
+
+log = logging.getLogger(__name__)
+
+LONGEST_VALUES = 1024 * 1024
+"""Bytes of all values of one launch together; also keeps an answer within a gRPC message."""
+
+
+class _Failed(Exception):
+    """A reference does not resolve."""
+
+    def __init__(self, *failures: ReferenceFailure) -> None:
+        super().__init__()
+        self.failures = failures
+
+
+class SecretResolution:
+    """What Serving may learn about secrets."""
+
+    def __init__(self, database: Database, cipher: Cipher) -> None:
+        self._database = database
+        self._cipher = cipher
+
+    async def check_references(
+        self, *, creator_id: str, references: Sequence[Reference], introduced: Sequence[Reference], author: Principal
+    ) -> list[ReferenceFailure]:
+        """Why references could not be resolved; empty when all can. `creator_id` may be empty: the author."""
+        brought_in = {_checked(reference).folded for reference in introduced}
+        if not brought_in <= {_checked(reference).folded for reference in references}:
+            raise InvalidParameter("introduced: holds a reference that is not among references.")
+
+        def check(connection: sqlite3.Connection) -> list[ReferenceFailure]:
+            creator = _user(connection, creator_id or author.id)
+            writer = _user(connection, author.id)
+            failures: list[ReferenceFailure] = []
+            for reference in references:
+                is_new = reference.folded in brought_in
+                readers = [creator, writer] if is_new and writer != creator else [creator]
+                try:
+                    self._resolved(connection, reference, readers=readers, told=writer)
+                except _Failed as failed:
+                    failures.extend(failed.failures)
+            return failures
+
+        return await self._database.read(check)
+
+    async def resolve(
+        self, *, endpoint_id: str, replica_id: str, creator_id: str, references: Sequence[Reference]
+    ) -> tuple[list[SecretBytes], list[ReferenceFailure]]:
+        """The values for one launch, one per reference; or none, and why."""
+        for reference in references:
+            _checked(reference)
+
+        def resolve(connection: sqlite3.Connection) -> tuple[list[SecretBytes], list[ReferenceFailure]]:
+            creator = _user(connection, creator_id)
+            values: list[SecretBytes] = []
+            failures: list[ReferenceFailure] = []
+            for reference in references:
+                try:
+                    value = self._resolved(connection, reference, readers=[creator], told=creator)
+                except _Failed as failed:
+                    failures.extend(failed.failures)
+                else:
+                    assert value is not None  # the creator is told everything about what it may read
+                    values.append(value)
+            return ([], failures) if failures else (values, [])
+
+        values, failures = await self._database.read(resolve)
+        log.info(
+            "secrets resolved" if not failures else "secrets not resolved",
+            extra={
+                "endpoint": endpoint_id[: names.LONGEST_TEXT],
+                "replica": replica_id[: names.LONGEST_TEXT],
+                "references": len(references),
+                "failures": len(failures),
+            },
+        )
+        if sum(len(value) for value in values) > LONGEST_VALUES:
+            raise ValuesTooLong(LONGEST_VALUES)
+        return values, failures
+
+    def _resolved(
+        self, connection: sqlite3.Connection, reference: Reference, *, readers: Sequence[User | None], told: User | None
+    ) -> SecretBytes | None:
+        """The value behind a reference, which every reader must be able to read; raises _Failed.
+
+        None when `told`, to whom the answer goes, may not know what is in the scope.
+        """
+        creator = readers[0]
+        if creator is None or not creator.profile.is_active:
+            name = creator.profile.name if creator else ""
+            raise _Failed(ReferenceFailure(reference, FailureKind.CREATOR_INACTIVE, name))
+        scope = store.find_scope(connection, names.folded(reference.scope))
+        if scope is None:
+            raise _Failed(ReferenceFailure(reference, FailureKind.SCOPE_MISSING))
+        denied = [reader for reader in readers if not _may_read(connection, scope, reader)]
+        if denied:
+            raise _Failed(
+                *(
+                    ReferenceFailure(reference, FailureKind.NOT_PERMITTED, reader.profile.name if reader else "")
+                    for reader in denied
+                )
+            )
+        if told not in readers and not _may_read(connection, scope, told):
+            return None
+        return self._text(connection, scope, reference)
+
+    def _text(self, connection: sqlite3.Connection, scope: Scope, reference: Reference) -> SecretBytes:
+        folded = names.folded(reference.key)
+        sealed = store.find_secret(connection, scope, folded)
+        if sealed is None:
+            raise _Failed(ReferenceFailure(reference, FailureKind.KEY_MISSING))
+        try:
+            value = self._cipher.open(sealed.record, place_of(scope, folded, sealed.version))
+        except Damaged:
+            log.error("stored secret is damaged", extra={"scope": scope.name, "key": sealed.key})
+            raise _Failed(ReferenceFailure(reference, FailureKind.DAMAGED)) from None
+        if not _fits_environment(value):
+            raise _Failed(ReferenceFailure(reference, FailureKind.NOT_TEXT))
+        return value
+
+
+def _user(connection: sqlite3.Connection, user_id: str) -> User | None:
+    return store.find_user(connection, int(user_id)) if names.is_id(user_id) else None
+
+
+def _may_read(connection: sqlite3.Connection, scope: Scope, user: User | None) -> bool:
+    return user is not None and access.allows(store.standing(connection, scope, user.id), Permission.READ)
+
+
+def _checked(reference: Reference) -> Reference:
+    names.scope_name(reference.scope)
+    names.key_name(reference.key)
+    return reference
+
+
+def _fits_environment(value: SecretBytes) -> bool:
+    """Whether a value can be an environment variable: UTF-8 without NUL."""
+    try:
+        return "\0" not in value.reveal().decode()
+    except UnicodeDecodeError:
+        return False

@@ -1,0 +1,210 @@
+"""The use cases of scopes, secrets and ACLs.
+
+The rule of every one: names first, then whether the scope exists (everybody may know), then the permission, and only
+then what is in the scope; so who lacks the permission never learns which keys exist. Check and act are one transaction.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import uuid
+from collections.abc import Callable
+
+from secrets_service import access, names, store
+from secrets_service.cipher import Cipher, Damaged, Place
+from secrets_service.errors import (
+    AclNotFound,
+    ScopeExists,
+    ScopeNotFound,
+    ScopePermissionDenied,
+    SecretDamaged,
+    SecretNotFound,
+    TooManyAcls,
+    TooManyScopes,
+    TooManySecrets,
+    UnknownPrincipal,
+    ValueTooLong,
+)
+from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo
+from servicekit.context import Principal
+from servicekit.database import Database
+from servicekit.errors import InvalidParameter
+
+log = logging.getLogger(__name__)
+
+MOST_SCOPES = 1_000
+MOST_SECRETS = 1_000
+MOST_ACLS = 1_000
+LONGEST_VALUE = 131_072
+"""Bytes of one secret value."""
+
+
+class SecretScopes:
+    """Scopes, the secrets in them, and who may do what there. `now` tells Unix seconds."""
+
+    def __init__(self, database: Database, cipher: Cipher, now: Callable[[], float]) -> None:
+        self._database = database
+        self._cipher = cipher
+        self._now = now
+
+    async def create_scope(self, *, scope: str, initial_manage_principal: str, caller: Principal) -> None:
+        """Creates a scope that the caller, or the group `users`, may MANAGE."""
+        names.scope_name(scope)
+        if initial_manage_principal not in ("", USERS):
+            raise InvalidParameter("initial_manage_principal: only users is possible, or leave it out.")
+
+        def create(connection: sqlite3.Connection) -> None:
+            folded = names.folded(scope)
+            if found := store.find_scope(connection, folded):
+                raise ScopeExists(found.name)
+            if store.count_scopes(connection) >= MOST_SCOPES:
+                raise TooManyScopes(MOST_SCOPES)
+            made = store.insert_scope(connection, scope, folded=folded, uuid=uuid.uuid4().bytes)
+            manager = store.find_principal(connection, USERS) if initial_manage_principal else int(caller.id)
+            assert manager is not None  # the first start made the group
+            store.put_grant(connection, made, manager, Permission.MANAGE)
+
+        await self._database.write(create)
+
+    async def list_scopes(self) -> list[Scope]:
+        """All scopes, by name."""
+        return await self._database.read(store.scopes)
+
+    async def delete_scope(self, *, scope: str, caller: Principal) -> None:
+        """Deletes a scope with all that is in it."""
+        names.scope_name(scope)
+
+        def delete(connection: sqlite3.Connection) -> None:
+            store.delete_scope(connection, permitted(connection, scope, caller, Permission.MANAGE))
+
+        await self._database.write(delete)
+
+    async def put_secret(self, *, scope: str, key: str, value: SecretBytes, caller: Principal) -> None:
+        """Stores a value under a key, in place of an older one."""
+        names.scope_name(scope)
+        names.key_name(key)
+        if len(value) > LONGEST_VALUE:
+            raise ValueTooLong(LONGEST_VALUE)
+
+        def put(connection: sqlite3.Connection) -> None:
+            found = permitted(connection, scope, caller, Permission.WRITE)
+            folded = names.folded(key)
+            is_new = store.find_secret(connection, found, folded) is None
+            if is_new and store.count_secrets(connection, found) >= MOST_SECRETS:
+                raise TooManySecrets(found.name, MOST_SECRETS)
+            version = store.next_version(connection, found)
+            sealed = SealedSecret(key, version, self._cipher.seal(value, place_of(found, folded, version)))
+            store.put_secret(connection, found, sealed, folded=folded, updated_ms=int(self._now() * 1000))
+
+        await self._database.write(put)
+
+    async def delete_secret(self, *, scope: str, key: str, caller: Principal) -> None:
+        """Deletes a secret."""
+        names.scope_name(scope)
+        names.key_name(key)
+
+        def delete(connection: sqlite3.Connection) -> None:
+            found = permitted(connection, scope, caller, Permission.WRITE)
+            if not store.delete_secret(connection, found, names.folded(key)):
+                raise SecretNotFound(found.name, key)
+
+        await self._database.write(delete)
+
+    async def list_secrets(self, *, scope: str, caller: Principal) -> list[SecretInfo]:
+        """The keys of a scope."""
+        names.scope_name(scope)
+
+        def find(connection: sqlite3.Connection) -> list[SecretInfo]:
+            return store.secrets(connection, permitted(connection, scope, caller, Permission.READ))
+
+        return await self._database.read(find)
+
+    async def get_secret(self, *, scope: str, key: str, caller: Principal) -> tuple[str, SecretBytes]:
+        """A key as it is shown, and its value."""
+        names.scope_name(scope)
+        names.key_name(key)
+
+        def find(connection: sqlite3.Connection) -> tuple[str, SecretBytes]:
+            found = permitted(connection, scope, caller, Permission.READ)
+            folded = names.folded(key)
+            sealed = store.find_secret(connection, found, folded)
+            if sealed is None:
+                raise SecretNotFound(found.name, key)
+            try:
+                return sealed.key, self._cipher.open(sealed.record, place_of(found, folded, sealed.version))
+            except Damaged:
+                log.error("stored secret is damaged", extra={"scope": found.name, "key": sealed.key})
+                raise SecretDamaged(found.name, sealed.key) from None
+
+        return await self._database.read(find)
+
+    async def put_acl(self, *, scope: str, principal: str, permission: Permission, caller: Principal) -> None:
+        """Grants a permission, in place of the principal's older one."""
+        names.scope_name(scope)
+        folded = names.folded_principal(names.principal_name("principal", principal))
+
+        def put(connection: sqlite3.Connection) -> None:
+            found = permitted(connection, scope, caller, Permission.MANAGE)
+            principal_id = store.find_principal(connection, folded)
+            if principal_id is None:
+                raise UnknownPrincipal("principal", principal)
+            is_new = store.find_grant(connection, found, folded) is None
+            if is_new and len(store.grants(connection, found)) >= MOST_ACLS:
+                raise TooManyAcls(found.name, MOST_ACLS)
+            store.put_grant(connection, found, principal_id, permission)
+
+        await self._database.write(put)
+
+    async def get_acl(self, *, scope: str, principal: str, caller: Principal) -> Grant:
+        """What is granted to one principal itself."""
+        names.scope_name(scope)
+        folded = names.folded_principal(names.principal_name("principal", principal))
+
+        def find(connection: sqlite3.Connection) -> Grant:
+            found = permitted(connection, scope, caller, Permission.MANAGE)
+            grant = store.find_grant(connection, found, folded)
+            if grant is None:
+                raise AclNotFound(found.name, principal)
+            return grant
+
+        return await self._database.read(find)
+
+    async def list_acls(self, *, scope: str, caller: Principal) -> list[Grant]:
+        """All that is granted on a scope."""
+        names.scope_name(scope)
+
+        def find(connection: sqlite3.Connection) -> list[Grant]:
+            return store.grants(connection, permitted(connection, scope, caller, Permission.MANAGE))
+
+        return await self._database.read(find)
+
+    async def delete_acl(self, *, scope: str, principal: str, caller: Principal) -> None:
+        """Takes a principal's permission away; also the last MANAGE, which admins can give again."""
+        names.scope_name(scope)
+        folded = names.folded_principal(names.principal_name("principal", principal))
+
+        def delete(connection: sqlite3.Connection) -> None:
+            found = permitted(connection, scope, caller, Permission.MANAGE)
+            if not store.delete_grant(connection, found, folded):
+                raise AclNotFound(found.name, principal)
+
+        await self._database.write(delete)
+
+
+def permitted(connection: sqlite3.Connection, scope: str, caller: Principal, needed: Permission) -> Scope:
+    """The scope of that name, in which the caller has the permission; raises ScopeNotFound, ScopePermissionDenied.
+
+    Groups are read from the database, not from the caller's assertion, which may be some seconds old.
+    """
+    found = store.find_scope(connection, names.folded(scope))
+    if found is None:
+        raise ScopeNotFound(scope)
+    if not access.allows(store.standing(connection, found, int(caller.id)), needed):
+        raise ScopePermissionDenied(caller.name, needed, found.name)
+    return found
+
+
+def place_of(scope: Scope, folded: str, version: int) -> Place:
+    """Where the value of a key belongs; there alone it opens."""
+    return Place(kind="secret", scope=scope.uuid, key=folded, version=version, field="value")

@@ -1,0 +1,336 @@
+"""All SQL of the Secrets service: functions of a connection, run inside a transaction of `servicekit.database`.
+
+They find and record; whether the caller may is decided above, in the same transaction. Names arrive folded.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+from secrets_service.model import (
+    Email,
+    Grant,
+    Group,
+    Permission,
+    Platform,
+    Profile,
+    Scope,
+    SealedSecret,
+    SealedSigningKey,
+    SecretInfo,
+    Standing,
+    StoredToken,
+    TokenInfo,
+    User,
+    UserPage,
+)
+
+# --- platform ---
+
+
+def find_platform(connection: sqlite3.Connection) -> Platform | None:
+    """What the first start decided; None before it."""
+    row = connection.execute(
+        "SELECT store_id, workspace_id, key_check, admin_id, admin_token_id FROM platform"
+    ).fetchone()
+    return Platform(*row) if row else None
+
+
+def insert_platform(connection: sqlite3.Connection, platform: Platform) -> None:
+    """Records what the first start decided."""
+    connection.execute(
+        "INSERT INTO platform (one, store_id, workspace_id, key_check, admin_id, admin_token_id)"
+        " VALUES (1, ?, ?, ?, ?, ?)",
+        (
+            platform.store_id,
+            platform.workspace_id,
+            platform.key_check,
+            platform.admin_id,
+            platform.admin_token_id,
+        ),
+    )
+
+
+def replace_admin_token_id(connection: sqlite3.Connection, token_id: str) -> None:
+    """Deletes the token that stood in admin.token and records which one stands there now."""
+    connection.execute("DELETE FROM tokens WHERE id = (SELECT admin_token_id FROM platform)")
+    connection.execute("UPDATE platform SET admin_token_id = ?", (token_id,))
+
+
+def signing_keys(connection: sqlite3.Connection) -> list[SealedSigningKey]:
+    """The keys that assertions may be signed with, oldest first."""
+    rows = connection.execute("SELECT key_id, record FROM signing_keys ORDER BY id")
+    return [SealedSigningKey(*row) for row in rows]
+
+
+def insert_signing_key(connection: sqlite3.Connection, key: SealedSigningKey) -> None:
+    """Adds a key that assertions may be signed with."""
+    connection.execute("INSERT INTO signing_keys (key_id, record) VALUES (?, ?)", (key.key_id, key.record))
+
+
+# --- principals ---
+
+
+def insert_group(connection: sqlite3.Connection, name: str, *, folded: str) -> Group:
+    """Adds a group without members."""
+    cursor = connection.execute("INSERT INTO principals (kind, name, folded) VALUES ('group', ?, ?)", (name, folded))
+    return Group(_new_id(cursor), name)
+
+
+def insert_user(connection: sqlite3.Connection, profile: Profile, *, folded: str, groups: list[str]) -> User:
+    """Adds a user who belongs to the named groups."""
+    cursor = connection.execute(
+        "INSERT INTO principals (kind, name, folded) VALUES ('user', ?, ?)", (profile.name, folded)
+    )
+    user_id = _new_id(cursor)
+    emails = json.dumps([[email.type, email.value, email.is_primary] for email in profile.emails])
+    connection.execute(
+        "INSERT INTO users (id, display_name, given_name, family_name, emails, is_active, external_id)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (
+            user_id,
+            profile.display_name,
+            profile.given_name,
+            profile.family_name,
+            emails,
+            profile.is_active,
+            profile.external_id,
+        ),
+    )
+    connection.executemany(
+        "INSERT INTO memberships (member_id, group_id) SELECT ?, id FROM principals WHERE kind = 'group' AND name = ?",
+        [(user_id, group) for group in groups],
+    )
+    return User(user_id, profile, groups_of(connection, user_id))
+
+
+def find_principal(connection: sqlite3.Connection, folded: str) -> int | None:
+    """The id of the user or group of that name."""
+    row = connection.execute("SELECT id FROM principals WHERE folded = ?", (folded,)).fetchone()
+    return row[0] if row else None
+
+
+def groups_of(connection: sqlite3.Connection, principal_id: int) -> tuple[Group, ...]:
+    """The groups that a principal belongs to, by id."""
+    rows = connection.execute(
+        "SELECT p.id, p.name FROM memberships m JOIN principals p ON p.id = m.group_id WHERE m.member_id = ?"
+        " ORDER BY p.id",
+        (principal_id,),
+    )
+    return tuple(Group(*row) for row in rows)
+
+
+_USER = (
+    "SELECT p.id, p.name, u.display_name, u.given_name, u.family_name, u.emails, u.is_active, u.external_id"
+    " FROM principals p JOIN users u ON u.id = p.id"
+)
+
+
+def find_user(connection: sqlite3.Connection, user_id: int) -> User | None:
+    """The user of that id."""
+    row = connection.execute(f"{_USER} WHERE p.id = ?", (user_id,)).fetchone()
+    return _user(connection, row) if row else None
+
+
+def find_user_named(connection: sqlite3.Connection, folded: str) -> User | None:
+    """The user of that name."""
+    row = connection.execute(f"{_USER} WHERE p.folded = ?", (folded,)).fetchone()
+    return _user(connection, row) if row else None
+
+
+def user_page(connection: sqlite3.Connection, *, start: int, count: int) -> UserPage:
+    """At most `count` users in order of their creation, from the one-based index `start`."""
+    total = connection.execute("SELECT count(*) FROM users").fetchone()[0]
+    rows = connection.execute(f"{_USER} ORDER BY p.id LIMIT ? OFFSET ?", (count, start - 1)).fetchall()
+    return UserPage(tuple(_user(connection, row) for row in rows), start, total)
+
+
+def _user(connection: sqlite3.Connection, row: sqlite3.Row) -> User:
+    user_id, name, display_name, given_name, family_name, emails, is_active, external_id = row
+    profile = Profile(
+        name=name,
+        display_name=display_name,
+        given_name=given_name,
+        family_name=family_name,
+        emails=tuple(Email(*email) for email in json.loads(emails)),
+        is_active=bool(is_active),
+        external_id=external_id,
+    )
+    return User(user_id, profile, groups_of(connection, user_id))
+
+
+# --- tokens ---
+
+
+def insert_token(connection: sqlite3.Connection, info: TokenInfo, *, owner_id: int, mac: bytes) -> None:
+    """Records a token."""
+    connection.execute(
+        "INSERT INTO tokens (id, owner_id, mac, comment, created_ms, expires_ms) VALUES (?, ?, ?, ?, ?, ?)",
+        (info.id, owner_id, mac, info.comment, info.created_ms, info.expires_ms),
+    )
+
+
+def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
+    """A token and its owner, whether or not it has expired."""
+    row = connection.execute(
+        "SELECT id, created_ms, expires_ms, comment, mac, owner_id FROM tokens WHERE id = ?", (token_id,)
+    ).fetchone()
+    if row is None:
+        return None
+    owner = find_user(connection, row[5])
+    return StoredToken(TokenInfo(*row[:4]), row[4], owner) if owner else None
+
+
+def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
+    """A principal's tokens that have not expired, oldest first."""
+    rows = connection.execute(
+        "SELECT id, created_ms, expires_ms, comment FROM tokens WHERE owner_id = ? AND expires_ms > ?"
+        " ORDER BY created_ms, rowid",
+        (owner_id, now_ms),
+    )
+    return [TokenInfo(*row) for row in rows]
+
+
+def delete_token(connection: sqlite3.Connection, token_id: str, *, owner_id: int) -> bool:
+    """Deletes a principal's token; False when it has none of that id."""
+    cursor = connection.execute("DELETE FROM tokens WHERE id = ? AND owner_id = ?", (token_id, owner_id))
+    return cursor.rowcount > 0
+
+
+def delete_expired_tokens(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> None:
+    """Forgets those of a principal's tokens that have expired."""
+    connection.execute("DELETE FROM tokens WHERE owner_id = ? AND expires_ms <= ?", (owner_id, now_ms))
+
+
+# --- scopes and secrets ---
+
+
+def find_scope(connection: sqlite3.Connection, folded: str) -> Scope | None:
+    """The scope of that name."""
+    row = connection.execute("SELECT id, uuid, name FROM scopes WHERE folded = ?", (folded,)).fetchone()
+    return Scope(*row) if row else None
+
+
+def scopes(connection: sqlite3.Connection) -> list[Scope]:
+    """All scopes by name."""
+    return [Scope(*row) for row in connection.execute("SELECT id, uuid, name FROM scopes ORDER BY folded")]
+
+
+def count_scopes(connection: sqlite3.Connection) -> int:
+    """How many scopes there are."""
+    return int(connection.execute("SELECT count(*) FROM scopes").fetchone()[0])
+
+
+def insert_scope(connection: sqlite3.Connection, name: str, *, folded: str, uuid: bytes) -> Scope:
+    """Adds an empty scope without ACLs."""
+    cursor = connection.execute("INSERT INTO scopes (uuid, name, folded) VALUES (?, ?, ?)", (uuid, name, folded))
+    return Scope(_new_id(cursor), uuid, name)
+
+
+def delete_scope(connection: sqlite3.Connection, scope: Scope) -> None:
+    """Deletes a scope with its secrets and ACLs."""
+    connection.execute("DELETE FROM scopes WHERE id = ?", (scope.id,))
+
+
+def next_version(connection: sqlite3.Connection, scope: Scope) -> int:
+    """The version of the next put in a scope; no two puts get the same."""
+    connection.execute("UPDATE scopes SET last_version = last_version + 1 WHERE id = ?", (scope.id,))
+    return int(connection.execute("SELECT last_version FROM scopes WHERE id = ?", (scope.id,)).fetchone()[0])
+
+
+def find_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> SealedSecret | None:
+    """The secret under that key."""
+    row = connection.execute(
+        "SELECT key, version, record FROM secrets WHERE scope_id = ? AND folded = ?", (scope.id, folded)
+    ).fetchone()
+    return SealedSecret(*row) if row else None
+
+
+def secrets(connection: sqlite3.Connection, scope: Scope) -> list[SecretInfo]:
+    """The keys of a scope, by name."""
+    rows = connection.execute("SELECT key, updated_ms FROM secrets WHERE scope_id = ? ORDER BY folded", (scope.id,))
+    return [SecretInfo(*row) for row in rows]
+
+
+def count_secrets(connection: sqlite3.Connection, scope: Scope) -> int:
+    """How many secrets a scope holds."""
+    return int(connection.execute("SELECT count(*) FROM secrets WHERE scope_id = ?", (scope.id,)).fetchone()[0])
+
+
+def put_secret(
+    connection: sqlite3.Connection, scope: Scope, secret: SealedSecret, *, folded: str, updated_ms: int
+) -> None:
+    """Records a secret in place of an older one, whose spelling of the key stays."""
+    connection.execute(
+        "INSERT INTO secrets (scope_id, key, folded, version, record, updated_ms) VALUES (?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (scope_id, folded) DO UPDATE"
+        " SET version = excluded.version, record = excluded.record, updated_ms = excluded.updated_ms",
+        (scope.id, secret.key, folded, secret.version, secret.record, updated_ms),
+    )
+
+
+def delete_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> bool:
+    """Deletes a secret; False when there is none under that key."""
+    cursor = connection.execute("DELETE FROM secrets WHERE scope_id = ? AND folded = ?", (scope.id, folded))
+    return cursor.rowcount > 0
+
+
+# --- access control lists ---
+
+
+def standing(connection: sqlite3.Connection, scope: Scope, principal_id: int) -> Standing:
+    """What decides about a principal in a scope."""
+    rows = connection.execute(
+        "WITH who (id) AS (SELECT ?1 UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1)"
+        " SELECT p.kind, p.name, a.permission FROM who JOIN principals p ON p.id = who.id"
+        " LEFT JOIN acls a ON a.scope_id = ?2 AND a.principal_id = who.id",
+        (principal_id, scope.id),
+    ).fetchall()
+    return Standing(
+        groups=frozenset(name for kind, name, _ in rows if kind == "group"),
+        granted=tuple(Permission(permission) for _, _, permission in rows if permission is not None),
+    )
+
+
+def put_grant(connection: sqlite3.Connection, scope: Scope, principal_id: int, permission: Permission) -> None:
+    """Grants a permission in place of the principal's older one, which keeps its place in the list."""
+    connection.execute(
+        "INSERT INTO acls (scope_id, principal_id, permission) VALUES (?, ?, ?)"
+        " ON CONFLICT (scope_id, principal_id) DO UPDATE SET permission = excluded.permission",
+        (scope.id, principal_id, int(permission)),
+    )
+
+
+def find_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> Grant | None:
+    """What is granted to the principal of that name itself."""
+    row = connection.execute(
+        "SELECT p.name, a.permission FROM acls a JOIN principals p ON p.id = a.principal_id"
+        " WHERE a.scope_id = ? AND p.folded = ?",
+        (scope.id, folded),
+    ).fetchone()
+    return Grant(row[0], Permission(row[1])) if row else None
+
+
+def grants(connection: sqlite3.Connection, scope: Scope) -> list[Grant]:
+    """All that is granted on a scope, in the order in which it was first granted."""
+    rows = connection.execute(
+        "SELECT p.name, a.permission FROM acls a JOIN principals p ON p.id = a.principal_id"
+        " WHERE a.scope_id = ? ORDER BY a.id",
+        (scope.id,),
+    )
+    return [Grant(name, Permission(permission)) for name, permission in rows]
+
+
+def delete_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> bool:
+    """Takes away what is granted to the principal of that name; False when nothing is."""
+    cursor = connection.execute(
+        "DELETE FROM acls WHERE scope_id = ? AND principal_id = (SELECT id FROM principals WHERE folded = ?)",
+        (scope.id, folded),
+    )
+    return cursor.rowcount > 0
+
+
+def _new_id(cursor: sqlite3.Cursor) -> int:
+    assert cursor.lastrowid is not None
+    return cursor.lastrowid

@@ -1,0 +1,87 @@
+"""Personal access tokens: how they look, and how a presented one is compared with what is stored.
+
+`dapi`, a public id (12 characters), 256 random bits (43) and a CRC-32 (6), all base62. Only the id and a MAC are
+stored, so a copy of the database authenticates nobody. The check sum spares a typing mistake the look-up, never the
+answer: every token that is not right is refused in the same words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import zlib
+from dataclasses import dataclass, field
+
+from secrets_service.model import SecretBytes
+
+PREFIX = "dapi"
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_DIGITS = {digit: number for number, digit in enumerate(_ALPHABET)}
+_ID_LENGTH = 12
+_SECRET_LENGTH = 43
+_CHECK_LENGTH = 6
+_SECRET_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Presented:
+    """A well-formed token that somebody sent; whether it is right is still open."""
+
+    id: str
+    secret: SecretBytes = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """The token as its owner writes it."""
+        body = PREFIX + self.id + _base62(int.from_bytes(self.secret.reveal(), "big"), _SECRET_LENGTH)
+        return body + _check_sum(body)
+
+
+class TokenMac:
+    """The MAC under which tokens are stored."""
+
+    def __init__(self, key: SecretBytes) -> None:
+        self._key = key
+
+    def of(self, token: Presented) -> bytes:
+        """What is stored of a token."""
+        return hmac.digest(self._key.reveal(), token.id.encode() + token.secret.reveal(), hashlib.sha256)
+
+    def matches(self, token: Presented, stored: bytes | None) -> bool:
+        """Whether a token is the stored one; as much work when nothing is stored under its id."""
+        return hmac.compare_digest(self.of(token), stored or bytes(_SECRET_BYTES)) and stored is not None
+
+
+def make() -> Presented:
+    """A new token."""
+    identifier = "".join(secrets.choice(_ALPHABET) for _ in range(_ID_LENGTH))
+    return Presented(identifier, SecretBytes(secrets.token_bytes(_SECRET_BYTES)))
+
+
+def parse(text: str) -> Presented | None:
+    """The parts of a token; None when it is not well formed."""
+    if len(text) != len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH or not text.startswith(PREFIX):
+        return None
+    body, check_sum = text[:-_CHECK_LENGTH], text[-_CHECK_LENGTH:]
+    if not all(character in _DIGITS for character in text) or _check_sum(body) != check_sum:
+        return None
+    identifier, digits = body[len(PREFIX) : -_SECRET_LENGTH], body[-_SECRET_LENGTH:]
+    number = 0
+    for digit in digits:
+        number = number * len(_ALPHABET) + _DIGITS[digit]
+    if number.bit_length() > _SECRET_BYTES * 8:
+        return None
+    return Presented(identifier, SecretBytes(number.to_bytes(_SECRET_BYTES, "big")))
+
+
+def _check_sum(body: str) -> str:
+    return _base62(zlib.crc32(body.encode()), _CHECK_LENGTH)
+
+
+def _base62(number: int, length: int) -> str:
+    digits = []
+    for _ in range(length):
+        number, digit = divmod(number, len(_ALPHABET))
+        digits.append(_ALPHABET[digit])
+    return "".join(reversed(digits))

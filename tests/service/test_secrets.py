@@ -1,0 +1,622 @@
+"""Scopes and secrets as a client meets them, and what is kept of them: contract 4.2 to 4.4, and the encrypted store."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import grpc
+import pytest
+
+from secrets_service import resolver, scopes
+from servicekit.errors import StartError
+from servicekit.logs import JsonLines
+from tessera.secrets.v1 import secrets_pb2 as pb
+from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal, running_secrets
+
+INVALID = "INVALID_PARAMETER_VALUE"
+MISSING = "RESOURCE_DOES_NOT_EXIST"
+CANARY = b"canary-7Qk2vX9mR4tB8wZ1"
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[RunningSecrets]:
+    async with running_secrets() as running:
+        yield running
+
+
+@pytest.fixture
+async def alice(service: RunningSecrets) -> Caller:
+    """Owner of the scope `Shop`, which holds `Db.Password`."""
+    alice = await service.user("alice@example.com")
+    await alice.create_scope("Shop")
+    await alice.put("Shop", "Db.Password", "s3cret")
+    return alice
+
+
+# --- scopes ---
+
+
+async def test_scopes_are_listed_by_name_to_every_user(service: RunningSecrets, alice: Caller) -> None:
+    await alice.create_scope("aisle")
+    bob = await service.user("bob")
+    answer = await bob(bob.secrets.ListScopes, pb.ListScopesRequest())
+    assert [(scope.name, scope.backend_type) for scope in answer.scopes] == [
+        ("aisle", pb.DATABRICKS),
+        ("Shop", pb.DATABRICKS),
+    ]
+
+
+@pytest.mark.parametrize("name", ["Shop", "SHOP", "shop"])
+async def test_scope_name_is_taken_in_every_letter_case(alice: Caller, name: str) -> None:
+    refused = await refusal(alice.create_scope(name))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.ALREADY_EXISTS, "RESOURCE_ALREADY_EXISTS")
+    assert refused.message == "Scope Shop already exists!"
+    assert refused.facts["http_status"] == "400"
+
+
+@pytest.mark.parametrize("name", ["", "a" * 129, "a/b", "a b", "a\n", "scópe", "a:b", "ａ"])
+async def test_bad_scope_name_is_refused(alice: Caller, name: str) -> None:
+    for call in (alice.create_scope(name), alice.put(name, "key", "value"), alice.get(name, "key"), alice.keys(name)):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, INVALID)
+        assert refused.message.startswith("scope:")
+
+
+async def test_longest_scope_name_and_every_character_are_taken(alice: Caller) -> None:
+    for name in ("a" * 128, "az.AZ-09_@"):
+        await alice.create_scope(name)
+        assert await alice.acls(name) == [("alice@example.com", "MANAGE")]
+
+
+async def test_only_users_can_be_the_initial_manager(alice: Caller) -> None:
+    for manager in ("admins", "Users", "alice@example.com"):
+        refused = await refusal(alice.create_scope("other", manager))
+        assert refused.reason == INVALID
+        assert refused.message.startswith("initial_manage_principal:")
+
+
+@pytest.mark.parametrize("backend", [pb.AZURE_KEYVAULT, 7])
+async def test_other_backends_are_refused(alice: Caller, backend: pb.ScopeBackendType.ValueType) -> None:
+    request = pb.CreateScopeRequest(scope="vault", scope_backend_type=backend)
+    refused = await refusal(alice(alice.secrets.CreateScope, request))
+    assert (refused.reason, refused.message) == (INVALID, "scope_backend_type: only DATABRICKS is offered.")
+
+
+async def test_number_of_scopes_is_limited(alice: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scopes, "MOST_SCOPES", 2)
+    await alice.create_scope("second")
+    refused = await refusal(alice.create_scope("third"))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "RESOURCE_LIMIT_EXCEEDED")
+    # What exists already is said before that there is no more room.
+    assert (await refusal(alice.create_scope("second"))).reason == "RESOURCE_ALREADY_EXISTS"
+
+
+async def test_documented_limits() -> None:
+    assert (scopes.MOST_SCOPES, scopes.MOST_SECRETS, scopes.MOST_ACLS) == (1_000, 1_000, 1_000)
+    assert scopes.LONGEST_VALUE == 131_072
+
+
+async def test_deleted_scope_takes_its_secrets_and_acls_with_it(service: RunningSecrets, alice: Caller) -> None:
+    await alice.grant("Shop", "users", pb.READ)
+    await alice(alice.secrets.DeleteScope, pb.DeleteScopeRequest(scope="shop"))
+    assert (await refusal(alice.keys("Shop"))).message == "Scope Shop does not exist!"
+    bob = await service.user("bob")
+    await bob.create_scope("SHOP")
+    assert await bob.keys("Shop") == []
+    assert await bob.acls("Shop") == [("bob", "MANAGE")]
+    assert (await refusal(alice.keys("Shop"))).reason == "PERMISSION_DENIED"
+
+
+async def test_missing_scope_is_said_to_everybody_before_permission(service: RunningSecrets) -> None:
+    bob = await service.user("bob")
+    for call in (
+        bob(bob.secrets.DeleteScope, pb.DeleteScopeRequest(scope="X")),
+        bob.put("X", "key", "value"),
+        bob.delete("X", "key"),
+        bob.get("X", "key"),
+        bob.keys("X"),
+        bob.grant("X", "users", pb.READ),
+        bob.acls("X"),
+        bob(bob.secrets.GetAcl, pb.GetAclRequest(scope="X", principal="users")),
+        bob(bob.secrets.DeleteAcl, pb.DeleteAclRequest(scope="X", principal="users")),
+    ):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, MISSING)
+        assert refused.message == "Scope X does not exist!"
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize(
+    "value", ["", "text", "line\n", " spaces ", "snow ☃", b"", b"\x00\xff\xfe", b"x" * 131_072, "é" * 65_536]
+)
+async def test_value_comes_back_byte_for_byte(alice: Caller, value: str | bytes) -> None:
+    await alice.put("Shop", "key", value)
+    assert await alice.get("Shop", "key") == (value.encode() if isinstance(value, str) else value)
+
+
+@pytest.mark.parametrize("value", [b"x" * 131_073, "é" * 65_536 + "x"])
+async def test_value_beyond_the_limit_is_refused_and_the_old_one_stays(alice: Caller, value: str | bytes) -> None:
+    refused = await refusal(alice.put("Shop", "Db.Password", value))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, INVALID)
+    assert "131072" in refused.message
+    assert await alice.get("Shop", "Db.Password") == b"s3cret"
+
+
+async def test_put_without_a_value_is_malformed(alice: Caller) -> None:
+    refused = await refusal(alice(alice.secrets.PutSecret, pb.PutSecretRequest(scope="Shop", key="key")))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MALFORMED_REQUEST")
+
+
+@pytest.mark.parametrize("key", ["", "k" * 129, "a/b", "a@b", "a b", "a\n", "clé"])
+async def test_bad_key_is_refused(alice: Caller, key: str) -> None:
+    for call in (alice.put("Shop", key, "value"), alice.get("Shop", key), alice.delete("Shop", key)):
+        refused = await refusal(call)
+        assert refused.reason == INVALID
+        assert refused.message.startswith("key:")
+
+
+async def test_key_is_found_in_every_letter_case_and_shown_as_first_given(alice: Caller) -> None:
+    await alice.put("sHOP", "DB.PASSWORD", "changed")
+    assert await alice.keys("SHOP") == ["Db.Password"]
+    answer = await alice(alice.secrets.GetSecret, pb.GetSecretRequest(scope="shop", key="db.password"))
+    assert (answer.key, answer.value) == ("Db.Password", b"changed")
+
+
+async def test_key_that_was_deleted_is_shown_as_newly_given(alice: Caller) -> None:
+    await alice.delete("shop", "DB.password")
+    await alice.put("Shop", "DB.PASSWORD", "new")
+    assert await alice.keys("Shop") == ["DB.PASSWORD"]
+    assert await alice.get("Shop", "Db.Password") == b"new"
+
+
+async def test_put_refreshes_the_time_of_the_secret(service: RunningSecrets, alice: Caller) -> None:
+    async def updated() -> int:
+        answer = await alice(alice.secrets.ListSecrets, pb.ListSecretsRequest(scope="Shop"))
+        return int(answer.secrets[0].last_updated_timestamp)
+
+    before = await updated()
+    assert abs(before / 1000 - service.clock()) < 60  # milliseconds
+    service.clock.offset += 5
+    await alice.put("Shop", "Db.Password", "again")
+    assert 5_000 <= await updated() - before < 65_000
+
+
+async def test_keys_are_listed_by_name(alice: Caller) -> None:
+    for key in ("zeta", "Alpha", "beta"):
+        await alice.put("Shop", key, "value")
+    assert await alice.keys("Shop") == ["Alpha", "beta", "Db.Password", "zeta"]
+
+
+async def test_missing_key_is_not_found_and_delete_is_not_idempotent(alice: Caller) -> None:
+    await alice.delete("Shop", "Db.Password")
+    for call in (alice.get("SHOP", "Db.Password"), alice.delete("SHOP", "Db.Password")):
+        refused = await refusal(call)
+        assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, MISSING)
+        assert refused.message == "Secret does not exist with scope: Shop and key: Db.Password"
+
+
+async def test_number_of_secrets_in_a_scope_is_limited(alice: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scopes, "MOST_SECRETS", 2)
+    await alice.put("Shop", "second", "value")
+    assert (await refusal(alice.put("Shop", "third", "value"))).reason == "RESOURCE_LIMIT_EXCEEDED"
+    await alice.put("Shop", "SECOND", "a full scope still takes new values of its keys")
+
+
+# --- at rest ---
+
+
+async def test_restart_keeps_everything() -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as first:
+            alice = await first.user("alice")
+            token = await first.token_for("alice")
+            await alice.create_scope("Shop", "users")
+            await alice.put("Shop", "Key", CANARY)
+            platform = await first.assertion(token)
+            key, admin_token = first.settings.root_key.read_bytes(), first.admin_token
+        async with running_secrets(directory) as second:
+            assert second.settings.root_key.read_bytes() == key
+            assert second.admin_token == admin_token
+            alice = second.public(token)
+            assert await alice.get("shop", "key") == CANARY
+            assert await alice.acls("Shop") == [("users", "MANAGE")]
+            # An assertion of the first process is good at the second: the signing key is the same.
+            assert await second.peer("gateway", platform).get("shop", "key") == CANARY
+            assert await second.admin.get("shop", "key") == CANARY
+
+
+def _lost(key: Path) -> None:
+    key.unlink()
+
+
+def _wrong(key: Path) -> None:
+    key.write_bytes(b"w" * 32)
+
+
+def _empty(key: Path) -> None:
+    key.write_bytes(b"")
+
+
+def _truncated(key: Path) -> None:
+    key.write_bytes(key.read_bytes()[:31])
+
+
+def _too_long(key: Path) -> None:
+    key.write_bytes(key.read_bytes() + b"\n")
+
+
+def _readable_by_others(key: Path) -> None:
+    key.chmod(0o644)
+
+
+def _symbolic_link(key: Path) -> None:
+    key.rename(key.with_name("elsewhere"))
+    key.symlink_to("elsewhere")
+
+
+def _directory(key: Path) -> None:
+    key.unlink()
+    key.mkdir()
+
+
+@pytest.mark.parametrize(
+    "harm", [_lost, _wrong, _empty, _truncated, _too_long, _readable_by_others, _symbolic_link, _directory]
+)
+async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callable[[Path], None]) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+            await service.admin.put("Shop", "key", CANARY)
+            database, key = service.settings.database, service.settings.root_key
+        kept, content = key.read_bytes(), database.read_bytes()
+        harm(key)
+        harmed = None if key.is_dir() or not key.exists() else key.read_bytes()
+        with pytest.raises(StartError, match="root key"):
+            async with running_secrets(directory):
+                pass
+        assert database.read_bytes() == content
+        assert harmed == (None if key.is_dir() or not key.exists() else key.read_bytes())
+        # The way out that the message names works.
+        if key.is_dir():
+            key.rmdir()
+        key.unlink(missing_ok=True)
+        key.write_bytes(kept)
+        key.chmod(0o400)
+        async with running_secrets(directory) as service:
+            assert await service.admin.get("Shop", "key") == CANARY
+
+
+async def test_process_without_its_root_key_exits_with_a_status_and_a_cause() -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            service.settings.root_key.unlink()
+        ended = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "secrets_service"],
+            env={"TESSERA_DATA_DIR": str(directory), "TESSERA_SECRETS_LISTEN": "127.0.0.1:0", "PATH": ""},
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        assert ended.returncode == 1
+        last = json.loads(ended.stderr.splitlines()[-1])
+        assert last["event"] == "cannot start"
+        assert "root.key is missing" in last["cause"]
+        assert not (directory / "root.key").exists()
+
+
+async def test_start_that_crashed_before_it_was_complete_starts_over() -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            first_token = service.admin_token
+        # What a crash before the founding transaction leaves: key, token file, and a database without content.
+        for part in (directory / "secrets").iterdir():
+            part.unlink()
+        async with running_secrets(directory) as service:
+            assert service.admin_token != first_token
+            await service.admin.create_scope("Shop")
+            assert (await refusal(service.public(first_token).create_scope("Other"))).reason == "PERMISSION_DENIED"
+
+
+async def test_second_service_on_the_same_data_is_refused(service: RunningSecrets) -> None:
+    with pytest.raises(StartError, match="in use by another process"):
+        async with running_secrets(service.settings.data_dir):
+            pass
+    await service.admin.create_scope("still-there")
+
+
+async def test_files_are_for_their_owner_alone(service: RunningSecrets) -> None:
+    assert service.settings.root_key.stat().st_mode & 0o777 == 0o600
+    assert service.settings.admin_token.stat().st_mode & 0o777 == 0o600
+    assert service.settings.sockets.stat().st_mode & 0o777 == 0o700
+    assert service.settings.database.stat().st_mode & 0o077 == 0
+    assert len(service.settings.root_key.read_bytes()) == 32
+
+
+async def test_neither_value_nor_token_is_on_disk_or_in_a_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            alice = await service.user("alice")
+            token = await service.token_for("alice")
+            await alice.create_scope("Shop")
+            for name, value in (("a", CANARY), ("b", CANARY * 1000)):
+                await alice.put("Shop", name, value)
+                assert await alice.get("Shop", name) == value
+            await refusal(alice.put("Shop", "a/b", CANARY))
+            await refusal(alice.put("Shop", "c", CANARY * 10_000))
+            await refusal(service.public(token[:-1]).keys("Shop"))
+            assertion = await service.assertion(token)
+            await service.peer("serving", assertion).keys("Shop")
+            await _resolved(service, await _id_of(alice), [("Shop", "a")])
+            await alice.delete("Shop", "b")
+            searched = {CANARY, token.encode(), token[16:59].encode(), assertion.encode()}
+            while_running = _containing(directory, searched)
+        assert while_running == []
+        assert _containing(directory, searched) == []
+        assert caplog.records
+        lines = "\n".join(JsonLines("test").format(record) for record in caplog.records).encode()
+        assert not [True for text in searched if text in lines]
+        # The search itself finds what is there: the admin's token in its file.
+        assert _containing(directory, {service.admin_token.encode()}) == ["admin.token"]
+
+
+def _containing(directory: Path, texts: set[bytes]) -> list[str]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert any(path.name == "secrets.db" for path in files)
+    return [path.name for path in files if any(text in path.read_bytes() for text in texts)]
+
+
+async def test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            for scope in ("one", "two"):
+                await service.admin.create_scope(scope)
+                for key in ("a", "b", "c"):
+                    await service.admin.put(scope, key, CANARY)
+            admin_id = await _id_of(service.admin)
+        with sqlite3.connect(directory / "secrets" / "secrets.db") as connection:
+            copy = "UPDATE secrets SET record = (SELECT record FROM secrets WHERE id = ?) WHERE id = ?"
+            connection.execute(copy, (2, 1))  # another key of the same scope
+            connection.execute(copy, (6, 3))  # the same key of another scope
+            connection.execute("UPDATE secrets SET version = version + 1 WHERE id = 4")
+            connection.execute("UPDATE secrets SET record = substr(record, 1, 20) WHERE id = 5")
+        connection.close()
+        async with running_secrets(directory) as service:
+            for scope, key in (("one", "a"), ("one", "c"), ("two", "a"), ("two", "b")):
+                refused = await refusal(service.admin.get(scope, key))
+                assert (refused.code, refused.reason) == (grpc.StatusCode.DATA_LOSS, "DATA_LOSS")
+                assert key in refused.message
+            assert await service.admin.get("one", "b") == CANARY
+            assert await service.admin.get("two", "c") == CANARY
+            answer = await _resolved(service, admin_id, [("one", "a"), ("one", "b")])
+            assert _failures(answer) == [("one", "a", "DAMAGED", "")]
+            assert answer.values == []
+            # A new value cures it.
+            await service.admin.put("one", "a", "new")
+            assert await service.admin.get("one", "a") == b"new"
+        assert [record.levelname for record in caplog.records if record.message == "stored secret is damaged"]
+
+
+async def test_old_ciphertext_of_a_key_does_not_open_again() -> None:
+    with data_directory() as directory:
+        database = directory / "secrets" / "secrets.db"
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("one")
+            await service.admin.put("one", "a", "old")
+        with sqlite3.connect(database) as connection:
+            [(old,)] = connection.execute("SELECT record FROM secrets").fetchall()
+        connection.close()
+        async with running_secrets(directory) as service:
+            await service.admin.delete("one", "a")
+            await service.admin.put("one", "a", "new")
+        with sqlite3.connect(database) as connection:
+            connection.execute("UPDATE secrets SET record = ?", (old,))
+        connection.close()
+        async with running_secrets(directory) as service:
+            assert (await refusal(service.admin.get("one", "a"))).reason == "DATA_LOSS"
+
+
+async def test_data_that_was_copied_elsewhere_opens_with_its_key() -> None:
+    with data_directory() as directory, data_directory() as other:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+            await service.admin.put("Shop", "key", CANARY)
+        shutil.copytree(directory / "secrets", other / "secrets")
+        shutil.copy(directory / "root.key", other / "safe.key")
+        async with running_secrets(other, root_key_file=other / "safe.key") as service:
+            assert not service.settings.admin_token.exists()
+            alice = service.public((directory / "admin.token").read_text().strip())
+            assert await alice.get("Shop", "key") == CANARY
+
+
+# --- references ---
+
+
+async def _id_of(caller: Caller) -> str:
+    from tessera.identity.v1.identity_pb2 import GetMeRequest
+
+    me = await caller(caller.scim.GetMe, GetMeRequest())
+    return str(me.id)
+
+
+def _references(references: list[tuple[str, str]]) -> list[pb.SecretReference]:
+    return [pb.SecretReference(scope=scope, key=key) for scope, key in references]
+
+
+async def _resolved(service: RunningSecrets, creator_id: str, references: list[tuple[str, str]]) -> pb.ResolveResponse:
+    serving = service.peer("serving")
+    request = pb.ResolveRequest(
+        endpoint_id="e1", replica_id="r1", creator_id=creator_id, references=_references(references)
+    )
+    answer: pb.ResolveResponse = await serving(serving.resolver.Resolve, request)
+    return answer
+
+
+def _failures(answer: pb.ResolveResponse | pb.CheckReferencesResponse) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            failure.reference.scope,
+            failure.reference.key,
+            pb.ReferenceFailure.Kind.Name(failure.kind),
+            failure.principal,
+        )
+        for failure in answer.failures
+    ]
+
+
+async def _checked(
+    service: RunningSecrets,
+    author: Caller,
+    references: list[tuple[str, str]],
+    *,
+    creator: str = "",
+    introduced: list[tuple[str, str]] | None = None,
+) -> list[tuple[str, str, str, str]]:
+    token = author.metadata[0][1].removeprefix("Bearer ")
+    serving = service.peer("serving", await service.assertion(token))
+    request = pb.CheckReferencesRequest(
+        creator_id=creator,
+        references=_references(references),
+        introduced=_references(references if introduced is None else introduced),
+    )
+    return _failures(await serving(serving.resolver.CheckReferences, request))
+
+
+async def test_values_are_handed_out_for_a_launch_in_the_order_of_the_references(
+    service: RunningSecrets, alice: Caller, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    await alice.put("Shop", "empty", "")
+    answer = await _resolved(
+        service, await _id_of(alice), [("shop", "EMPTY"), ("SHOP", "db.password"), ("Shop", "empty")]
+    )
+    assert list(answer.values) == [b"", b"s3cret", b""]
+    assert not answer.failures
+    [event] = [vars(record) for record in caplog.records if record.message == "secrets resolved"]
+    assert {name: event[name] for name in ("endpoint", "replica", "references", "failures")} == {
+        "endpoint": "e1",
+        "replica": "r1",
+        "references": 3,
+        "failures": 0,
+    }
+
+
+async def test_one_failure_keeps_every_value_back(service: RunningSecrets, alice: Caller) -> None:
+    await alice.put("Shop", "binary", b"\xff")
+    await alice.put("Shop", "nul", "a\0b")
+    await service.admin.create_scope("Vault")
+    answer = await _resolved(
+        service,
+        await _id_of(alice),
+        [
+            ("Shop", "Db.Password"),
+            ("Nowhere", "k"),
+            ("Shop", "nokey"),
+            ("vault", "k"),
+            ("Shop", "binary"),
+            ("Shop", "nul"),
+        ],
+    )
+    assert list(answer.values) == []
+    assert _failures(answer) == [
+        ("Nowhere", "k", "SCOPE_MISSING", ""),
+        ("Shop", "nokey", "KEY_MISSING", ""),
+        ("vault", "k", "NOT_PERMITTED", "alice@example.com"),
+        ("Shop", "binary", "NOT_TEXT", ""),
+        ("Shop", "nul", "NOT_TEXT", ""),
+    ]
+
+
+async def test_permission_is_the_creators_at_the_moment_of_the_launch(service: RunningSecrets, alice: Caller) -> None:
+    bob = await service.user("bob")
+    bob_id = await _id_of(bob)
+    await alice.grant("Shop", "bob", pb.READ)
+    assert list((await _resolved(service, bob_id, [("Shop", "Db.Password")])).values) == [b"s3cret"]
+    await alice(alice.secrets.DeleteAcl, pb.DeleteAclRequest(scope="Shop", principal="bob"))
+    answer = await _resolved(service, bob_id, [("Shop", "Db.Password"), ("Shop", "nokey")])
+    assert [failure[2:] for failure in _failures(answer)] == [("NOT_PERMITTED", "bob")] * 2
+
+
+async def test_creator_who_is_gone_or_inactive_resolves_nothing(service: RunningSecrets) -> None:
+    await service.admin.create_scope("open", "users")
+    await service.admin.put("open", "key", "value")
+    user = await service.admin.create_user("ghost", active=False)
+    for creator, name in ((user.id, "ghost"), ("17", ""), ("", ""), ("x", ""), ("9" * 30, "")):
+        answer = await _resolved(service, creator, [("open", "key")])
+        assert _failures(answer) == [("open", "key", "CREATOR_INACTIVE", name)]
+        assert list(answer.values) == []
+
+
+async def test_values_that_are_too_long_together_are_refused(
+    service: RunningSecrets, alice: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolver, "LONGEST_VALUES", 12)
+    await _resolved(service, await _id_of(alice), [("Shop", "Db.Password")] * 2)
+    refused = await refusal(_resolved(service, await _id_of(alice), [("Shop", "Db.Password")] * 3))
+    assert refused.reason == "RESOURCE_LIMIT_EXCEEDED"
+
+
+async def test_reference_is_checked_for_creator_and_author(service: RunningSecrets, alice: Caller) -> None:
+    bob = await service.user("bob")
+    alice_id, bob_id = await _id_of(alice), await _id_of(bob)
+    password, missing = ("shop", "DB.PASSWORD"), ("Shop", "nokey")
+
+    assert await _checked(service, alice, [password]) == []
+    assert await _checked(service, alice, [missing, ("Nope", "k")]) == [
+        ("Shop", "nokey", "KEY_MISSING", ""),
+        ("Nope", "k", "SCOPE_MISSING", ""),
+    ]
+    # Without READ nobody learns whether the key exists.
+    assert await _checked(service, bob, [password, missing]) == [
+        ("shop", "DB.PASSWORD", "NOT_PERMITTED", "bob"),
+        ("Shop", "nokey", "NOT_PERMITTED", "bob"),
+    ]
+    # The author needs READ on what the change brings in, and on nothing else ...
+    assert [failure[2:] for failure in await _checked(service, bob, [password, missing], creator=alice_id)] == [
+        ("NOT_PERMITTED", "bob")
+    ] * 2
+    assert await _checked(service, bob, [password], creator=alice_id, introduced=[]) == []
+    # ... but is not told what is in a scope that is not open to it.
+    assert await _checked(service, bob, [missing], creator=alice_id, introduced=[]) == []
+    assert await _checked(service, alice, [missing], creator=alice_id, introduced=[]) == [
+        ("Shop", "nokey", "KEY_MISSING", "")
+    ]
+    # Author's right alone is not enough: the endpoint runs as its creator.
+    assert await _checked(service, alice, [password], creator=bob_id) == [
+        ("shop", "DB.PASSWORD", "NOT_PERMITTED", "bob")
+    ]
+    assert await _checked(service, alice, [password], creator="17") == [("shop", "DB.PASSWORD", "CREATOR_INACTIVE", "")]
+
+
+async def test_value_that_is_no_text_is_told_only_to_readers(service: RunningSecrets, alice: Caller) -> None:
+    await alice.put("Shop", "binary", b"\xff")
+    bob = await service.user("bob")
+    assert await _checked(service, alice, [("Shop", "binary")]) == [("Shop", "binary", "NOT_TEXT", "")]
+    assert await _checked(service, bob, [("Shop", "binary")]) == [("Shop", "binary", "NOT_PERMITTED", "bob")]
+    creator = await _id_of(alice)
+    assert await _checked(service, bob, [("Shop", "binary")], creator=creator, introduced=[]) == []
+
+
+async def test_references_are_checked_on_somebodys_behalf_only(service: RunningSecrets) -> None:
+    serving = service.peer("serving")
+    refused = await refusal(serving(serving.resolver.CheckReferences, pb.CheckReferencesRequest()))
+    assert refused.code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_reference_with_a_bad_name_or_from_nowhere_is_refused(service: RunningSecrets, alice: Caller) -> None:
+    assert (await refusal(_resolved(service, "1", [("a/b", "k")]))).reason == INVALID
+    assert (await refusal(_checked(service, alice, [("a", "k/")]))).reason == INVALID
+    assert (await refusal(_checked(service, alice, [("a", "k")], introduced=[("b", "k")]))).reason == INVALID

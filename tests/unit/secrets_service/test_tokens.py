@@ -1,0 +1,76 @@
+"""How tokens look, and that only the right one matches what is stored."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from secrets_service import tokens
+from secrets_service.model import SecretBytes
+from secrets_service.tokens import Presented, TokenMac
+
+MAC = TokenMac(SecretBytes(b"m" * 32))
+
+
+def test_token_has_the_documented_prefix_and_only_letters_and_digits() -> None:
+    text = tokens.make().text
+    assert text.startswith("dapi")
+    assert len(text) == 65
+    assert set(text) <= set(string.ascii_letters + string.digits)
+
+
+@given(st.binary(min_size=32, max_size=32))
+def test_token_is_parsed_back(secret: bytes) -> None:
+    token = Presented("0" * 12, SecretBytes(secret))
+    parsed = tokens.parse(token.text)
+    assert parsed is not None
+    assert (parsed.id, parsed.secret.reveal()) == (token.id, secret)
+
+
+def test_no_single_typing_mistake_passes_the_check_sum() -> None:
+    text = tokens.make().text
+    for position in range(len(text)):
+        for character in "0aZ":
+            if character != text[position]:
+                assert tokens.parse(text[:position] + character + text[position + 1 :]) is None
+
+
+@pytest.mark.parametrize("text", ["", "dapi", "dapi" + "0" * 61, "dapi" + "é" * 61, "x" * 65, "dapi" + "z" * 100])
+def test_other_text_is_no_token(text: str) -> None:
+    assert tokens.parse(text) is None
+
+
+def test_number_of_more_than_256_bits_is_no_token() -> None:
+    body = "dapi" + "0" * 12 + "z" * 43
+    assert tokens.parse(body + tokens._check_sum(body)) is None
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    assert tokens.parse("dapi" + text) is None or len(text) == 61
+
+
+def test_only_the_right_secret_under_the_right_id_matches() -> None:
+    token, other = tokens.make(), tokens.make()
+    stored = MAC.of(token)
+    assert MAC.matches(token, stored)
+    assert not MAC.matches(other, stored)
+    assert not MAC.matches(Presented(other.id, token.secret), stored)
+    assert not MAC.matches(Presented(token.id, other.secret), stored)
+    assert not MAC.matches(token, None)
+    assert not TokenMac(SecretBytes(b"M" * 32)).matches(token, stored)
+
+
+def test_no_two_tokens_are_alike() -> None:
+    made = [tokens.make() for _ in range(1_000)]
+    assert len({token.id for token in made}) == len({token.secret.reveal() for token in made}) == len(made)
+
+
+def test_repr_hides_the_secret() -> None:
+    token = tokens.make()
+    assert token.text not in repr(token)
+    assert token.text[16:] not in repr(token)
+    assert repr(token.secret) == "SecretBytes(***)"
