@@ -30,12 +30,18 @@ async def running(jobs: Mapping[str, Callable[[], Awaitable[None]]]) -> AsyncIte
 
 
 async def _run(name: str, job: Callable[[], Awaitable[None]]) -> None:
-    cause: Exception | None = None
+    task = asyncio.current_task()
+    assert task is not None
+    cause: BaseException | None = None
     try:
         await job()
-    except Exception as error:
+    except (Exception, asyncio.CancelledError) as error:
         cause = error
-        log.critical("background job died", extra={"job": name}, exc_info=(type(error), error, error.__traceback__))
+    # A job may also catch a cancellation of something that it waited for: only our own is an orderly end.
+    if task.cancelling() and (cause is None or isinstance(cause, asyncio.CancelledError)):
+        return
+    trace = None if cause is None else (type(cause), cause, cause.__traceback__)
+    log.critical("background job died", extra={"job": name}, exc_info=trace)
     died = JobDied(f"the background job {name!r} ended on its own")
     died.__cause__ = cause
     asyncio.get_running_loop().call_exception_handler({"message": str(died), "exception": died})

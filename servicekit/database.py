@@ -8,7 +8,6 @@ the WAL-reset bug of SQLite before 3.51.3.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import logging
 import os
@@ -48,31 +47,38 @@ class Database:
     async def read(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Runs a function that only reads, and returns its result."""
+        """Runs a function that only reads, and returns its result. All its statements see one state of the database."""
         self._next = (self._next + 1) % len(self._readers)
-        return await _hop(self._readers[self._next], function, *args, **kwargs)
+        return await _hop(self._readers[self._next], _transaction, "BEGIN", function, *args, **kwargs)
 
     async def write(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Runs a function as one transaction: all of it is on stable storage afterwards, or none when it raises."""
-
-        def transaction(connection: sqlite3.Connection) -> T:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                result = function(connection, *args, **kwargs)
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-            return result
-
-        return await _hop(self._writer, transaction)
+        return await _hop(self._writer, _transaction, "BEGIN IMMEDIATE", function, *args, **kwargs)
 
     async def ping(self) -> None:
         """Raises when the database does not answer."""
         await self.read(lambda connection: connection.execute("SELECT 1").fetchone())
+
+
+def _transaction(
+    connection: sqlite3.Connection,
+    begin: str,
+    function: Callable[Concatenate[sqlite3.Connection, P], T],
+    /,
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> T:
+    connection.execute(begin)
+    try:
+        result = function(connection, *args, **kwargs)
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    return result
 
 
 async def _hop(
@@ -94,31 +100,53 @@ async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]
     `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Raises
     DatabaseError when another process has it open, when it is damaged, or when it is newer than this program.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = _locked(path)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DatabaseError(f"{path} is in use by another process. Stop that one first.") from None
-        existed = path.exists()
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        existed = path.stat().st_size > 0
         writer = await aiosqlite.connect(path, isolation_level=None)
         readers: list[aiosqlite.Connection] = []
         try:
             try:
                 await _hop(writer, _prepare, path, migrations)
+            except sqlite3.OperationalError as error:
+                raise DatabaseError(f"{path} cannot be opened: {error}.") from None
             except sqlite3.DatabaseError as error:
                 raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
             for _ in range(READERS):
-                reader = await aiosqlite.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+                reader = await aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
                 readers.append(reader)
                 await _hop(reader, lambda connection: connection.execute("PRAGMA busy_timeout=5000").fetchone())
             yield Database(writer, readers, existed)
         finally:
-            await asyncio.gather(*(connection.close() for connection in [*readers, writer]))
+            # The last to close moves the log into the database: that is the writer's to do.
+            for connection in [*readers, writer]:
+                await connection.close()
     finally:
         os.close(lock)
+
+
+def _locked(path: Path) -> int:
+    """Makes the files, owner-only, and takes the lock: its descriptor, to be closed when the database is."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = _owned(Path(f"{path}.lock"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.close(_owned(path))
+        except BaseException:
+            os.close(lock)
+            raise
+    except BlockingIOError:
+        raise DatabaseError(f"{path} is in use by another process. Stop that one first.") from None
+    except OSError as error:
+        raise DatabaseError(f"{path} cannot be opened: {error.strerror}.") from None
+    return lock
+
+
+def _owned(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.fchmod(descriptor, 0o600)  # it may be older than this rule, or come from a backup
+    return descriptor
 
 
 def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable) -> None:

@@ -7,13 +7,20 @@ Every other exception is a bug: it is logged where it happens and reaches the ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import grpc
 from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 DOMAIN = "tessera"
+
+LONGEST_MESSAGE = 1_500
+"""Bytes of a message that travel. It is sent twice, once percent-encoded, and clients refuse trailers beyond 8 KiB."""
 
 
 class StartError(Exception):
@@ -27,6 +34,8 @@ class ServiceError(Exception):
     reason: str = "INTERNAL_ERROR"
     http_status: int | None = None
     """Only where the documented HTTP status differs from the reason's own."""
+    facts: ClassVar[Mapping[str, str]] = {}
+    """Further metadata of ErrorInfo, where an API's error document has more to say than code and message."""
 
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
         super().__init__(message)
@@ -132,8 +141,8 @@ class DataLoss(ServiceError):
 
 
 def to_status(error: ServiceError) -> grpc.Status:
-    """The gRPC status that carries an error, ErrorInfo included."""
-    info = ErrorInfo(reason=error.reason, domain=DOMAIN)
+    """The gRPC status that carries an error, ErrorInfo included. A long message is cut: see LONGEST_MESSAGE."""
+    info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts)
     if error.http_status is not None:
         info.metadata["http_status"] = str(error.http_status)
     if error.retry_after is not None:
@@ -141,7 +150,7 @@ def to_status(error: ServiceError) -> grpc.Status:
     detail = Any()
     detail.Pack(info)
     status: grpc.Status = rpc_status.to_status(
-        Status(code=error.code.value[0], message=error.message, details=[detail])
+        Status(code=error.code.value[0], message=_fitting(error.message), details=[detail])
     )
     return status
 
@@ -152,17 +161,37 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, peer: str) -> ServiceError:
     What the transport says (unreachable, time out) and what is not one of our errors becomes a text of our own that
     names only the peer.
     """
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
-        info = ErrorInfo()
-        if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
-            known = ServiceError(error.details() or "")
-            known.code, known.reason = error.code(), info.reason
-            if "http_status" in info.metadata:
-                known.http_status = int(info.metadata["http_status"])
-            return known
+    info = _error_info(error)
+    if info is not None:
+        known = ServiceError(error.details() or "", retry_after=_number(info, "retry_after"))
+        known.code, known.reason, known.http_status = error.code(), info.reason, _number(info, "http_status")
+        return known
     if error.code() == grpc.StatusCode.UNAVAILABLE:
         return Unavailable(f"The {peer} service does not answer just now. Try again in a moment.", retry_after=1)
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"The {peer} service did not answer in time.")
     return ServiceError(f"The {peer} service failed.")
+
+
+def _error_info(error: grpc.aio.AioRpcError) -> ErrorInfo | None:
+    try:
+        status = rpc_status.from_call(error)
+        for detail in status.details if status is not None else ():
+            info = ErrorInfo()
+            if detail.Is(ErrorInfo.DESCRIPTOR) and detail.Unpack(info) and info.domain == DOMAIN:
+                return info
+    except (ValueError, DecodeError):  # details that are no status, or contradict the code
+        return None
+    return None
+
+
+def _number(info: ErrorInfo, key: str) -> int | None:
+    text = info.metadata.get(key, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _fitting(message: str) -> str:
+    encoded = message.encode(errors="replace")
+    if len(encoded) <= LONGEST_MESSAGE:
+        return encoded.decode()
+    return encoded[:LONGEST_MESSAGE].decode(errors="ignore") + " ..."

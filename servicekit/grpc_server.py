@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 DRAIN_SECONDS = 5.0
 """How long calls under way may take to finish when the service stops."""
 
-READINESS_SECONDS = 1.0
-"""How often readiness is looked at."""
+READINESS_SECONDS = 0.9
+"""How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
 
 Check = Callable[[], Awaitable[None]]
 
@@ -69,12 +69,19 @@ async def serving(
     the ports that the system chose. Raises StartError when an address cannot be listened on.
     """
     statuses = health.aio.HealthServicer()
+    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # until the first look says otherwise
     async with AsyncExitStack() as stack:
+        servers: list[grpc.aio.Server] = []
         addresses = []
+
+        async def stop() -> None:
+            await asyncio.gather(*(server.stop(DRAIN_SECONDS) for server in servers))
+
+        stack.push_async_callback(stop)
         for listener in listeners:
             server, address = _server(listener, services, statuses, message_limit)
+            servers.append(server)
             await server.start()
-            stack.push_async_callback(server.stop, DRAIN_SECONDS)
             addresses.append(address)
         stack.push_async_callback(statuses.enter_graceful_shutdown)
         watch = _watching(statuses, readiness)
@@ -149,7 +156,8 @@ def _watching(statuses: Any, readiness: Mapping[str, Check]) -> Callable[[], Awa
     async def watch() -> None:
         well: bool | None = None
         while True:
-            failing = [name for name, check in readiness.items() if not await _is_well(check)]
+            answers = await asyncio.gather(*map(_is_well, readiness.values()))
+            failing = [name for name, is_well in zip(readiness, answers, strict=True) if not is_well]
             if well != (not failing):
                 well = not failing
                 log.info("ready" if well else "not ready", extra={"failing": failing} if failing else {})

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
+import contextlib
 import hashlib
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
@@ -40,8 +41,15 @@ therefore stops working within 10 s everywhere (S12)."""
 EXCHANGE_TIMEOUT = 1.0
 """Seconds that Secrets has for one exchange."""
 
+REFETCH_SECONDS = 1.0
+"""How long at least lies between two fetches of the platform's keys."""
+
 CAPACITY = 10_000
 """How many identities and verified assertions are kept."""
+
+
+_REFUSALS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
+"""Answers of Secrets that are a verdict on the token; any other leaves the question open."""
 
 
 class InvalidToken(PermissionDenied):
@@ -76,7 +84,7 @@ def token_from(authorization: str | None) -> str:
     if kind.lower() == "basic":
         try:
             user, _, password = base64.b64decode(credential, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # no base64, or no text
             raise Unauthenticated from None
         if user == "token" and password:
             return password
@@ -89,7 +97,8 @@ class AssertionVerifier:
     def __init__(self, fetch_keys: Callable[[], Awaitable[Mapping[str, Ed25519PublicKey]]]) -> None:
         self._fetch_keys = fetch_keys
         self._keys: Mapping[str, Ed25519PublicKey] = {}
-        self._fetched_at = -1e9
+        self._fetch: asyncio.Task[None] | None = None
+        self._fetched_at = 0.0
         self._verified: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
 
     async def verify(self, assertion: str) -> Principal:
@@ -114,10 +123,22 @@ class AssertionVerifier:
         return principal
 
     async def _key(self, key_id: str) -> Ed25519PublicKey:
-        if key_id not in self._keys and time.monotonic() - self._fetched_at > 1.0:
-            self._fetched_at = time.monotonic()
-            self._keys = await self._fetch_keys()
+        if key_id not in self._keys:
+            await asyncio.shield(self._fetched())
         return self._keys[key_id]
+
+    def _fetched(self) -> asyncio.Task[None]:
+        """The fetch under way or, however many unknown keys are named, the last one for a second, failed or not."""
+        if self._fetch is None or (self._fetch.done() and time.monotonic() - self._fetched_at > REFETCH_SECONDS):
+            self._fetch = asyncio.create_task(self._refetch(), name="key fetch")
+            self._fetch.add_done_callback(_heard)
+        return self._fetch
+
+    async def _refetch(self) -> None:
+        try:
+            self._keys = await self._fetch_keys()
+        finally:
+            self._fetched_at = time.monotonic()
 
 
 def claims_of(principal: Principal, *, issued_at: float) -> dict[str, Any]:
@@ -152,7 +173,10 @@ def principal_of(claims: Mapping[str, Any]) -> Principal:
 class _Known:
     identity: Identity
     verified_at: float
-    is_secrets_gone: bool = False
+    """When Secrets was asked, not when it answered: a revocation in between is not known yet."""
+
+    unanswered_at: float = -math.inf
+    """When Secrets last failed to answer for this token."""
 
 
 class TokenExchange:
@@ -205,7 +229,9 @@ class TokenExchange:
             return known.identity
         usable = may_be_stale and age < self._stale_seconds
         refresh = self._exchange(digest, token)
-        if age < REFRESH_SECONDS or (usable and known.is_secrets_gone):
+        # Secrets is gone for sure only while it was just asked; a token that was idle since then waits for the answer.
+        is_secrets_gone = self._now() - known.unanswered_at < FRESH_SECONDS
+        if age < REFRESH_SECONDS or (usable and is_secrets_gone):
             return known.identity
         try:
             return await asyncio.shield(refresh)
@@ -228,10 +254,10 @@ class TokenExchange:
 
     def _finished(self, digest: bytes, task: asyncio.Task[Identity]) -> None:
         self._exchanges.pop(digest, None)
-        if not task.cancelled():
-            task.exception()  # whoever waited has it; a refresh in the background needs nobody to hear of it
+        _heard(task)
 
     async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
+        asked_at = self._now()
         try:
             answer = await channels.call(
                 self._authority.ExchangeToken,
@@ -241,14 +267,15 @@ class TokenExchange:
             )
             principal = await self.verifier.verify(answer.assertion)
         except ServiceError as error:
-            if error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-                if digest in self._known:
-                    self._known[digest].is_secrets_gone = True
-                raise Unavailable("The Secrets service does not answer just now.", retry_after=1) from None
-            self._known.pop(digest, None)
-            raise
+            if error.code in _REFUSALS:
+                self._known.pop(digest, None)
+                raise InvalidToken from None
+            # Anything else is no verdict on the token: Secrets is unreachable, or not able to say.
+            if digest in self._known:
+                self._known[digest].unanswered_at = self._now()
+            raise Unavailable("The Secrets service does not answer just now.", retry_after=1) from None
         identity = Identity(principal, answer.assertion)
-        _remember(self._known, digest, _Known(identity, self._now()))
+        _remember(self._known, digest, _Known(identity, asked_at))
         return identity
 
     async def _fetch_keys(self) -> dict[str, Ed25519PublicKey]:
@@ -276,6 +303,12 @@ def by_assertion(verifier: AssertionVerifier) -> Identify:
         return Identity(await verifier.verify(assertion), assertion)
 
     return identify
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """Whoever waited has the exception of a shared task; when nobody did, nobody needs to hear of it."""
+    with contextlib.suppress(asyncio.CancelledError):
+        task.exception()
 
 
 def _remember(memory: OrderedDict[bytes, Any], digest: bytes, value: Any) -> None:

@@ -10,12 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from servicekit import channels, context
-from servicekit.errors import DeadlineExceeded, ServiceError, Unauthenticated, to_status
+from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.identity import Identify
 
 log = logging.getLogger("servicekit.access")
@@ -27,6 +29,9 @@ LONGEST_DEADLINE = 60.0
 
 OPEN_SERVICES = ("grpc.health.v1.Health",)
 """Services that answer without a credential."""
+
+UNKNOWN_METHOD = "(unknown)"
+"""Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -42,26 +47,28 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        method = handler_call_details.method
+        method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
         metadata = {
             key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
         }
         call = _Call(self, method, metadata)
         if handler is None:
-            return grpc.stream_stream_rpc_method_handler(call.unknown)
-        serializers = (handler.request_deserializer, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(call.streaming(_no_such_method))
+        read, write = handler.request_deserializer, handler.response_serializer
         if handler.response_streaming and handler.request_streaming:
-            return grpc.stream_stream_rpc_method_handler(call.streaming(handler.stream_stream), *serializers)
+            return grpc.stream_stream_rpc_method_handler(call.streaming(handler.stream_stream), read, write)
+        # A single message is read and written within the chain: not before its caller is known, and when that fails, it
+        # fails like everything else.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(call.streaming(handler.unary_stream), *serializers)
+            return grpc.unary_stream_rpc_method_handler(call.streaming(handler.unary_stream, read), None, write)
         if handler.request_streaming:
             raise NotImplementedError(f"{method} streams requests only, which no RPC of ours does")
-        return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary), *serializers)
+        return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary, read, write), None, None)
 
     async def authenticate(self, method: str, metadata: dict[str, str]) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
         request_id = _request_id(metadata)
-        if method.split("/")[1] in OPEN_SERVICES:
+        if method.startswith(tuple(f"/{service}/" for service in OPEN_SERVICES)):
             return context.RequestContext(request_id)
         identity = await self._identify(metadata, method)
         if identity is None:
@@ -80,15 +87,12 @@ class _Call:
         self._metadata = metadata
         self._started = time.perf_counter()
 
-    def unary(self, behavior: Any) -> Any:
-        async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    def unary(self, behavior: Any, read: Any, write: Any) -> Any:
+        async def handle(request: bytes, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
                 await self._begin()
-                remaining = rpc.time_remaining()
-                async with asyncio.timeout(DEFAULT_DEADLINE if remaining is None else min(remaining, LONGEST_DEADLINE)):
-                    answer = await behavior(request, rpc)
-            except TimeoutError:
-                await self._refuse(rpc, DeadlineExceeded("The deadline passed before the answer was ready."))
+                message = _decoded(request, read)
+                answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
             except ServiceError as error:
                 await self._refuse(rpc, error)
             except (grpc.aio.AbortError, asyncio.CancelledError):
@@ -101,14 +105,15 @@ class _Call:
 
         return handle
 
-    def streaming(self, behavior: Any) -> Any:
+    def streaming(self, behavior: Any, read: Any = None) -> Any:
         async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
                 await self._begin()
-                answers = behavior(request, rpc)
+                answers = behavior(request if read is None else _decoded(request, read), rpc)
                 if hasattr(answers, "__aiter__"):
-                    async for answer in answers:
-                        yield answer
+                    async with aclosing(answers):  # its clean-up is done when the call is, not when memory is tidied
+                        async for answer in answers:
+                            yield answer
                 else:  # health and reflection write through the context
                     await answers
             except ServiceError as error:
@@ -121,15 +126,6 @@ class _Call:
                 self._log_success()
 
         return handle
-
-    async def unknown(self, request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
-        """Answers for a method that this listener does not have; only callers that we know learn as much."""
-        try:
-            await self._begin()
-        except ServiceError as error:
-            await self._refuse(rpc, error)
-        await rpc.abort(grpc.StatusCode.UNIMPLEMENTED, "This listener has no such method.")
-        yield b""
 
     async def _begin(self) -> None:
         context.enter(context.RequestContext(_request_id(self._metadata)))
@@ -150,6 +146,30 @@ class _Call:
 
     def _facts(self) -> dict[str, Any]:
         return {"method": self._method, "milliseconds": round((time.perf_counter() - self._started) * 1000, 2)}
+
+
+def _decoded(request: bytes, read: Callable[[bytes], Any]) -> Any:
+    try:
+        return read(request)
+    except DecodeError:
+        raise MalformedRequest("The request is not a message of the type that this method takes.") from None
+
+
+async def _within_deadline(answer: Awaitable[Any], remaining: float | None) -> Any:
+    """The answer, when it comes in time: the caller's if that is not too long, ours if the caller set none."""
+    seconds = DEFAULT_DEADLINE if remaining is None else min(remaining, LONGEST_DEADLINE)
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await answer
+    except TimeoutError:
+        if not limit.expired():  # a time-out inside the handler, which should have dealt with it
+            raise
+        raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+
+
+async def _no_such_method(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+    """Answers for a method that a listener does not have; only callers that we know learn as much."""
+    await rpc.abort(grpc.StatusCode.UNIMPLEMENTED, "This listener has no such method.")
 
 
 def _request_id(metadata: dict[str, str]) -> str:

@@ -6,17 +6,19 @@ requests, messages, metadata and the texts of foreign exceptions are never logge
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
 import traceback
 from types import TracebackType
 
-import orjson
-
 from servicekit import context
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+CHATTY = ("aiosqlite", "asyncio", "uvicorn", "grpc")
+"""Libraries that at DEBUG write out statements with their parameters, or whole frames."""
 
 
 class JsonLines(logging.Formatter):
@@ -27,7 +29,8 @@ class JsonLines(logging.Formatter):
         self._service = service
 
     def format(self, record: logging.LogRecord) -> str:
-        event = {
+        event = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        event |= {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "service": self._service,
@@ -38,10 +41,10 @@ class JsonLines(logging.Formatter):
             event["request_id"] = request.request_id
             if request.caller is not None:
                 event["caller"] = request.caller.name
-        event.update({key: value for key, value in vars(record).items() if key not in _STANDARD})
         if record.exc_info and record.exc_info[0] is not None:
             event["exception"] = described(record.exc_info[0], record.exc_info[2])
-        return orjson.dumps(event, default=str).decode()
+        # Not orjson: it writes out the fields of dataclasses, those without repr too, and gives up on a lone surrogate.
+        return json.dumps(event, default=str)
 
 
 def described(kind: type[BaseException], trace: TracebackType | None) -> str:
@@ -57,6 +60,5 @@ def configure(service: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    # At DEBUG these libraries write out statements with their parameters, or whole frames.
-    for chatty in ("aiosqlite", "asyncio", "uvicorn", "grpc"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(max(root.level, logging.INFO))

@@ -9,7 +9,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,9 @@ S = TypeVar("S", bound=settings.ServiceSettings)
 
 STATUS_BAD_SETTINGS = 2
 STATUS_FAILED = 1
+
+SUPERVISOR_GONE_SECONDS = 4.0
+"""How long a service may take to end when its supervisor is gone."""
 
 
 def run(
@@ -92,26 +97,38 @@ async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncCo
     except StartError as error:
         log.error("cannot start", extra={"cause": str(error)})
         return STATUS_FAILED
+    except Exception as error:
+        # Not left to the interpreter, which would print the text of the error.
+        log.critical("failed", exc_info=(type(error), error, error.__traceback__))
+        return STATUS_FAILED
     log.info("stopped")
     return STATUS_FAILED if failures else 0
 
 
 def _watch_supervisor(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
-    """Ends the process when the supervisor is gone: it holds the other end of standard input, and never writes."""
+    """Ends the process when the supervisor is gone: it holds the other end of standard input, and never writes.
 
-    def on_readable() -> None:
-        if os.read(sys.stdin.fileno(), 1024) == b"":
-            loop.remove_reader(sys.stdin.fileno())
-            log.warning("the supervisor is gone")
-            stopping.set()
-            # Whatever hangs must not keep a service without a supervisor alive.
-            loop.call_later(4.0, os._exit, STATUS_FAILED)
+    In a thread of its own: whatever hangs, the event loop too, must not keep a service without a supervisor alive.
+    """
 
-    loop.add_reader(sys.stdin.fileno(), on_readable)
+    def stop() -> None:
+        log.warning("the supervisor is gone")
+        stopping.set()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 1024):
+                pass
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
+            loop.call_soon_threadsafe(stop)
+        time.sleep(SUPERVISOR_GONE_SECONDS)
+        os._exit(STATUS_FAILED)
+
+    threading.Thread(target=watch, name="supervisor", daemon=True).start()
 
 
 @contextlib.contextmanager
-def _pid_file(path: Path) -> Any:
+def _pid_file(path: Path) -> Iterator[None]:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.write_text(f"{os.getpid()}\n")
     try:

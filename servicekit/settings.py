@@ -34,15 +34,23 @@ def setting(
     help: str,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """A field of a settings class: read from `variable` by `parse`, which raises ValueError with what it expected."""
+    """A field of a settings class: read from `variable` by `parse`, which raises ValueError with what it expected.
+
+    A `default` that is a function is called when settings are loaded, and may raise ValueError too.
+    """
     metadata = {"variable": variable, "parse": parse, "help": help}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
-    """Builds a settings object from the environment; raises SettingsError naming every variable that is wrong."""
+    """Builds a settings object from the environment; raises SettingsError naming every variable that is wrong.
+
+    What a class checks across its fields comes after that: it needs values that are each right.
+    """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {}
     problems: list[str] = []
@@ -50,7 +58,7 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
         variable = field.metadata["variable"]
         text = environ.get(variable, "")
         if text == "":
-            if field.default is dataclasses.MISSING:
+            if _is_required(field):
                 problems.append(f"{variable} is not set. It says: {field.metadata['help']}")
             continue
         try:
@@ -67,16 +75,36 @@ def load(cls: type[S], environ: Mapping[str, str] | None = None) -> S:
 
 def described(cls: type[Any]) -> str:
     """The settings of a class as text for `--help`: variable, default and meaning."""
-    lines = []
-    for field in dataclasses.fields(cls):
-        default = "required" if field.default is dataclasses.MISSING else f"default: {field.default}"
-        lines.append(f"  {field.metadata['variable']}  ({default})\n      {field.metadata['help']}")
-    return "\n".join(lines)
+    return "\n".join(
+        f"  {field.metadata['variable']}  ({_default(field)})\n      {field.metadata['help']}"
+        for field in dataclasses.fields(cls)
+    )
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if _is_required(field):
+        return "required"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"default: {field.default_factory()}"
+    return "optional" if field.default in (None, "") else f"default: {field.default}"
 
 
 def default_data_dir() -> Path:
-    """The user's own data directory for Tessera, after the XDG base directory specification."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share").expanduser() / "tessera"
+    """The user's own data directory for Tessera, after the XDG base directory specification.
+
+    Raises ValueError for a user without a home directory.
+    """
+    chosen = os.environ.get("XDG_DATA_HOME", "")
+    if Path(chosen).is_absolute():
+        return Path(chosen) / "tessera"
+    try:
+        return Path.home() / ".local" / "share" / "tessera"
+    except RuntimeError:
+        raise ValueError("TESSERA_DATA_DIR is not set, and this user has no home directory.") from None
 
 
 def boolean(text: str) -> bool:
@@ -108,7 +136,10 @@ def count(text: str) -> int:
 
 def directory(text: str) -> Path:
     """An absolute path of a directory; `~` is the home directory."""
-    return Path(text).expanduser().absolute()
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("expected a directory; the home directory that it begins with is not known") from None
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -127,6 +158,8 @@ def address(text: str) -> str:
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isascii() and port.isdigit() and int(port) < 65536):
         raise ValueError("expected host:port, such as 127.0.0.1:8080")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("expected host:port with brackets around an IPv6 address, such as [::1]:8080")
     return text
 
 
@@ -148,7 +181,7 @@ class ServiceSettings:
     data_dir: Path = setting(
         "TESSERA_DATA_DIR",
         directory,
-        default=default_data_dir(),
+        default=default_data_dir,
         help="Directory of all data; made when it is not there.",
     )
     socket_dir: Path | None = setting(

@@ -30,7 +30,10 @@ def socket_directory(data_dir: Path, chosen: Path | None = None) -> Path:
                 f"TESSERA_SOCKET_DIR is too long for a Unix socket's path: {chosen}. Choose a shorter one."
             )
         directory = _short_directory(data_dir)
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartError(f"{directory} cannot be made: {error.strerror}. Set TESSERA_SOCKET_DIR.") from None
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise StartError(f"{directory} is not a directory of ours; remove it, or set TESSERA_SOCKET_DIR.")

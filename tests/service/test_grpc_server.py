@@ -1,0 +1,688 @@
+"""Listeners: what exists on which of them, who is let in, and what a caller learns when something goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.api import httpbody_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from servicekit import channels, context, grpc_server, interceptors, logs
+from servicekit.errors import NotFound, StartError, from_rpc_error
+from servicekit.grpc_server import Listener
+from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.sockets import socket_address
+from tessera.identity.v1 import identity_pb2 as identity_pb
+from tessera.identity.v1 import identity_pb2_grpc as identity_rpc
+from tessera.serving.v1 import serving_pb2 as serving_pb
+from tessera.serving.v1 import serving_pb2_grpc as serving_rpc
+from tests.support.authority import ADA, GRACE, ScriptedAuthority, authority_server
+from tests.support.eventually import eventually
+from tests.support.sockets import short_directory
+
+CANARY = "canary-0123456789"
+TOKEN = (("authorization", "Bearer ada-token"),)
+LIMIT = 10_000
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+async def whoever_calls(_: Any) -> identity_pb.User:
+    return identity_pb.User(id=context.current_caller().id, user_name=context.current_caller().name)
+
+
+class Scim(identity_rpc.ScimServicer):
+    """Answers GetMe as the test says; by default with the caller."""
+
+    def __init__(self) -> None:
+        self.answer: Callable[[Any], Awaitable[identity_pb.User]] = whoever_calls
+
+    async def GetMe(self, request: identity_pb.GetMeRequest, rpc: Any) -> identity_pb.User:
+        return await self.answer(rpc)
+
+    async def GetUser(self, request: identity_pb.GetUserRequest, rpc: Any) -> identity_pb.User:
+        return identity_pb.User(id=request.id)
+
+
+class Authority(identity_rpc.AuthorityServicer):
+    async def ExchangeToken(self, request: Any, rpc: Any) -> identity_pb.ExchangeTokenResponse:
+        return identity_pb.ExchangeTokenResponse(assertion="none")
+
+    async def GetPlatform(self, request: Any, rpc: Any) -> identity_pb.GetPlatformResponse:
+        request_context = context.current()
+        assert request_context is not None
+        caller = request_context.caller
+        return identity_pb.GetPlatformResponse(workspace_id="nobody" if caller is None else caller.name)
+
+    async def RenewAdminToken(self, request: Any, rpc: Any) -> identity_pb.RenewAdminTokenResponse:
+        return identity_pb.RenewAdminTokenResponse(path="/admin.token")
+
+
+class Endpoints(serving_rpc.ServingEndpointsServicer):
+    """Streams the caller's name, then `failure` if there is one; `closed` is set when a stream has cleaned up."""
+
+    def __init__(self) -> None:
+        self.failure: BaseException | None = None
+        self.closed = asyncio.Event()
+        self.hold: asyncio.Event | None = None
+
+    async def Query(self, request: serving_pb.QueryRequest, rpc: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        try:
+            yield httpbody_pb2.HttpBody(data=context.current_caller().name.encode())
+            if self.hold is not None:
+                await self.hold.wait()
+            if self.failure is not None:
+                raise self.failure
+        finally:
+            self.closed.set()
+
+
+class Routes(serving_rpc.RoutesServicer):
+    async def Watch(self, reports: AsyncIterator[Any], rpc: Any) -> AsyncIterator[serving_pb.RouteTable]:
+        async for report in reports:
+            yield serving_pb.RouteTable(revision=report.acknowledged_revision)
+
+
+@dataclass
+class Platform:
+    """A service with a public listener and sockets for two peers, and a channel to each."""
+
+    scim: Scim = field(default_factory=Scim)
+    endpoints: Endpoints = field(default_factory=Endpoints)
+    authority: ScriptedAuthority = field(default_factory=ScriptedAuthority)
+    channels: dict[str, grpc.aio.Channel] = field(default_factory=dict)
+    addresses: list[str] = field(default_factory=list)
+
+    def assertion(self, **claims: Any) -> Metadata:
+        return ((channels.ASSERTION, self.authority.signer.assertion(**claims)),)
+
+    async def me(self, where: str = "public", metadata: Metadata = TOKEN, timeout: float | None = 5) -> str:
+        stub = identity_rpc.ScimStub(self.channels[where])
+        user = await stub.GetMe(identity_pb.GetMeRequest(), metadata=metadata, timeout=timeout)
+        return str(user.user_name)
+
+    async def raw(self, where: str, method: str, metadata: Metadata = (), message: bytes = b"") -> bytes:
+        call: Any = self.channels[where].unary_unary(method)
+        return bytes(await call(message, metadata=metadata, timeout=5))
+
+    async def health(self, where: str = "public", service: str = "") -> Any:
+        stub = health_pb2_grpc.HealthStub(self.channels[where])
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        return answer.status
+
+
+@asynccontextmanager
+async def running(
+    *,
+    readiness: dict[str, grpc_server.Check] | None = None,
+    reflection: bool = False,
+    identify: Any = None,
+) -> AsyncIterator[Platform]:
+    """The platform, served by the code under test."""
+    platform = Platform()
+    with short_directory() as directory:
+        async with authority_server(platform.authority) as to_secrets:
+            exchange = TokenExchange(to_secrets, stale_seconds=0)
+            listeners = [
+                Listener(address="127.0.0.1:0", identify=identify or by_token(exchange), reflection=reflection),
+                *(
+                    Listener(
+                        address=socket_address(directory, callee="shop", caller=peer),
+                        identify=by_assertion(exchange.verifier),
+                        peer=peer,
+                    )
+                    for peer in ("gateway", "serving")
+                ),
+            ]
+            identity_services = identity_pb.DESCRIPTOR.services_by_name
+            serving_services = serving_pb.DESCRIPTOR.services_by_name
+            async with grpc_server.serving(
+                listeners,
+                services=[
+                    (identity_services["Scim"], platform.scim),
+                    (identity_services["Authority"], Authority()),
+                    (serving_services["ServingEndpoints"], platform.endpoints),
+                    (serving_services["Routes"], Routes()),
+                ],
+                readiness=readiness or {},
+                message_limit=LIMIT,
+            ) as addresses:
+                platform.addresses = addresses
+                async with (
+                    channels.opened(addresses[0]) as public,
+                    channels.opened(addresses[1]) as gateway,
+                    channels.opened(addresses[2]) as serving,
+                ):
+                    platform.channels = {"public": public, "gateway": gateway, "serving": serving}
+                    yield platform
+
+
+@pytest.fixture(name="platform")
+async def a_platform() -> AsyncIterator[Platform]:
+    async with running() as running_platform:
+        yield running_platform
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[[], str]]:
+    """All that was logged, as a service would write it, at debug level."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logs.JsonLines("shop"))
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+    yield stream.getvalue
+    root.removeHandler(handler)
+    root.setLevel(level)
+
+
+async def refusal(call: Awaitable[object]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value
+
+
+async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
+    return (await refusal(call)).code()
+
+
+UNAUTHENTICATED, UNIMPLEMENTED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED
+GET_PLATFORM = "/tessera.identity.v1.Authority/GetPlatform"
+RENEW = "/tessera.identity.v1.Authority/RenewAdminToken"
+RESOLVE = "/tessera.secrets.v1.SecretResolver/Resolve"
+WATCH = "/tessera.serving.v1.Routes/Watch"
+
+
+# --- what exists where
+
+
+@pytest.mark.parametrize("method", [GET_PLATFORM, RENEW, WATCH])
+async def test_internal_rpc_does_not_exist_on_the_public_listener(platform: Platform, method: str) -> None:
+    assert await code_of(platform.raw("public", method, TOKEN)) is UNIMPLEMENTED
+    assert await code_of(platform.raw("public", method)) is UNAUTHENTICATED
+
+
+async def test_internal_rpc_exists_for_the_named_peers_and_needs_no_assertion(platform: Platform) -> None:
+    for peer in ("gateway", "serving"):
+        stub = identity_rpc.AuthorityStub(platform.channels[peer])
+        assert (await stub.GetPlatform(identity_pb.GetPlatformRequest(), timeout=5)).workspace_id == "nobody"
+        answer = await stub.GetPlatform(identity_pb.GetPlatformRequest(), metadata=platform.assertion(), timeout=5)
+        assert answer.workspace_id == ADA.name
+
+
+async def test_internal_rpc_does_not_exist_for_other_peers(platform: Platform) -> None:
+    for peer in ("gateway", "serving"):
+        assert await code_of(platform.raw(peer, RENEW, platform.assertion())) is UNIMPLEMENTED
+        assert await code_of(platform.raw(peer, RENEW)) is UNAUTHENTICATED
+    assert await code_of(platform.raw("serving", WATCH, platform.assertion())) is UNIMPLEMENTED
+
+
+async def test_invalid_assertion_is_refused_on_an_internal_rpc_too(platform: Platform) -> None:
+    assert await code_of(platform.raw("gateway", GET_PLATFORM, ((channels.ASSERTION, "a.b.c"),))) is UNAUTHENTICATED
+
+
+async def test_public_rpc_on_a_peer_socket_needs_an_assertion(platform: Platform) -> None:
+    assert await platform.me("gateway", platform.assertion()) == ADA.name
+    assert await code_of(platform.me("gateway", ())) is UNAUTHENTICATED
+    assert await code_of(platform.me("gateway", TOKEN)) is UNAUTHENTICATED
+    assert await code_of(platform.me("gateway", platform.assertion(aud="elsewhere"))) is UNAUTHENTICATED
+
+
+async def test_public_rpc_on_the_public_listener_needs_a_token(platform: Platform) -> None:
+    assert await platform.me() == ADA.name
+    assert await code_of(platform.me(metadata=())) is UNAUTHENTICATED
+    wrong = (("authorization", "Bearer wrong"),)
+    assert await code_of(platform.me(metadata=wrong)) is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_assertion_on_the_public_listener_is_ignored(platform: Platform) -> None:
+    assertion = platform.assertion(sub=GRACE.id, name=GRACE.name, groups=["admins"])
+    assert await code_of(platform.me(metadata=assertion)) is UNAUTHENTICATED
+    assert await platform.me(metadata=assertion + TOKEN) == ADA.name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/tessera.identity.v1.Scim/Nothing",
+        "/tessera.identity.v1.Scim/getme",
+        "/tessera.identity.v1.Scim/GetMe/",
+        "/tessera.secrets.v1.Secrets/GetSecret",
+        "/grpc.health.v1.Health/Nothing",
+        "/grpc.health.v1.Health",
+        "/",
+        "//",
+    ],
+)
+async def test_unknown_method_is_only_told_to_known_callers(platform: Platform, method: str) -> None:
+    assert await code_of(platform.raw("public", method)) is UNAUTHENTICATED
+    error = await refusal(platform.raw("public", method, TOKEN))
+    assert (error.code(), error.details()) == (UNIMPLEMENTED, "This listener has no such method.")
+    assert await code_of(platform.raw("gateway", method)) is UNAUTHENTICATED
+
+
+async def test_name_of_an_unknown_method_is_not_logged(platform: Platform, logged: Callable[[], str]) -> None:
+    await refusal(platform.raw("public", f"/{CANARY}/{CANARY}"))
+    await eventually(lambda: "call refused" in logged())
+    assert CANARY not in logged()
+
+
+async def test_request_is_not_read_before_its_caller_is_known(platform: Platform) -> None:
+    broken = b"\xff\xff\xff"
+    assert await code_of(platform.raw("public", "/tessera.identity.v1.Scim/GetUser", (), broken)) is UNAUTHENTICATED
+    assert await code_of(platform.raw("public", "/tessera.serving.v1.ServingEndpoints/Query", (), broken)) is (
+        UNAUTHENTICATED
+    )
+
+
+async def test_request_that_is_no_message_is_malformed(platform: Platform) -> None:
+    error = await refusal(platform.raw("public", "/tessera.identity.v1.Scim/GetUser", TOKEN, b"\xff\xff\xff"))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert from_rpc_error(error, peer="shop").reason == "MALFORMED_REQUEST"
+
+
+# --- streams
+
+
+async def test_streaming_rpc_goes_through_the_same_chain(platform: Platform, logged: Callable[[], str]) -> None:
+    stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+    answers = [body.data async for body in stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5)]
+    assert answers == [ADA.name.encode()]
+    assert await code_of(anext(aiter(stub.Query(serving_pb.QueryRequest(), timeout=5)))) is UNAUTHENTICATED
+    await eventually(lambda: "call answered" in logged())
+    lines = [json.loads(line) for line in logged().splitlines()]
+    (answered,) = [line for line in lines if line["event"] == "call answered" and "Query" in line["method"]]
+    assert answered["caller"] == ADA.name
+
+
+async def test_both_sides_of_a_stream_go_on_until_one_ends_it(platform: Platform) -> None:
+    async def reports() -> AsyncIterator[serving_pb.RouteReport]:
+        for revision in (1, 2):
+            yield serving_pb.RouteReport(acknowledged_revision=revision)
+
+    stub = serving_rpc.RoutesStub(platform.channels["gateway"])
+    assert [table.revision async for table in stub.Watch(reports(), timeout=5)] == [1, 2]
+
+
+async def test_stream_that_its_caller_leaves_is_cleaned_up(platform: Platform) -> None:
+    platform.endpoints.hold = asyncio.Event()
+    stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+    call = stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5)
+    await anext(aiter(call))
+    assert not platform.endpoints.closed.is_set()
+    call.cancel()
+    await asyncio.wait_for(platform.endpoints.closed.wait(), 5)
+
+
+async def test_error_within_a_stream_reaches_its_caller(platform: Platform) -> None:
+    platform.endpoints.failure = NotFound("No such endpoint.")
+    stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5))
+    await anext(answers)
+    error = from_rpc_error(await refusal(anext(answers)), peer="shop")
+    assert (error.reason, error.message) == ("RESOURCE_DOES_NOT_EXIST", "No such endpoint.")
+
+
+# --- health
+
+
+async def test_health_is_open_on_every_listener(platform: Platform) -> None:
+    for where in platform.channels:
+        await eventually(partial(_serves, platform, where), within=2)
+
+
+async def _serves(platform: Platform, where: str = "public") -> bool:
+    return bool(await platform.health(where) == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def test_health_follows_the_readiness_checks_within_two_seconds() -> None:
+    broken: set[str] = set()
+
+    async def database() -> None:
+        if "database" in broken:
+            raise OSError("gone")
+
+    async def key() -> None:
+        if "key" in broken:
+            await asyncio.Event().wait()
+
+    async def index() -> None:
+        if "index" in broken:
+            await asyncio.Event().wait()
+
+    async def fails() -> bool:
+        return not await _serves(platform)
+
+    async with running(readiness={"database": database, "key": key, "index": index}) as platform:
+        for what in ({"database"}, {"key", "index"}):
+            await eventually(lambda: _serves(platform), within=2)
+            broken |= what
+            await eventually(fails, within=2)
+            broken.clear()
+        await eventually(lambda: _serves(platform), within=2)
+
+
+async def test_service_is_not_ready_before_it_was_looked_at() -> None:
+    looked = asyncio.Event()
+
+    async def database() -> None:
+        await looked.wait()
+
+    async with running(readiness={"database": database}) as platform:
+        assert not await _serves(platform)
+        looked.set()
+        await eventually(lambda: _serves(platform), within=2)
+
+
+# --- reflection
+
+
+async def reflected(platform: Platform, metadata: Metadata) -> list[str]:
+    request = reflection_pb2.ServerReflectionRequest(list_services="")
+    stub = reflection_pb2_grpc.ServerReflectionStub(platform.channels["public"])
+    call = stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=5)
+    return [service.name async for answer in call for service in answer.list_services_response.service]
+
+
+async def test_reflection_needs_a_token_and_lists_what_is_public() -> None:
+    async with running(reflection=True) as platform:
+        assert await code_of(reflected(platform, ())) is UNAUTHENTICATED
+        assert sorted(await reflected(platform, TOKEN)) == [
+            "grpc.health.v1.Health",
+            "grpc.reflection.v1alpha.ServerReflection",
+            "tessera.identity.v1.Scim",
+            "tessera.serving.v1.ServingEndpoints",
+        ]
+
+
+async def test_reflection_is_absent_when_it_is_off(platform: Platform) -> None:
+    assert await code_of(reflected(platform, TOKEN)) is UNIMPLEMENTED
+
+
+# --- failures
+
+
+class CarriesSecret(Exception):
+    pass
+
+
+async def raise_canary(rpc: Any) -> identity_pb.User:
+    try:
+        raise KeyError(CANARY)
+    except KeyError as error:
+        raise CarriesSecret(CANARY) from error
+
+
+async def answer_nonsense(rpc: Any) -> Any:
+    return {CANARY: CANARY}
+
+
+async def time_out(rpc: Any) -> identity_pb.User:
+    raise TimeoutError(CANARY)
+
+
+@pytest.mark.parametrize("answer", [raise_canary, time_out, answer_nonsense])
+async def test_exception_of_a_handler_stays_in_the_service(
+    platform: Platform, logged: Callable[[], str], answer: Any
+) -> None:
+    platform.scim.answer = answer
+    error = await refusal(platform.me(metadata=(*TOKEN, (channels.REQUEST_ID, "r-1"))))
+    assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, "Internal error. Request id: r-1.")
+    assert CANARY not in repr(error.trailing_metadata()) + repr(error.initial_metadata()) + str(
+        error.debug_error_string()
+    )
+    await eventually(lambda: "call failed" in logged())
+    assert CANARY not in logged()
+    (line,) = [line for line in map(json.loads, logged().splitlines()) if line["event"] == "call failed"]
+    assert (line["request_id"], line["caller"]) == ("r-1", ADA.name)
+    assert line["method"] == "/tessera.identity.v1.Scim/GetMe"
+
+
+async def test_exception_of_a_streaming_handler_stays_in_the_service(
+    platform: Platform, logged: Callable[[], str]
+) -> None:
+    platform.endpoints.failure = CarriesSecret(CANARY)
+    stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5))
+    await anext(answers)
+    error = await refusal(anext(answers))
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert (error.details() or "").startswith("Internal error. Request id: ")
+    assert CANARY not in repr(error.trailing_metadata()) + str(error.debug_error_string())
+    await eventually(lambda: "call failed" in logged())
+    assert CANARY not in logged()
+
+
+async def test_exception_while_a_caller_is_identified_lets_nobody_in(logged: Callable[[], str]) -> None:
+    async def identify(metadata: Any, method: str) -> Any:
+        raise CarriesSecret(CANARY)
+
+    async with running(identify=identify) as platform:
+        for call in (platform.me(), platform.raw("public", "/nothing/here")):
+            error = await refusal(call)
+            assert error.code() is grpc.StatusCode.INTERNAL
+            assert CANARY not in repr(error.trailing_metadata()) + (error.details() or "")
+    assert CANARY not in logged()
+
+
+async def test_error_of_ours_reaches_the_caller_whole(platform: Platform) -> None:
+    async def answer(rpc: Any) -> identity_pb.User:
+        raise NotFound("There is no such user.", retry_after=3)
+
+    platform.scim.answer = answer
+    error = from_rpc_error(await refusal(platform.me()), peer="shop")
+    assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "RESOURCE_DOES_NOT_EXIST")
+    assert (error.message, error.retry_after) == ("There is no such user.", 3)
+
+
+@pytest.mark.parametrize("odd", ["", "a" * 65, "a b", "../x", "{}"])
+async def test_odd_request_id_is_replaced(platform: Platform, odd: str) -> None:
+    platform.scim.answer = raise_canary
+    details = (await refusal(platform.me(metadata=(*TOKEN, (channels.REQUEST_ID, odd))))).details() or ""
+    given = details.removeprefix("Internal error. Request id: ").removesuffix(".")
+    assert len(given) == 32
+    assert given.isalnum()
+
+
+async def test_calls_at_the_same_time_each_have_their_own_caller(platform: Platform) -> None:
+    both = asyncio.Barrier(2)
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        await both.wait()
+        return await whoever_calls(rpc)
+
+    platform.scim.answer = answer
+    grace = (("authorization", "Bearer grace-token"),)
+    assert tuple(await asyncio.gather(platform.me(), platform.me(metadata=grace))) == (ADA.name, GRACE.name)
+
+
+# --- deadlines and limits
+
+
+@dataclass
+class Hanging:
+    """An answer that never comes."""
+
+    remaining: float | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, rpc: Any) -> identity_pb.User:
+        self.remaining = rpc.time_remaining()
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended.set()
+        raise AssertionError
+
+
+def test_deadlines_are_ten_seconds_by_default_and_sixty_at_the_most() -> None:
+    assert (interceptors.DEFAULT_DEADLINE, interceptors.LONGEST_DEADLINE) == (10.0, 60.0)
+
+
+@pytest.mark.parametrize(("constant", "timeout"), [("DEFAULT_DEADLINE", None), ("LONGEST_DEADLINE", 30.0)])
+async def test_call_without_a_deadline_or_with_a_long_one_ends_at_ours(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, constant: str, timeout: float | None
+) -> None:
+    monkeypatch.setattr(interceptors, constant, 0.2)
+    platform.scim.answer = hanging = Hanging()
+    async with asyncio.timeout(5):
+        error = from_rpc_error(await refusal(platform.me(timeout=timeout)), peer="shop")
+    assert error.reason == "DEADLINE_EXCEEDED"
+    assert error.message == "The deadline passed before the answer was ready."
+    assert hanging.ended.is_set()
+
+
+async def test_deadline_of_the_caller_is_kept(platform: Platform) -> None:
+    platform.scim.answer = hanging = Hanging()
+    assert await code_of(platform.me(timeout=0.2)) is grpc.StatusCode.DEADLINE_EXCEEDED
+    await asyncio.wait_for(hanging.ended.wait(), 5)
+    assert hanging.remaining is not None
+    assert hanging.remaining <= 0.2
+
+
+async def test_call_that_its_caller_gives_up_is_given_up_here(platform: Platform) -> None:
+    platform.scim.answer = hanging = Hanging()
+    call = asyncio.create_task(platform.me())
+    await asyncio.wait_for(hanging.begun.wait(), 5)
+    call.cancel()
+    await asyncio.wait_for(hanging.ended.wait(), 5)
+
+
+async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platform: Platform) -> None:
+    overhead = identity_pb.GetUserRequest(id="x" * LIMIT).ByteSize() - LIMIT
+    stub = identity_rpc.ScimStub(platform.channels["public"])
+    fits = identity_pb.GetUserRequest(id="x" * (LIMIT - overhead))
+    assert (await stub.GetUser(fits, metadata=TOKEN, timeout=5)).id == fits.id
+    too_long = identity_pb.GetUserRequest(id=fits.id + "x")
+    code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=5))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+# --- start and stop
+
+
+async def start(address: str) -> None:
+    async def identify(metadata: Any, method: str) -> None:
+        return None
+
+    listener = Listener(address=address, identify=identify)
+    async with grpc_server.serving([listener], services=[], readiness={}, message_limit=LIMIT):
+        pass
+
+
+async def test_port_that_is_in_use_is_refused_by_name(platform: Platform) -> None:
+    with pytest.raises(StartError, match=f"Cannot listen on {platform.addresses[0]}"):
+        await start(platform.addresses[0])
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(StartError, match=f"Cannot listen on {address}"):
+            await start(address)
+
+
+async def test_address_that_is_not_ours_is_refused_by_name() -> None:
+    for address in ("192.0.2.1:0", f"unix:{Path('/nowhere/shop.sock')}"):
+        with pytest.raises(StartError, match=f"Cannot listen on {address}"):
+            await start(address)
+
+
+async def test_listener_that_fails_closes_the_ones_before_it(platform: Platform) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    async def identify(metadata: Any, method: str) -> None:
+        return None
+
+    listeners = [Listener(address=at, identify=identify) for at in (f"127.0.0.1:{port}", platform.addresses[0])]
+    with pytest.raises(StartError):
+        async with grpc_server.serving(listeners, services=[], readiness={}, message_limit=LIMIT):
+            pass
+    with socket.create_server(("127.0.0.1", port)):
+        pass
+
+
+async def test_call_under_way_is_finished_when_the_service_stops() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        begun.set()
+        await go_on.wait()
+        return await whoever_calls(rpc)
+
+    stop = asyncio.Event()
+    started: asyncio.Future[Platform] = asyncio.get_running_loop().create_future()
+
+    async def serve() -> None:
+        async with running() as platform:
+            started.set_result(platform)
+            await stop.wait()
+            platform.channels.clear()
+
+    async def refuses_new_calls() -> bool:
+        async with channels.opened(platform.addresses[0]) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+            except grpc.aio.AioRpcError:
+                return True
+            return False
+
+    serving = asyncio.create_task(serve())
+    platform = await started
+    platform.scim.answer = answer
+    async with channels.opened(platform.addresses[0]) as channel:
+        stub = identity_rpc.ScimStub(channel)
+        call = asyncio.create_task(_me(stub))
+        await asyncio.wait_for(begun.wait(), 5)
+        stop.set()
+        await eventually(refuses_new_calls)
+        go_on.set()
+        assert await call == ADA.name
+        await asyncio.wait_for(serving, 5)
+
+
+async def _me(stub: Any) -> str:
+    user = await stub.GetMe(identity_pb.GetMeRequest(), metadata=TOKEN, timeout=10)
+    return str(user.user_name)
+
+
+async def test_calls_that_do_not_finish_are_cut_off_on_all_listeners_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "DRAIN_SECONDS", 0.5)
+    hanging = [Hanging(), Hanging(), Hanging()]
+    waiting = iter(hanging)
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        return await next(waiting)(rpc)
+
+    async with running() as platform:
+        platform.scim.answer = answer
+        calls = []
+        for where, address in zip(platform.channels, platform.addresses, strict=True):
+            channel = grpc.aio.insecure_channel(address, options=(("grpc.default_authority", "localhost"),))
+            metadata = TOKEN if where == "public" else platform.assertion()
+            stub = identity_rpc.ScimStub(channel)
+            calls.append((channel, stub.GetMe(identity_pb.GetMeRequest(), metadata=metadata, timeout=20)))
+        for each in hanging:
+            await asyncio.wait_for(each.begun.wait(), 5)
+        leaving = time.monotonic()
+    assert time.monotonic() - leaving < 1.2
+    for channel, call in calls:
+        await refusal(call)
+        await channel.close()

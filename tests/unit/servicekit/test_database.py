@@ -1,0 +1,292 @@
+"""The door to SQLite: transactions are whole, migrations too, and only one process comes in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from servicekit import database
+from servicekit.database import DatabaseError, opened
+from servicekit.errors import StartError
+from tests.support.sockets import short_directory
+
+ROOT = Path(__file__).parents[3]
+ITEMS = "CREATE TABLE items (name TEXT PRIMARY KEY, owner TEXT);\n"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path
+
+
+@pytest.fixture
+def path(directory: Path) -> Path:
+    return directory / "data" / "shop.db"
+
+
+@pytest.fixture
+def migrations(directory: Path) -> Path:
+    """A folder of migrations with one in it."""
+    folder = directory / "migrations"
+    folder.mkdir()
+    (folder / "0001_items.sql").write_text(ITEMS)
+    (folder / "README.md").write_text("Not a migration.")
+    return folder
+
+
+def insert(connection: sqlite3.Connection, *names: str) -> None:
+    for name in names:
+        connection.execute("INSERT INTO items (name) VALUES (?)", (name,))
+
+
+def names_in(connection: sqlite3.Connection) -> list[str]:
+    return [name for (name,) in connection.execute("SELECT name FROM items ORDER BY name")]
+
+
+def tables_in(path: Path) -> set[str]:
+    with sqlite3.connect(path) as connection:
+        found = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    connection.close()
+    return found
+
+
+async def refusal(path: Path, migrations: Path) -> str:
+    with pytest.raises(DatabaseError) as caught:
+        async with opened(path, migrations):
+            pass
+    assert isinstance(caught.value, StartError)
+    return str(caught.value)
+
+
+async def test_what_was_written_is_read_now_and_after_a_restart(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, "a", "b")
+        for _ in range(database.READERS + 1):
+            assert await db.read(names_in) == ["a", "b"]
+    async with opened(path, migrations) as db:
+        assert await db.read(names_in) == ["a", "b"]
+
+
+async def test_transaction_that_raises_leaves_nothing_and_the_next_one_works(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        with pytest.raises(sqlite3.IntegrityError):
+            await db.write(insert, "a", "b", "a")
+        assert await db.read(names_in) == []
+        await db.write(insert, "c")
+        assert await db.read(names_in) == ["c"]
+
+
+async def test_transaction_whose_caller_was_cancelled_is_done_whole(path: Path, migrations: Path) -> None:
+    half_way, go_on = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        insert(connection, "a")
+        half_way.set()
+        assert go_on.wait(5)
+        insert(connection, "b")
+
+    async with opened(path, migrations) as db:
+        writing = asyncio.create_task(db.write(slow))
+        await asyncio.to_thread(half_way.wait, 5)
+        assert await db.read(names_in) == []
+        writing.cancel()
+        await asyncio.wait([writing])
+        assert writing.cancelled()
+        go_on.set()
+        await db.write(insert, "c")
+        assert await db.read(names_in) == ["a", "b", "c"]
+
+
+async def test_failing_transaction_whose_caller_was_cancelled_leaves_nothing(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        writing = asyncio.create_task(db.write(insert, "a", "a"))
+        await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.wait([writing])
+        await db.write(insert, "b")
+        assert await db.read(names_in) == ["b"]
+
+
+async def test_statements_of_one_read_see_one_state(path: Path, migrations: Path) -> None:
+    looked, written = threading.Event(), threading.Event()
+
+    def look_twice(connection: sqlite3.Connection) -> tuple[list[str], list[str]]:
+        first = names_in(connection)
+        looked.set()
+        assert written.wait(5)
+        return first, names_in(connection)
+
+    async with opened(path, migrations) as db:
+        reading = asyncio.create_task(db.read(look_twice))
+        await asyncio.to_thread(looked.wait, 5)
+        await db.write(insert, "a")
+        written.set()
+        assert await reading == ([], [])
+
+
+async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        for _ in range(database.READERS):
+            with pytest.raises(sqlite3.OperationalError):
+                await db.read(lambda connection: connection.execute("SELECT * FROM nothing"))
+        await db.write(insert, "a")
+        for _ in range(database.READERS):
+            assert await db.read(names_in) == ["a"]
+
+
+async def test_reader_cannot_write(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        for _ in range(database.READERS):
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                await db.read(insert, "a")
+
+
+async def test_acknowledged_writes_are_on_stable_storage(path: Path, migrations: Path) -> None:
+    def pragmas(connection: sqlite3.Connection) -> list[object]:
+        names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+        return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    async with opened(path, migrations) as db:
+        full = 2
+        assert await db.write(pragmas) == ["wal", full, 1, 1]
+
+
+async def test_files_are_for_the_owner_only(path: Path, migrations: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.touch()
+    path.chmod(0o644)
+    before = os.umask(0)
+    try:
+        async with opened(path, migrations) as db:
+            await db.write(insert, "a")
+            modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys(["shop.db", "shop.db-shm", "shop.db-wal", "shop.db.lock"], 0o600)
+
+
+async def test_directory_is_made_for_the_owner_only(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations):
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_path_may_hold_characters_that_mean_something_in_an_address(directory: Path, migrations: Path) -> None:
+    odd = directory / "50%20?mode=rw#é" / "shop.db"
+    async with opened(odd, migrations) as db:
+        await db.write(insert, "a")
+        assert await db.read(names_in) == ["a"]
+
+
+async def test_second_process_is_refused_and_comes_in_when_the_first_is_gone(path: Path, migrations: Path) -> None:
+    program = (
+        "import asyncio, pathlib, sys\n"
+        "from servicekit.database import opened\n"
+        "async def main():\n"
+        "    async with opened(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])):\n"
+        "        print('open', flush=True)\n"
+        "        sys.stdin.read()\n"
+        "asyncio.run(main())\n"
+    )
+    command = [sys.executable, "-c", program, str(path), str(migrations)]
+    pipe = asyncio.subprocess.PIPE
+    other = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe)
+    try:
+        assert other.stdout is not None
+        assert await other.stdout.readline() == b"open\n"
+        assert await refusal(path, migrations) == f"{path} is in use by another process. Stop that one first."
+    finally:
+        other.kill()
+        await other.communicate()
+    async with opened(path, migrations):
+        assert "is in use" in await refusal(path, migrations)
+    async with opened(path, migrations):
+        pass
+
+
+async def test_each_migration_is_applied_once(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, "a")
+    (migrations / "0002_size.sql").write_text("ALTER TABLE items ADD COLUMN size INTEGER;")
+    for _ in range(2):
+        async with opened(path, migrations) as db:
+            assert await db.read(lambda c: c.execute("SELECT name, size FROM items").fetchall()) == [("a", None)]
+
+
+async def test_failing_migration_leaves_the_version_before_intact(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, "a")
+    broken = migrations / "0002_more.sql"
+    broken.write_text("CREATE TABLE more (x); DROP TABLE items; INSERT INTO nowhere VALUES (1);")
+    assert await refusal(path, migrations) == f"{path} cannot be opened: no such table: nowhere."
+    assert tables_in(path) == {"items"}
+    broken.unlink()
+    async with opened(path, migrations) as db:
+        assert await db.read(names_in) == ["a"]
+    broken.write_text("CREATE TABLE more (x);")
+    async with opened(path, migrations) as db:
+        assert await db.read(names_in) == ["a"]
+    assert tables_in(path) == {"items", "more"}
+
+
+async def test_database_of_a_newer_version_is_refused(path: Path, migrations: Path) -> None:
+    (migrations / "0002_more.sql").write_text("CREATE TABLE more (x);")
+    async with opened(path, migrations):
+        pass
+    (migrations / "0002_more.sql").unlink()
+    assert "was written by a newer version of this program" in await refusal(path, migrations)
+
+
+@pytest.mark.parametrize("damage", ["not a database", "a damaged page"])
+async def test_damaged_file_is_refused_and_left_as_it_is(path: Path, migrations: Path, damage: str) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, *(f"item-{number:04}" for number in range(2_000)))
+    content = bytearray(path.read_bytes())
+    start, length = (0, 4096) if damage == "not a database" else (8192, 8192)
+    content[start : start + length] = b"\x5a" * length
+    path.write_bytes(content)
+    message = await refusal(path, migrations)
+    assert message.startswith(f"{path} ")
+    assert message.endswith("Restore it from a backup.")
+    assert path.read_bytes() == content
+
+
+async def test_place_that_cannot_be_used_is_refused_by_name(directory: Path, migrations: Path) -> None:
+    (directory / "file").write_text("")
+    assert await refusal(directory / "file" / "shop.db", migrations) == (
+        f"{directory}/file/shop.db cannot be opened: File exists."
+    )
+    (directory / "folder.db").mkdir()
+    assert await refusal(directory / "folder.db", migrations) == (
+        f"{directory}/folder.db cannot be opened: Is a directory."
+    )
+
+
+async def test_database_existed_once_something_was_stored(path: Path, migrations: Path) -> None:
+    path.parent.mkdir()
+    path.touch()  # a first start that was killed before it stored anything
+    async with opened(path, migrations) as db:
+        assert not db.existed
+    async with opened(path, migrations) as db:
+        assert db.existed
+
+
+async def test_ping_fails_when_the_database_does_not_answer(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.ping()
+    with pytest.raises(ValueError, match="no active connection"):
+        await db.ping()
+
+
+async def test_closing_moves_the_log_into_the_database(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, "a")
+    assert sorted(file.name for file in path.parent.iterdir()) == ["shop.db", "shop.db.lock"]
