@@ -40,6 +40,8 @@ STOP_GRACE_SECONDS = 10.0
 DELETE_DRAIN_SECONDS = 30.0
 """How long requests in flight may take to finish when their endpoint is deleted."""
 
+LOADING = "Loading the model."
+
 UNREADABLE_SECONDS = 1.0
 """Until something that did not answer is asked again."""
 
@@ -86,7 +88,7 @@ class EndpointController:
 
     def adopt(self, record: ReplicaRecord, handle: ReplicaHandle, seen: Observation | None) -> None:
         """Takes over a replica that a predecessor of this process started; `seen` is None when it did not answer."""
-        self._replicas[record.id] = Replica(id=record.id, version=record.version, entity=record.entity)
+        self._replicas[record.id] = Replica(id=record.id, version=record.version, entity=record.entity, message=LOADING)
         self._handles[record.id] = handle
         if seen is not None:
             self._observe(record.id, seen)
@@ -263,7 +265,7 @@ class EndpointController:
             await self._not_started(endpoint, replica, "The replica could not be started.", is_final=False)
         else:
             self._handles[replica.id] = handle
-            self._change(replica.id, message="Loading the model.")
+            self._change(replica.id, message=LOADING)
             self._spawn(self._watch(replica.id, handle))
         finally:
             self._preparing.discard(replica.id)

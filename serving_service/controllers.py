@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 
 from serving_service import store
@@ -103,7 +104,8 @@ class Controllers:
     def _add(self, controller: EndpointController) -> None:
         endpoint_id = controller.endpoint_id
         self._controllers[endpoint_id] = controller
-        task = asyncio.create_task(controller.run(), name=f"controller {endpoint_id}")
+        # On nobody's behalf: a request's context, with its caller and an assertion that expires, must not live on here.
+        task = asyncio.create_task(controller.run(), name=f"controller {endpoint_id}", context=contextvars.Context())
         self._tasks[endpoint_id] = task
         task.add_done_callback(lambda _: self._remove(endpoint_id))
 

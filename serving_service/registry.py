@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from servicekit.errors import ServiceError, Unavailable
 from serving_service.errors import ModelNotFound, RegistryUnusable
@@ -215,5 +215,5 @@ async def _tail(stream: asyncio.StreamReader) -> str:
 
 def shown(uri: str) -> str:
     """A registry's address without the user and password that may be in it."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+    netloc = urlsplit(uri).netloc
+    return uri.partition("?")[0].replace(netloc, netloc.rpartition("@")[2], 1)

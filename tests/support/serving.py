@@ -7,6 +7,7 @@ place (`tests/support/model_servers.py`), and there are as many versions of each
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -20,7 +21,7 @@ import grpc
 from servicekit import channels, sockets
 from serving_service import app
 from serving_service.errors import ModelNotFound
-from serving_service.launcher import Launch, LocalLauncher, LocalReplica
+from serving_service.launcher import Launch, LocalLauncher, LocalReplica, ReplicaGoneError
 from serving_service.model import ModelVersion
 from serving_service.settings import ServingSettings
 from tessera.serving.v1 import serving_pb2 as pb
@@ -28,9 +29,9 @@ from tessera.serving.v1 import serving_pb2_grpc as rpc
 from tests.support import model_servers
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import RunningSecrets
+from tests.support.secrets import RunningSecrets, running_secrets
 
-MANNERS = ("ready", "dying", "failing", "slow", "stubborn")
+MANNERS = ("ready", "dying", "failing", "slow", "stubborn", "speaking")
 TIMEOUT = 10.0
 
 IN_PROGRESS = pb.EndpointState.IN_PROGRESS
@@ -67,9 +68,9 @@ class MannerLauncher(LocalLauncher):
 class ServingCaller:
     """Somebody who calls Serving with one credential."""
 
-    def __init__(self, channel: grpc.aio.Channel, token: str | None) -> None:
+    def __init__(self, channel: grpc.aio.Channel, *metadata: tuple[str, str]) -> None:
         self.stub = rpc.ServingEndpointsStub(channel)
-        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._metadata = metadata
 
     async def __call__(self, method: Callable[..., Awaitable[Any]], message: Any) -> Any:
         return await method(message, metadata=self._metadata, timeout=TIMEOUT)
@@ -153,7 +154,7 @@ class RunningServing:
 
     def public(self, token: str | None) -> ServingCaller:
         """A caller of the public listener."""
-        return ServingCaller(self.public_channel, token)
+        return ServingCaller(self.public_channel, *(() if token is None else (("authorization", f"Bearer {token}"),)))
 
     @property
     def routes(self) -> rpc.RoutesStub:
@@ -162,8 +163,18 @@ class RunningServing:
 
     async def replicas(self) -> dict[str, int]:
         """The process of each replica that runs, by replica id."""
-        states = [await handle.state() for handle in (await self.launcher.adopt()).values()]
-        return {state.replica_id: state.pid for state in states if state.pid is not None and state.exit_code is None}
+        return await running_replicas(self.launcher)
+
+
+async def running_replicas(launcher: LocalLauncher) -> dict[str, int]:
+    """The process of each replica that runs, by replica id."""
+    found: dict[str, int] = {}
+    for replica_id, handle in (await launcher.adopt()).items():
+        with contextlib.suppress(ReplicaGoneError):
+            state = await handle.state()
+            if state.pid is not None and state.exit_code is None:
+                found[replica_id] = state.pid
+    return found
 
 
 def serving_settings(directory: Path, **changes: Any) -> ServingSettings:
@@ -173,10 +184,10 @@ def serving_settings(directory: Path, **changes: Any) -> ServingSettings:
 
 @asynccontextmanager
 async def running_serving(
-    secrets: RunningSecrets, *, launcher: LocalLauncher | None = None, registry: Any = None, **changes: Any
+    directory: Path, *, launcher: LocalLauncher | None = None, registry: Any = None, **changes: Any
 ) -> AsyncIterator[RunningServing]:
-    """Runs the service beside Secrets. Its replicas outlive it: end them with `no_replicas`."""
-    settings = serving_settings(secrets.settings.data_dir, **changes)
+    """Runs the service on a data directory. Its replicas outlive it: end them with `no_replicas`."""
+    settings = serving_settings(directory, **changes)
     launcher = launcher or a_launcher(settings)
     registry = registry or MannerRegistry(settings.data_dir)
     async with AsyncExitStack() as stack:
@@ -193,6 +204,20 @@ async def running_serving(
 def a_launcher(settings: ServingSettings) -> MannerLauncher:
     """The launcher of a service with these settings."""
     return MannerLauncher(settings.sockets / "replicas", None, service_environment={"PATH": os.defpath})
+
+
+class SecretsSwitch:
+    """The Secrets service of a data directory, to be stopped and started again."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._stack = AsyncExitStack()
+
+    async def start(self) -> RunningSecrets:
+        return await self._stack.enter_async_context(running_secrets(self._directory))
+
+    async def stop(self) -> None:
+        await self._stack.aclose()
 
 
 @asynccontextmanager

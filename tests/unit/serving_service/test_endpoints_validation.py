@@ -1,0 +1,194 @@
+"""What a configuration may say: each rule at its limit and one past it, and what the refusal names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from google.protobuf.struct_pb2 import Struct
+
+from servicekit.errors import FeatureDisabled, InvalidParameter
+from serving_service import configs
+from serving_service.model import EndpointConfig, Route
+from tessera.serving.v1 import serving_pb2 as pb
+from tests.support.builders import NOW, a_config_input, an_input
+
+
+def read(message: pb.EndpointCoreConfigInput, *, at: str = "config") -> EndpointConfig:
+    return configs.read_config(message, at=at, version=3, author="maker@example.com", now=NOW)
+
+
+def filled() -> Struct:
+    struct = Struct()
+    struct["enabled"] = True
+    return struct
+
+
+@pytest.mark.parametrize("name", ["a", "A-b_9", "x" * 63, "pt", "databricks"])
+def test_endpoint_names_that_are_allowed(name: str) -> None:
+    configs.check_create(pb.CreateServingEndpointRequest(name=name))
+
+
+@pytest.mark.parametrize("name", ["", "x" * 64, "a b", "a/b", "a.b", "é", "a\n", "databricks-x", "{{secrets/a/b}}"])
+def test_endpoint_names_that_are_refused(name: str) -> None:
+    with pytest.raises(InvalidParameter, match=r"^name: "):
+        configs.check_create(pb.CreateServingEndpointRequest(name=name))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("route_optimized", True),
+        ("rate_limits", [filled()]),
+        ("ai_gateway", filled()),
+        ("email_notifications", filled()),
+        ("telemetry_config", filled()),
+    ],
+)
+def test_features_that_are_not_offered_are_refused_at_create(field: str, value: Any) -> None:
+    with pytest.raises(FeatureDisabled, match=f"^{field}: "):
+        configs.check_create(pb.CreateServingEndpointRequest(name="demo", **{field: value}))
+
+
+def test_features_that_are_switched_off_are_accepted() -> None:
+    off = Struct()
+    off["enabled"] = False
+    configs.check_create(
+        pb.CreateServingEndpointRequest(name="demo", route_optimized=False, ai_gateway=Struct(), budget_policy_id="b")
+    )
+    read(a_config_input(an_input(burst_scaling_enabled=False), auto_capture_config=off))
+
+
+def test_a_tag_needs_a_key_of_its_own() -> None:
+    for keys in (["a", "a"], [""]):
+        with pytest.raises(InvalidParameter, match=r"^tags: "):
+            configs.check_create(
+                pb.CreateServingEndpointRequest(name="demo", tags=[pb.EndpointTag(key=key) for key in keys])
+            )
+
+
+def test_defaults_are_filled_in() -> None:
+    config = read(a_config_input(an_input("main.ml.churn", version="7")))
+    (entity,) = config.entities
+    assert (entity.name, entity.workload_size, entity.workload_type) == ("churn-7", "Small", "CPU")
+    assert (entity.creator, entity.created_at, config.version) == ("maker@example.com", NOW, 3)
+    assert config.routes == (Route("churn-7", 100),)
+
+
+def test_everything_that_was_given_is_kept_as_it_was_given() -> None:
+    given = an_input(
+        name="mine",
+        environment_vars={"B": "{{secrets/S/K}}", "A": " plain "},
+        instance_profile_arn="arn:aws:iam::1:instance-profile/p",
+        workload_type=pb.CPU_LARGE,
+        scale_to_zero_enabled=True,
+        min_provisioned_concurrency=0,
+        max_provisioned_concurrency=8,
+    )
+    (entity,) = read(a_config_input(given)).entities
+    assert entity.environment == {"B": "{{secrets/S/K}}", "A": " plain "}
+    assert entity.instance_profile_arn.startswith("arn:")
+    assert (entity.workload_size, entity.workload_type, entity.scale_to_zero) == ("", "CPU_LARGE", True)
+    assert (entity.min_concurrency, entity.max_concurrency) == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("entity", "field"),
+    [
+        (an_input(""), "entity_name"),
+        (an_input(version=""), "entity_version"),
+        (an_input(name="a b"), "name"),
+        (an_input(name="x" * 256), "name"),
+        (an_input("a model"), "name"),
+        (an_input(workload_size="Huge"), "workload_size"),
+        (an_input(workload_size="small"), "workload_size"),
+        (an_input(workload_type=pb.GPU_SMALL), "workload_type"),
+        (an_input(workload_type=pb.MULTIGPU_MEDIUM), "workload_type"),
+        (an_input(workload_type=99), "workload_type"),
+        (an_input(workload_size="Small", min_provisioned_concurrency=4), "workload_size"),
+        (an_input(workload_size="Small", max_provisioned_concurrency=4), "workload_size"),
+        (an_input(min_provisioned_concurrency=2), "min_provisioned_concurrency"),
+        (an_input(min_provisioned_concurrency=-4), "min_provisioned_concurrency"),
+        (an_input(max_provisioned_concurrency=6), "max_provisioned_concurrency"),
+        (an_input(max_provisioned_concurrency=0), "max_provisioned_concurrency"),
+        (an_input(min_provisioned_concurrency=8, max_provisioned_concurrency=4), "max_provisioned_concurrency"),
+        (an_input(environment_vars={"1": "x"}), "environment_vars"),
+        (an_input(environment_vars={"PATH": "x"}), "environment_vars"),
+    ],
+)
+def test_a_bad_entity_is_refused_by_the_path_of_its_field(entity: pb.ServedEntityInput, field: str) -> None:
+    message = a_config_input(an_input(name="first"), entity, routes=[("first", 100)])
+    with pytest.raises(InvalidParameter) as caught:
+        read(message)
+    assert caught.value.message.startswith(f"config.served_entities[1].{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("external_model", Struct()),
+        ("min_provisioned_throughput", 0),
+        ("max_provisioned_throughput", 100),
+        ("provisioned_model_units", 50),
+        ("burst_scaling_enabled", True),
+    ],
+)
+def test_features_that_are_not_offered_are_refused_in_an_entity(field: str, value: Any) -> None:
+    with pytest.raises(FeatureDisabled, match=rf"^served_entities\[0\].{field}: "):
+        read(a_config_input(an_input(**{field: value})), at="")
+
+
+def test_inference_tables_are_refused() -> None:
+    with pytest.raises(FeatureDisabled, match=r"^config\.auto_capture_config: "):
+        read(a_config_input(an_input(), auto_capture_config=filled()))
+
+
+def test_ten_entities_are_allowed_and_none_or_eleven_are_not() -> None:
+    entities = [an_input(name=f"e{number}") for number in range(11)]
+    read(a_config_input(*entities[:10], routes=[(f"e{number}", 10) for number in range(10)]))
+    for wrong in ([], entities):
+        with pytest.raises(InvalidParameter, match=r"^config\.served_entities: "):
+            read(a_config_input(*wrong))
+
+
+def test_two_entities_of_one_name_are_refused() -> None:
+    with pytest.raises(InvalidParameter, match=r"^config\.served_entities\[1\]\.name: 'churn-1' is used twice"):
+        read(a_config_input(an_input(), an_input()))
+
+
+@pytest.mark.parametrize(
+    ("routes", "named"),
+    [
+        ([], r"config\.traffic_config\.routes: "),
+        ([("a", 100)], r"config\.traffic_config\.routes: served entity 'b' has no route"),
+        ([("a", 50), ("b", 49)], r"config\.traffic_config\.routes: .* add up to 99"),
+        ([("a", 100), ("b", 100)], r"config\.traffic_config\.routes: .* add up to 200"),
+        ([("a", 100), ("c", 0)], r"config\.traffic_config\.routes\[1\]\.served_entity_name: .*'a', 'b'"),
+        ([("a", 50), ("a", 50)], r"config\.traffic_config\.routes\[1\]\.served_entity_name: 'a' has a route already"),
+        ([("a", 101), ("b", -1)], r"config\.traffic_config\.routes\[0\]\.traffic_percentage: "),
+        ([("a", 110), ("b", -10)], r"config\.traffic_config\.routes\[0\]\.traffic_percentage: "),
+    ],
+)
+def test_routes_that_do_not_split_all_requests_are_refused(routes: list[tuple[str, int]], named: str) -> None:
+    with pytest.raises(InvalidParameter, match=f"^{named}"):
+        read(a_config_input(an_input(name="a"), an_input(name="b"), routes=routes))
+
+
+def test_a_route_without_percentage_is_refused() -> None:
+    message = a_config_input(an_input(name="a"))
+    message.traffic_config.routes.add(served_entity_name="a")
+    with pytest.raises(InvalidParameter, match=r"routes\[0\]\.traffic_percentage: "):
+        read(message)
+
+
+def test_the_order_of_entities_and_routes_is_kept_and_a_share_may_be_zero() -> None:
+    config = read(a_config_input(an_input(name="b"), an_input(name="a"), routes=[("a", 0), ("b", 100)]))
+    assert [entity.name for entity in config.entities] == ["b", "a"]
+    assert config.routes == (Route("a", 0), Route("b", 100))
+
+
+def test_a_configuration_that_is_too_long_is_refused() -> None:
+    entities = [an_input(name=name, environment_vars={"V": "x" * 100_000}) for name in ("a", "b", "c")]
+    read(a_config_input(*entities[:2], routes=[("a", 50), ("b", 50)]))
+    with pytest.raises(InvalidParameter, match=r"^config: .* more than the limit of 262144"):
+        read(a_config_input(*entities, routes=[("a", 50), ("b", 50), ("c", 0)]))

@@ -1,0 +1,231 @@
+"""Models from a real registry, by the real helper; and what the service makes of a helper that is not well."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from servicekit.errors import Unavailable
+from serving_service import registry as module
+from serving_service.errors import ModelNotFound, RegistryUnusable
+from serving_service.model import ModelVersion
+from serving_service.registry import MlflowRegistry, helper_environment, shown
+from tests.support.eventually import eventually
+from tests.support.registered_models import GOOD, MODEL, registry_uri
+from tests.support.sockets import short_directory
+
+SECONDS_TO_IMPORT_MLFLOW = 60.0
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path
+
+
+@pytest.fixture(scope="module")
+async def shared() -> AsyncIterator[MlflowRegistry]:
+    """The registry of all tests, for those that only ask."""
+    with short_directory() as path:
+        async with running_registry(registry_uri(), path) as registry:
+            yield registry
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is not how fast this machine imports mlflow."""
+    monkeypatch.setattr(module, "DESCRIBE_SECONDS", SECONDS_TO_IMPORT_MLFLOW)
+
+
+@contextlib.asynccontextmanager
+async def running_registry(uri: str, folder: Path) -> AsyncIterator[MlflowRegistry]:
+    registry = MlflowRegistry(uri, folder / "models", service_environment=os.environ)
+    task = asyncio.create_task(registry.run())
+    try:
+        yield registry
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def helper_of(registry: MlflowRegistry) -> psutil.Process:
+    """The helper process of a registry, once it is there."""
+    await eventually(lambda: registry._started.is_set())
+    assert registry._helper is not None
+    return psutil.Process(registry._helper.pid)
+
+
+async def test_a_registered_version_is_described_and_fetched(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        assert (model.name, model.version) == (MODEL, GOOD)
+        assert model.source
+        assert model.created_at > 1_600_000_000_000
+        path = await registry.fetch(model)
+        assert (path / "MLmodel").is_file()
+        assert path.parent == folder / "models"
+        assert [each.name for each in (folder / "models").iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("name", "version"), [(MODEL, "99"), (MODEL, "latest"), ("nobody", "1"), ("a/b", "1")])
+async def test_what_is_not_registered_is_not_found_by_name(shared: MlflowRegistry, name: str, version: str) -> None:
+    with pytest.raises(ModelNotFound, match=f"Version {version} of model '{name}'"):
+        await shared.describe(name, version)
+
+
+async def test_concurrent_fetches_download_once_and_later_ones_not_at_all(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        asked: list[str] = []
+        ask = registry._ask
+
+        async def counted(request: dict[str, str], *, timeout: float) -> dict[str, str]:
+            asked.append(request["op"])
+            return await ask(request, timeout=timeout)
+
+        registry._ask = counted  # type: ignore[method-assign, assignment]
+        paths = await asyncio.gather(*(registry.fetch(model) for _ in range(5)))
+        await registry.fetch(model)
+        assert asked == ["fetch"]
+        assert len(set(paths)) == 1
+
+
+async def test_who_gives_up_waiting_does_not_end_the_download_of_others(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        ask, is_asked, may_go_on = registry._ask, asyncio.Event(), asyncio.Event()
+
+        async def held_up(request: dict[str, str], *, timeout: float) -> dict[str, str]:
+            is_asked.set()
+            await may_go_on.wait()
+            return await ask(request, timeout=timeout)
+
+        registry._ask = held_up  # type: ignore[method-assign, assignment]
+        first, second = (asyncio.create_task(registry.fetch(model)) for _ in range(2))
+        await is_asked.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        may_go_on.set()
+        assert (await second).is_dir()
+
+
+async def test_a_version_that_was_registered_anew_is_not_taken_for_the_old_one(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        old = ModelVersion(name=model.name, version=model.version, source=model.source, created_at=1)
+        with pytest.raises(RegistryUnusable, match="registered anew"):
+            await registry.fetch(old)
+        assert list((folder / "models").iterdir()) == []
+
+
+async def test_a_registry_that_is_not_there_yet_holds_no_models_and_is_not_made(folder: Path) -> None:
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        with pytest.raises(ModelNotFound):
+            await registry.describe(MODEL, GOOD)
+        assert not (folder / "registry.db").exists()
+
+
+async def test_a_registry_that_is_just_being_made_holds_no_models_yet(folder: Path) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "registry.db")) as connection:
+        connection.execute("CREATE TABLE registered_models (name TEXT)")
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        with pytest.raises(ModelNotFound):
+            await registry.describe(MODEL, GOOD)
+
+
+async def test_a_wrong_address_is_a_clear_error_without_its_password(folder: Path) -> None:
+    async with running_registry("nonsense://user:canary@host/path", folder) as registry:
+        with pytest.raises(RegistryUnusable, match=r"nonsense://host/path.*TESSERA_MODEL_REGISTRY") as caught:
+            await registry.describe(MODEL, GOOD)
+    assert "canary" not in caught.value.message
+
+
+async def test_a_file_that_is_no_database_is_a_clear_error(folder: Path) -> None:
+    (folder / "registry.db").write_text("nothing of the kind " * 100)
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        with pytest.raises(RegistryUnusable, match="no database of MLflow"):
+            await registry.describe(MODEL, GOOD)
+
+
+async def test_a_helper_that_dies_is_started_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        helper = await helper_of(registry)
+        helper.kill()
+        await eventually(lambda: registry._helper is not None and registry._helper.pid != helper.pid)
+        with pytest.raises(ModelNotFound):
+            await registry.describe(MODEL, GOOD)
+
+
+async def test_whoever_waits_when_the_helper_dies_may_try_again(folder: Path) -> None:
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        helper = await helper_of(registry)
+        helper.suspend()
+        waiting = asyncio.create_task(registry.describe(MODEL, GOOD))
+        await eventually(lambda: bool(registry._waiting))
+        helper.kill()
+        with pytest.raises(Unavailable, match="helper ended"):
+            await waiting
+
+
+async def test_a_helper_that_hangs_is_not_waited_for_longer_than_the_deadline(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "DESCRIBE_SECONDS", 0.1)
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        (await helper_of(registry)).suspend()
+        with pytest.raises(Unavailable, match="did not answer in time"):
+            await registry.describe(MODEL, GOOD)
+
+
+async def test_no_helper_is_left_when_the_service_stops(folder: Path) -> None:
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        helper = await helper_of(registry)
+    assert not helper.is_running()
+
+
+async def test_a_helper_whose_service_was_killed_ends_by_itself(folder: Path) -> None:
+    helper = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-P",
+        "-m",
+        "serving_service.registry_helper",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert helper.stdin is not None
+    assert helper.stdout is not None
+    helper.stdin.write(
+        b'{"registry": "sqlite:///nowhere.db"}\n{"id": 1, "op": "describe", "name": "a", "version": "1"}\n'
+    )
+    assert b'"missing"' in await helper.stdout.readline()
+    helper.stdin.close()
+    async with asyncio.timeout(SECONDS_TO_IMPORT_MLFLOW):
+        assert await helper.wait() == 0
+
+
+async def test_what_an_earlier_process_did_not_finish_is_removed(folder: Path) -> None:
+    leftover = folder / "models" / ".unfinished-1"
+    leftover.mkdir(parents=True)
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder):
+        await eventually(lambda: not leftover.exists())
+
+
+def test_the_helper_gets_credentials_of_registries_and_nothing_else() -> None:
+    given = {"PATH": "/bin", "HOME": "/h", "MLFLOW_TRACKING_TOKEN": "t", "AWS_PROFILE": "p", "AZURE_X": "a"}
+    other = {"TESSERA_DATA_DIR": "/d", "OPENAI_API_KEY": "k", "LD_PRELOAD": "x", "PYTHONPATH": "/p"}
+    own = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+    assert helper_environment({**given, **other}) == {**given, **own}
+
+
+def test_an_address_is_shown_without_user_password_and_parameters() -> None:
+    assert shown("postgresql://u:p@db:5432/r?password=x") == "postgresql://db:5432/r"
+    assert shown("sqlite:////data/registry.db") == "sqlite:////data/registry.db"
