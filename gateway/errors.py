@@ -27,7 +27,7 @@ HTTP_STATUS: dict[str, int] = {
 """The HTTP status of each reason, as errors.proto says."""
 
 _SCIM_SCHEMA = "urn:ietf:params:scim:api:messages:2.0:Error"
-# RFC 7644, table 9.
+# RFC 7644, table 9: what a reason means where the service does not say it in the metadata `scim_type`.
 _SCIM_TYPES = {
     "RESOURCE_ALREADY_EXISTS": "uniqueness",
     "INVALID_PARAMETER_VALUE": "invalidValue",
@@ -98,12 +98,13 @@ class _Said(NamedTuple):
     reason: str
     message: str
     retry_after: int | None = None
+    scim_type: str | None = None
 
 
 def _said(error: Exception, service: ServiceDescriptor | None) -> _Said:
     if isinstance(error, ServiceError):
         status = error.http_status or _status(error.reason, error.code)
-        return _Said(status, error.reason, error.message, error.retry_after)
+        return _Said(status, error.reason, error.message, error.retry_after, error.facts.get("scim_type"))
     if isinstance(error, CodecError):
         reason = "MALFORMED_REQUEST" if error.malformed else "INVALID_PARAMETER_VALUE"
         return _Said(HTTP_STATUS[reason], reason, str(error))
@@ -115,7 +116,13 @@ def _said(error: Exception, service: ServiceDescriptor | None) -> _Said:
         return _Said(HTTP_STATUS[reason], reason, text.format(service=service.name if service else "called"))
     override = _number(info, "http_status")
     status = override if override and 400 <= override <= 599 else _status(info.reason, error.code())
-    return _Said(status, info.reason, error.details() or _BUG[1], _number(info, "retry_after"))
+    return _Said(
+        status,
+        info.reason,
+        error.details() or _BUG[1],
+        _number(info, "retry_after"),
+        info.metadata.get("scim_type"),
+    )
 
 
 def _status(reason: str, code: grpc.StatusCode) -> int:
@@ -147,7 +154,7 @@ def _document(said: _Said, service: ServiceDescriptor | None) -> dict[str, objec
             "status": str(said.status),
             "detail": said.message,
         }
-        if said.reason in _SCIM_TYPES:
-            document["scimType"] = _SCIM_TYPES[said.reason]
+        if scim_type := said.scim_type or _SCIM_TYPES.get(said.reason):
+            document["scimType"] = scim_type
         return document
     return {"error_code": said.reason, "message": said.message}

@@ -1,8 +1,8 @@
 """Hides a launch's own secret values in what its model prints, before anything is kept.
 
 Best effort, not a boundary: a model that wants to leak can always spell a value in a way that nobody looks for. Looked
-for are the value itself, each line of it, and their base64, URL-quoted and JSON forms. Values below eight bytes are
-left alone, because hiding every `1` or `true` would make the log unreadable.
+for are the value itself, each line of it, and their base64, URL-quoted, JSON and Python forms. Values below eight bytes
+are left alone, because hiding every `1` or `true` would make the log unreadable.
 """
 
 import base64
@@ -62,6 +62,10 @@ def _forms(part: str) -> Iterable[bytes]:
     yield raw
     yield json.dumps(part)[1:-1].encode()
     yield json.dumps(part, ensure_ascii=False)[1:-1].encode()
+    # As Python shows it, in a printed `os.environ` above all. Which quotes it escapes depends on the text around.
+    shown = repr('"' + part)[2:-1]
+    yield shown.encode()
+    yield shown.replace("\\'", "'").encode()
     yield quote(part).encode()
     yield quote(part, safe="").encode()
     yield quote_plus(part).encode()

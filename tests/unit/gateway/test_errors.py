@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, ClassVar
 
 import grpc
 import orjson
@@ -187,6 +187,11 @@ def test_scim_errors_have_the_shape_of_rfc_7644() -> None:
         409,
         {"schemas": schemas, "status": "409", "detail": "taken", "scimType": "uniqueness"},
     )
+
+    class InvalidFilter(peer.InvalidParameter):
+        facts: ClassVar[Mapping[str, str]] = {"scim_type": "invalidFilter"}
+
+    assert answer(InvalidFilter("filter"), of="People")[2]["scimType"] == "invalidFilter"
 
 
 def test_codec_errors_say_whether_the_shape_or_a_value_is_wrong() -> None:

@@ -31,6 +31,15 @@ def test_a_secret_is_masked_however_it_is_written(spelling: str) -> None:
     assert b"0123" not in masked
 
 
+@pytest.mark.parametrize("secret", ['{"key": "one\\n0123"}', 'it\'s "quoted" 0123', "back\\slash and 'quotes'\n0123"])
+@pytest.mark.parametrize("around", ["", "'", '"', "'\""])
+def test_a_secret_is_masked_as_python_shows_it(secret: str, around: str) -> None:
+    """A printed `os.environ` is the commonest way for a secret into a log."""
+    masked = Masker([secret]).mask(repr({"KEY": f"{around}{secret}{around}"}).encode())
+    assert MASK in masked
+    assert b"0123" not in masked
+
+
 @pytest.mark.parametrize("before", ["", "u", "us", "use", "user:"])
 @pytest.mark.parametrize("after", ["", "x", "xy"])
 @pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
