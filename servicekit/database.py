@@ -8,6 +8,7 @@ the WAL-reset bug of SQLite before 3.51.3.
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import logging
 import os
@@ -118,9 +119,7 @@ async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]
                 await _hop(reader, lambda connection: connection.execute("PRAGMA busy_timeout=5000").fetchone())
             yield Database(writer, readers, existed)
         finally:
-            # The last to close moves the log into the database: that is the writer's to do.
-            for connection in [*readers, writer]:
-                await connection.close()
+            await asyncio.gather(*(connection.close() for connection in [*readers, writer]))
     finally:
         os.close(lock)
 

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -111,9 +110,8 @@ class _Call:
                 await self._begin()
                 answers = behavior(request if read is None else _decoded(request, read), rpc)
                 if hasattr(answers, "__aiter__"):
-                    async with aclosing(answers):  # its clean-up is done when the call is, not when memory is tidied
-                        async for answer in answers:
-                            yield answer
+                    async for answer in answers:
+                        yield answer
                 else:  # health and reflection write through the context
                     await answers
             except ServiceError as error:

@@ -55,7 +55,7 @@ class Scim(identity_rpc.ScimServicer):
         return await self.answer(rpc)
 
     async def GetUser(self, request: identity_pb.GetUserRequest, rpc: Any) -> identity_pb.User:
-        return identity_pb.User(id=request.id)
+        return identity_pb.User(id=str(len(request.id)))
 
 
 class Authority(identity_rpc.AuthorityServicer):
@@ -570,7 +570,7 @@ async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platfo
     overhead = identity_pb.GetUserRequest(id="x" * LIMIT).ByteSize() - LIMIT
     stub = identity_rpc.ScimStub(platform.channels["public"])
     fits = identity_pb.GetUserRequest(id="x" * (LIMIT - overhead))
-    assert (await stub.GetUser(fits, metadata=TOKEN, timeout=5)).id == fits.id
+    assert (await stub.GetUser(fits, metadata=TOKEN, timeout=5)).id == str(LIMIT - overhead)
     too_long = identity_pb.GetUserRequest(id=fits.id + "x")
     code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=5))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED

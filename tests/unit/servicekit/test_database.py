@@ -289,4 +289,6 @@ async def test_ping_fails_when_the_database_does_not_answer(path: Path, migratio
 async def test_closing_moves_the_log_into_the_database(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
         await db.write(insert, "a")
+        for _ in range(database.READERS):
+            await db.ping()
     assert sorted(file.name for file in path.parent.iterdir()) == ["shop.db", "shop.db.lock"]

@@ -328,6 +328,12 @@ async def settled(exchange: TokenExchange) -> None:
     await eventually(lambda: not exchange._exchanges)
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a busy machine take longer than Secrets may in earnest."""
+    monkeypatch.setattr(identity, "EXCHANGE_TIMEOUT", 10.0)
+
+
 @pytest.fixture
 async def authority() -> ScriptedAuthority:
     return ScriptedAuthority()
@@ -370,6 +376,7 @@ async def test_fresh_identity_is_used_as_it_is(authority: ScriptedAuthority, clo
         first = await exchange.identify("ada-token")
         clock.advance(2.9)
         assert await exchange.identify("ada-token") is first
+        await settled(exchange)
         assert len(authority.exchanges) == 1
 
 
@@ -466,12 +473,13 @@ async def test_known_caller_goes_on_where_allowed_while_secrets_does_not_answer(
 
 
 async def test_known_caller_does_not_wait_again_while_secrets_is_silent(
-    authority: ScriptedAuthority, clock: Clock
+    authority: ScriptedAuthority, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with exchange_with(authority, clock) as exchange:
         first = await exchange.identify("ada-token")
         clock.advance(9)
         authority.gate.clear()
+        monkeypatch.setattr(identity, "EXCHANGE_TIMEOUT", 1.0)
         assert await exchange.identify("ada-token", may_be_stale=True) is first  # after the time-out of one exchange
         started = time.monotonic()
         for _ in range(20):
