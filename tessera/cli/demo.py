@@ -38,6 +38,7 @@ _QUESTION = json.dumps({"dataframe_records": [{"question": "What were you given?
 
 _READY_SECONDS = 60.0
 _LOOK_SECONDS = 0.1
+_QUERIES_AFTERWARDS = 50
 _SHOWN_LINES = 15
 
 
@@ -179,11 +180,11 @@ class _Demo:
             while True:
                 endpoint = await self._call("GET", f"{_ENDPOINTS}/{_ENDPOINT}")
                 state = endpoint["state"]
-                if state == {"ready": "READY", "config_update": "NOT_UPDATING"}:
+                if (state["ready"], state["config_update"]) == ("READY", "NOT_UPDATING"):
                     return
                 failed = state["config_update"] in ("UPDATE_FAILED", "UPDATE_CANCELED")
                 if failed or time.monotonic() > deadline:
-                    raise StartError(f"{_ENDPOINT} is not ready: {json.dumps(endpoint)}")
+                    raise StartError(f"{_ENDPOINT} is not ready: {json.dumps(endpoint.get('pending_config', state))}")
                 progress()
                 await asyncio.sleep(_LOOK_SECONDS)
 
@@ -196,7 +197,9 @@ class _Demo:
     async def _query_until(self, enough: asyncio.Event) -> list[str]:
         """The versions that answered, in order, one query after the other; raises RefusedError when one failed."""
         versions: list[str] = []
-        while not enough.is_set():
+        rest = _QUERIES_AFTERWARDS
+        while rest:
+            rest -= enough.is_set()
             path = f"/serving-endpoints/{_ENDPOINT}/invocations"
             try:
                 answer = await asyncio.to_thread(self._another.call, "POST", path, _QUESTION)

@@ -6,11 +6,12 @@ replicas: `running`, or `stopping` when they are to end. Who holds the lock stan
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from servicekit.errors import StartError
@@ -32,8 +33,8 @@ class UpLock:
         os.ftruncate(self._fd, len(text))
 
 
-@contextlib.contextmanager
-def held(run: Path) -> Iterator[UpLock]:
+@contextlib.asynccontextmanager
+async def held(run: Path) -> AsyncIterator[UpLock]:
     """Holds the lock of the data directory whose `run` directory this is.
 
     Raises StartError when another process holds it.
@@ -41,7 +42,7 @@ def held(run: Path) -> Iterator[UpLock]:
     path, holder = run / "up.lock", run / "up.pid"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        _take(fd, run.parent, holder)
+        await _take(fd, run.parent, holder)
         holder.write_text(f"{os.getpid()}\n")
         lock = UpLock(fd, path)
         lock.say("running")
@@ -53,7 +54,7 @@ def held(run: Path) -> Iterator[UpLock]:
         os.close(fd)
 
 
-def _take(fd: int, data_dir: Path, holder: Path) -> None:
+async def _take(fd: int, data_dir: Path, holder: Path) -> None:
     # A replica looks at the lock by taking it, shared, for an instant; that must not turn a successor away.
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while True:
@@ -66,4 +67,4 @@ def _take(fd: int, data_dir: Path, holder: Path) -> None:
                 f"{data_dir} is in use by another `tessera up` (process {who}). Stop that one, or choose another "
                 "directory with --data-dir."
             )
-        time.sleep(0.02)
+        await asyncio.sleep(0.02)

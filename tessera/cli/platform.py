@@ -78,7 +78,7 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
     configured = settings.load(settings.ServiceSettings, config.environment)
     run = configured.data_dir / "run"
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with lock.held(run) as up_lock:
+    async with lock.held(run) as up_lock:
         await _end_of_predecessor(run)
         chosen = addresses.chosen(config.host, config.ports)
         registry = (
