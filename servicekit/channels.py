@@ -24,6 +24,9 @@ REQUEST_ID = "x-tessera-request-id"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
+METADATA_LIMIT = 64 * 1024
+"""Bytes of headers or trailers that we take from a peer: room for a long error message."""
+
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
@@ -32,6 +35,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 17 * 1024 * 1024),
     ("grpc.max_send_message_length", 17 * 1024 * 1024),
+    ("grpc.max_metadata_size", METADATA_LIMIT),
     # A Unix socket's path is no host name.
     ("grpc.default_authority", "localhost"),
     # Environment proxies are for the internet, not for our own sockets.

@@ -20,7 +20,11 @@ from grpc_status import rpc_status
 DOMAIN = "tessera"
 
 LONGEST_MESSAGE = 1_500
-"""Bytes of a message that travel. It is sent twice, once percent-encoded, and clients refuse trailers beyond 8 KiB."""
+"""Bytes of a message that travel to anybody. It is sent twice, once percent-encoded, and clients refuse trailers beyond
+8 KiB."""
+
+LONGEST_PEER_MESSAGE = 12_000
+"""Bytes of a message that travel between our services, whose channels take `channels.METADATA_LIMIT`."""
 
 
 class StartError(Exception):
@@ -140,8 +144,8 @@ class DataLoss(ServiceError):
     reason = "DATA_LOSS"
 
 
-def to_status(error: ServiceError) -> grpc.Status:
-    """The gRPC status that carries an error, ErrorInfo included. A long message is cut: see LONGEST_MESSAGE."""
+def to_status(error: ServiceError, *, longest: int = LONGEST_MESSAGE) -> grpc.Status:
+    """The gRPC status that carries an error, ErrorInfo included. A message is cut after `longest` bytes."""
     info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.facts)
     if error.http_status is not None:
         info.metadata["http_status"] = str(error.http_status)
@@ -150,7 +154,7 @@ def to_status(error: ServiceError) -> grpc.Status:
     detail = Any()
     detail.Pack(info)
     status: grpc.Status = rpc_status.to_status(
-        Status(code=error.code.value[0], message=_fitting(error.message), details=[detail])
+        Status(code=error.code.value[0], message=_fitting(error.message, longest), details=[detail])
     )
     return status
 
@@ -190,8 +194,8 @@ def _number(info: ErrorInfo, key: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _fitting(message: str) -> str:
+def _fitting(message: str, longest: int) -> str:
     encoded = message.encode(errors="replace")
-    if len(encoded) <= LONGEST_MESSAGE:
+    if len(encoded) <= longest:
         return encoded.decode()
-    return encoded[:LONGEST_MESSAGE].decode(errors="ignore") + " ..."
+    return encoded[:longest].decode(errors="ignore") + " ..."

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from servicekit import background
-from servicekit.errors import StartError
+from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.exposure import exposure
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor
@@ -112,7 +112,13 @@ def _server(
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
             names.append(service.full_name)
     server = grpc.aio.server(
-        interceptors=[RequestInterceptor(listener.identify, internal=frozenset(internal))],
+        interceptors=[
+            RequestInterceptor(
+                listener.identify,
+                internal=frozenset(internal),
+                longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
+            )
+        ],
         options=[
             # Without this two servers silently share a port.
             ("grpc.so_reuseport", 0),

@@ -34,11 +34,16 @@ UNKNOWN_METHOD = "(unknown)"
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """The chain of one listener. RPCs in `internal` may be called by the peer itself, on nobody's behalf."""
+    """The chain of one listener.
 
-    def __init__(self, identify: Identify, *, internal: frozenset[str]) -> None:
+    RPCs in `internal` may be called by the peer itself, on nobody's behalf; error messages are cut after
+    `longest_message` bytes.
+    """
+
+    def __init__(self, identify: Identify, *, internal: frozenset[str], longest_message: int) -> None:
         self._identify = identify
         self._internal = internal
+        self.longest_message = longest_message
 
     async def intercept_service(
         self,
@@ -131,7 +136,7 @@ class _Call:
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
         log.info("call refused", extra={**self._facts(), "reason": error.reason})
-        await rpc.abort_with_status(to_status(error))
+        await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
         log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))

@@ -21,7 +21,7 @@ from google.api import httpbody_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from servicekit import channels, context, grpc_server, interceptors, logs
+from servicekit import channels, context, errors, grpc_server, interceptors, logs
 from servicekit.errors import NotFound, StartError, from_rpc_error
 from servicekit.grpc_server import Listener
 from servicekit.identity import TokenExchange, by_assertion, by_token
@@ -489,6 +489,20 @@ async def test_error_of_ours_reaches_the_caller_whole(platform: Platform) -> Non
     error = from_rpc_error(await refusal(platform.me()), peer="shop")
     assert (error.code, error.reason) == (grpc.StatusCode.NOT_FOUND, "RESOURCE_DOES_NOT_EXIST")
     assert (error.message, error.retry_after) == ("There is no such user.", 3)
+
+
+@pytest.mark.parametrize("character", ["x", "é", "\n"])
+async def test_long_error_reaches_a_peer_whole_and_the_public_cut(platform: Platform, character: str) -> None:
+    message = character * (errors.LONGEST_PEER_MESSAGE // len(character.encode()))
+
+    async def refuse(rpc: Any) -> identity_pb.User:
+        raise NotFound(message)
+
+    platform.scim.answer = refuse
+    to_peer = await refusal(platform.me("gateway", platform.assertion()))
+    to_public = await refusal(platform.me())
+    assert from_rpc_error(to_peer, peer="Shop").message == message
+    assert len(from_rpc_error(to_public, peer="Shop").message.encode()) < errors.LONGEST_MESSAGE + 10
 
 
 @pytest.mark.parametrize("odd", ["", "a" * 65, "a b", "../x", "{}"])
