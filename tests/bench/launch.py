@@ -1,0 +1,120 @@
+"""From the order to serve a model to its being served: the platform, our model server by hand, and MLflow's command.
+
+The model is in the platform's cache and its registry helper has been used before: what is measured is a launch, not a
+download. Each way has been gone once before it is measured, so that every file is in memory.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tests.bench import platform, programs, tables
+from tests.bench.platform import until
+from tests.bench.run import Run
+from tests.bench.tables import Table
+from tests.support.stack import clean_environment
+
+_START_SECONDS = 60.0
+_LOOK_SECONDS = 0.02
+_LIMITS = "<= 1.4 x model server, <= 0.6 x MLflow"
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A launch that is done; its processes still run."""
+
+    seconds: float
+    pids: Sequence[int]
+
+
+_Way = Callable[[Run], AbstractContextManager[_Launched]]
+
+
+def measure(run: Run) -> Table:
+    """Measures the table."""
+    ways: dict[str, _Way] = {
+        "model server by hand": _by_hand,
+        "mlflow models serve": _by_mlflow,
+        "platform: create to READY": _by_platform,
+    }
+    for way in ways.values():
+        with way(run):
+            pass
+    results = tables.interleaved(
+        {name: partial(programs.undisturbed, partial(_measured, way, run)) for name, way in ways.items()}, run.rounds
+    )
+    seconds = {name: [each[0] for each in rounds] for name, rounds in results.items()}
+    bare, mlflow, _ = seconds.values()
+    rows = [
+        [
+            name,
+            tables.spread(seconds[name]),
+            tables.spread(tables.ratios(seconds[name], bare)),
+            tables.spread(tables.ratios(seconds[name], mlflow)),
+            f"{max(each[1] for each in rounds):.0f} %",
+            _LIMITS if ways[name] is _by_platform else "",
+        ]
+        for name, rounds in results.items()
+    ]
+    return Table(
+        title="Launch",
+        note="Seconds: to `ready` on the report pipe, to the first 200 of /ping, to READY as the REST API says it.",
+        columns=("measured", "seconds", "x model server", "x mlflow models serve", "others", "limit"),
+        rows=rows,
+    )
+
+
+def _measured(way: _Way, run: Run) -> tuple[float, float]:
+    """Seconds of a launch, and how much of the machine was used by others meanwhile."""
+    others = programs.Bystanders(list(run.platform.stack.pids().values()))
+    with way(run) as launched:
+        return launched.seconds, others.percent(newcomers=launched.pids)
+
+
+@contextmanager
+def _by_hand(run: Run) -> Iterator[_Launched]:
+    with platform.model_server(run.platform.model_path, run.directory) as server:
+        yield _Launched(server.seconds, [server.pid])
+
+
+@contextmanager
+def _by_mlflow(run: Run) -> Iterator[_Launched]:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager", "local"]
+    place = ["--model-uri", str(run.platform.model_path), "--host", "127.0.0.1", "--port", str(port)]
+    # The command starts `uvicorn` by that name alone, in a shell.
+    environment = {**clean_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    began = time.monotonic()
+    with programs.running([*command, *place], environment=environment, log=run.log) as pid:
+        until(lambda: _is_up(port), _START_SECONDS, f"{' '.join(command[2:5])} answers", period=_LOOK_SECONDS)
+        yield _Launched(time.monotonic() - began, [pid])
+
+
+@contextmanager
+def _by_platform(run: Run) -> Iterator[_Launched]:
+    seconds = run.platform.create_endpoint()
+    try:
+        yield _Launched(seconds, run.platform.replica_pids())
+    finally:
+        run.platform.delete_endpoint()
+
+
+def _is_up(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/ping")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
