@@ -1,0 +1,286 @@
+"""No secret value, token or key is anywhere in clear but where it has to be: a sweep over everything that a platform
+writes, starts and answers, at debug level, with failures and crashes on the way."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+import psutil
+import pytest
+
+from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
+from tests.support.api import ENDPOINTS, SECRETS, Answer, Api, until
+from tests.support.canaries import Canary, found_in, found_in_files, found_in_processes
+from tests.support.registered_models import FAILING, GOOD, entity, stack_environment
+from tests.support.stack import Stack, running_stack
+
+ASSERTION_HEADER = base64.b64encode(b'{"alg":"EdDSA"')[:-2].decode()
+"""How every assertion of ours begins."""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Sweep:
+    """A platform under watch: what it answers is kept, and what it leaves behind is searched."""
+
+    def __init__(self, stack: Stack, folders: list[Path]) -> None:
+        self.stack = stack
+        self.folders = folders
+        self.admin = Api(stack.url, stack.token)
+        self.canaries = [
+            Canary.of("the admin's token", stack.token),
+            Canary.of("an assertion", ASSERTION_HEADER),
+            Canary.of("the root key", (stack.data_dir / "root.key").read_bytes()),
+        ]
+        self.answers: list[tuple[str, Answer]] = []
+        self.entitled: set[int] = set()
+
+    def new(self, name: str) -> Canary:
+        canary = Canary.new(name)
+        self.canaries.append(canary)
+        return canary
+
+    def send(self, method: str, path: str, body: Any = None, *, api: Api | None = None, **more: Any) -> Answer:
+        """A request whose answer must not tell."""
+        answer = (api or self.admin).send(method, path, body, **more)
+        self.answers.append((f"the answer of {method} {path}", answer))
+        return answer
+
+    def found(self) -> list[str]:
+        """Everything that the platform should not have told until now."""
+        lines = []
+        for place, answer in self.answers:
+            said = answer.body + json.dumps(answer.headers).encode()
+            lines += found_in(said, self.canaries, place=place)
+        up = psutil.Process(self.stack.process.pid)
+        pids = {up.pid, *self.stack.processes(), *(child.pid for child in up.children(recursive=True))}
+        return lines + found_in_processes(pids, self.canaries, entitled=self.entitled) + self.found_in_files()
+
+    def found_in_files(self) -> list[str]:
+        # The two files that exist to hold something: each its own, and nothing else.
+        allowed = {
+            f"the admin's token as raw in {self.stack.data_dir / 'admin.token'}",
+            f"the root key as raw in {self.stack.data_dir / 'root.key'}",
+        }
+        lines = found_in_files(self.folders, self.canaries)
+        assert allowed <= set(lines), "the sweep does not find what is there"
+        return [line for line in lines if line not in allowed]
+
+
+def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
+    data, temporary = directory / "data", directory / "tmp"
+    temporary.mkdir()
+    environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary))
+    with running_stack(data, environment=environment) as stack:
+        sweep = Sweep(stack, [data, temporary])
+        secret = sweep.new("a secret")
+        put_and_get(sweep, secret)
+        refused_requests(sweep)
+        tokens_of_a_second_user(sweep)
+        assert sweep.found() == []
+
+        launch(sweep, secret)
+        assert sweep.found() == []
+        failed_launch(sweep)
+        crash_of_the_model(sweep)
+        assert sweep.found() == []
+        crash_of_services(sweep)
+        assert sweep.found() == []
+        assert stack.stop() == 0
+        assert sweep.found_in_files() == []
+
+
+def put_and_get(sweep: Sweep, secret: Canary) -> None:
+    encoded = base64.b64encode(sweep.new("a secret of bytes").value.encode()).decode()
+    for method, path, body in (
+        ("POST", f"{SECRETS}/scopes/create", {"scope": "scope"}),
+        ("POST", f"{SECRETS}/put", {"scope": "scope", "key": "key", "string_value": secret.value}),
+        ("POST", f"{SECRETS}/put", {"scope": "scope", "key": "bytes", "bytes_value": encoded}),
+        ("GET", f"{SECRETS}/list?scope=scope", None),
+    ):
+        assert sweep.send(method, path, body).status == 200
+    got = sweep.admin.call("GET", f"{SECRETS}/get?scope=scope&key=key")
+    assert base64.b64decode(got["value"]).decode() == secret.value
+
+
+def refused_requests(sweep: Sweep) -> None:
+    """Every way to put a secret wrongly: an answer that repeats it would be logged by the client."""
+    wrong = sweep.new("a secret in a wrong request").value
+    put = {"scope": "scope", "key": "key"}
+    quoted = json.dumps(wrong)
+    for body in (
+        {**put, "string_value": {"value": wrong}},
+        {**put, "string_value": [wrong]},
+        {**put, "bytes_value": f"{wrong} is no base64"},
+        {**put, "string_value": wrong, "bytes_value": base64.b64encode(wrong.encode()).decode()},
+        {**put, "string_value": wrong * 5000},
+        {"scope": "nowhere", "key": "key", "string_value": wrong},
+        {"scope": "scope", "key": "a/b", "string_value": wrong},
+    ):
+        assert sweep.send("POST", f"{SECRETS}/put", body).status in (400, 404)
+    for raw in (f'{{"string_value": {quoted}', f"{quoted}", f'{{"string_value": {quoted}}} x', f"[{quoted}]"):
+        assert sweep.send("POST", f"{SECRETS}/put", raw=raw.encode()).status == 400
+    variables = {"GOOD_NAME": wrong, "BAD NAME": wrong}
+    body = {"name": "refused", "config": {"served_entities": [entity(GOOD, **variables)]}}
+    assert sweep.send("POST", ENDPOINTS, body).status == 400
+
+
+def tokens_of_a_second_user(sweep: Sweep) -> None:
+    user = sweep.admin.new_user("second@example.com")
+    assert user.token is not None
+    sweep.canaries.append(Canary.of("a user's token", user.token))
+    own = user.call("POST", "/api/2.0/token/create", {"comment": "mine"})
+    sweep.canaries.append(Canary.of("a user's own token", own["token_value"]))
+    for api in (user, Api(sweep.stack.url, own["token_value"])):
+        assert sweep.send("GET", "/api/2.0/preview/scim/v2/Me", api=api).status == 200
+        assert sweep.send("GET", "/api/2.0/token/list", api=api).status == 200
+        assert sweep.send("GET", f"{SECRETS}/get?scope=scope&key=key", api=api).status == 403
+        assert sweep.send("GET", "/no/such/path", api=api).status == 404
+    basic = base64.b64encode(f"token:{user.token}".encode()).decode()
+    by_basic = {"authorization": f"Basic {basic}"}
+    nobody = Api(sweep.stack.url, None)
+    assert sweep.send("GET", f"{SECRETS}/scopes/list", api=nobody, headers=by_basic).status == 200
+    # One character of the check sum is wrong, as it is after a slip of the pen.
+    wrong = user.token[:-1] + ("0" if user.token[-1] != "0" else "1")
+    sweep.canaries.append(Canary.of("a mistyped token", wrong[:-1]))
+    assert sweep.send("GET", f"{SECRETS}/scopes/list", api=Api(sweep.stack.url, wrong)).status == 403
+    with grpc.insecure_channel(sweep.stack.secrets_address) as channel:
+        secrets_pb2_grpc.SecretsStub(channel).ListScopes(
+            secrets_pb2.ListScopesRequest(), metadata=(("authorization", f"Bearer {user.token}"),), timeout=20
+        )
+    sweep.admin.call("POST", "/api/2.0/token/delete", {"token_id": _any_token_of(sweep.admin)})
+
+
+def _any_token_of(api: Api) -> str:
+    api.call("POST", "/api/2.0/token/create", {"comment": "to be deleted"})
+    listed = api.call("GET", "/api/2.0/token/list")["token_infos"]
+    return str(next(token["token_id"] for token in listed if token["comment"] == "to be deleted"))
+
+
+def launch(sweep: Sweep, secret: Canary) -> None:
+    """A model that has the secret, prints all it has, and raises with it."""
+    create(sweep, "open", GOOD)
+    sweep.admin.deployed("open")
+    sweep.entitled.add(int(sweep.admin.ask("open", "pid")[0]))
+    assert found_in_processes(sweep.entitled, [secret], entitled=()), "the sweep does not find what is there"
+    assert query(sweep, "print-environment") == 200
+    assert query(sweep, "raise:OPENAI_API_KEY") == 400
+    read_all(sweep, "open")
+    logs = sweep.admin.logs("open", "one")
+    assert logs.count("[secret]") >= 3
+    assert "ValueError" in logs
+
+
+def create(sweep: Sweep, name: str, version: str) -> None:
+    served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}")
+    body = {"name": name, "config": {"served_entities": [served]}}
+    assert sweep.send("POST", ENDPOINTS, body).status == 200
+
+
+def query(sweep: Sweep, question: str) -> int:
+    """The status of what the model of `open` is asked."""
+    body = {"dataframe_records": [{"ask": question}]}
+    return sweep.send("POST", "/serving-endpoints/open/invocations", body).status
+
+
+def read_all(sweep: Sweep, name: str) -> None:
+    """Reads all that the API tells about an endpoint."""
+    for path in ("", f"/{name}", f"/{name}/served-models/one/logs", f"/{name}/served-models/one/build-logs"):
+        assert sweep.send("GET", f"{ENDPOINTS}{path}").status == 200
+
+
+def failed_launch(sweep: Sweep) -> None:
+    """The model raises with the value in the text, which is its cause of failure."""
+    create(sweep, "failing", FAILING)
+    found = sweep.admin.failed("failing")
+    assert "[secret]" in found["pending_config"]["served_entities"][0]["state"]["deployment_state_message"]
+    read_all(sweep, "failing")
+
+
+def crash_of_the_model(sweep: Sweep) -> None:
+    assert query(sweep, "die:OPENAI_API_KEY") == 500
+    until(lambda: query(sweep, "version") == 200, within=60, what="the model is back")
+    sweep.entitled.add(int(sweep.admin.ask("open", "pid")[0]))
+    sweep.admin.deployed("open")
+    read_all(sweep, "open")
+
+
+def crash_of_services(sweep: Sweep) -> None:
+    for name in ("serving", "secrets", "gateway"):
+        before = sweep.stack.pids()[name]
+        os.kill(before, signal.SIGKILL)
+        until(lambda old=(name, before): sweep.stack.pids().get(old[0], old[1]) != old[1], within=20, what=name)  # type: ignore[misc]
+        until(lambda: _answers(sweep), within=20, what="everything answers again")
+    assert len(sweep.admin.ask("open", "pid")) == 1
+
+
+def _answers(sweep: Sweep) -> bool:
+    """Asked of all three; whatever is answered meanwhile is watched too."""
+    asked = ("/api/2.0/secrets/get?scope=scope&key=nothing", f"{ENDPOINTS}/open")
+    try:
+        statuses = [sweep.send("GET", path).status for path in asked]
+    except OSError:
+        return False
+    return statuses == [404, 200] and query(sweep, "version") == 200
+
+
+# The sweep itself: what it does not find when it is there would pass unseen above.
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        str.encode,
+        lambda text: json.dumps(text).encode(),
+        lambda text: quote(text).encode(),
+        lambda text: repr(text).encode(),
+        lambda text: base64.b64encode(text.encode()),
+        lambda text: base64.b64encode(b"x" + text.encode()),
+        lambda text: base64.urlsafe_b64encode(b"xy" + text.encode() + b"z"),
+        lambda text: text.encode().hex().encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: b"padding" + gzip.compress(text.encode()) + b"padding",
+        lambda text: gzip.compress(base64.b64encode(text.encode())),
+    ],
+)
+def test_sweep_finds_what_is_planted_in_a_file(directory: Path, spelled: Any) -> None:
+    canary, other = Canary.new("planted"), Canary.new("absent")
+    (directory / "deep").mkdir()
+    (directory / "deep" / "file").write_bytes(b"before " + spelled(canary.value) + b" after")
+    found = found_in_files([directory], [canary, other])
+    assert found
+    assert all(line.startswith("planted as ") and line.split(",")[0].endswith("/deep/file") for line in found)
+    assert canary.value not in str(found)
+
+
+def test_sweep_finds_what_is_planted_in_a_name_and_in_a_process(directory: Path) -> None:
+    planted = f"planted-{directory.name}"
+    canary = Canary.of("planted", planted)
+    (directory / planted).touch()
+    assert found_in_files([directory], [canary])
+    for arguments, environment in (([planted], {}), ([], {"VARIABLE": planted})):
+        program = [sys.executable, "-S", "-c", "print(flush=True); input()", *arguments]
+        with subprocess.Popen(program, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert found_in_processes([process.pid], [canary], entitled=())
+            assert bool(found_in_processes([process.pid], [canary], entitled=[process.pid])) == bool(arguments)
+            process.communicate(b"\n")
