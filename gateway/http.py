@@ -23,7 +23,7 @@ class ClientGone(Exception):
 
 @dataclass(slots=True)
 class Request:
-    """One request. `path` is still percent-encoded; `id` is the request's id; `service` answers it, once it is known."""
+    """One request. `path` is still percent-encoded; `service` is who answers, once that is known."""
 
     method: str
     path: str
