@@ -20,6 +20,7 @@ from typing import Any
 from servicekit.database import Database
 from serving_service import reconcile, store
 from serving_service.launcher import (
+    Launch,
     Launcher,
     LaunchError,
     Observation,
@@ -252,9 +253,9 @@ class EndpointController:
             launch = await self._doors.launches.prepare(
                 endpoint, entity, replica.id, lambda message: self._change(replica.id, message=message)
             )
-            # From here on the launch is not cancelled: a shim that nobody knows of would be left.
             self._preparing.discard(replica.id)
-            handle = await self._doors.launcher.start(launch)
+            handle = await self._started(launch)
+            del launch  # with its secrets
         except LaunchImpossible as error:
             await self._not_started(endpoint, replica, str(error), is_final=True)
         except (LaunchDelayed, LaunchError) as error:
@@ -271,6 +272,15 @@ class EndpointController:
             self._preparing.discard(replica.id)
             del self._launching[replica.id]
             self.wake()
+
+    async def _started(self, launch: Launch) -> ReplicaHandle:
+        """Starts a replica, whole: who is cancelled meanwhile leaves one that can be found, not one half there."""
+        starting = asyncio.ensure_future(self._doors.launcher.start(launch))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await asyncio.gather(starting, return_exceptions=True)
+            raise
 
     async def _not_started(self, endpoint: Endpoint, replica: Replica, message: str, *, is_final: bool) -> None:
         key = (replica.version, replica.entity)

@@ -20,19 +20,22 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servicekit import context
 from serving_service import environment, store
+from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import RunningSecrets, data_directory, refusal
+from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
 from tests.support.serving import (
+    MannerLauncher,
     MannerRegistry,
     RunningServing,
     SecretsSwitch,
     ServingCaller,
     no_replicas,
     running_serving,
+    serving_settings,
 )
 
 State = pb.EndpointState
@@ -180,10 +183,8 @@ async def test_an_update_takes_over_and_the_old_replica_ends(platform: Platform)
     assert (settled.state.ready, settled.config.config_version) == (State.READY, 2)
     assert await environment_of(platform.admin, "demo") == {"VERSION": "two"}
 
-    async def only_the_new_one_runs() -> bool:
-        return len(replicas := await platform.serving.replicas()) == 1 and old not in replicas
-
-    await eventually(only_the_new_one_runs)
+    await eventually(lambda: _has_replicas(platform, 1))
+    assert old not in await platform.serving.replicas()
 
 
 async def test_a_failed_update_leaves_the_old_configuration_serving_and_says_why(platform: Platform) -> None:
@@ -235,18 +236,33 @@ async def test_an_update_that_is_not_ready_in_time_fails() -> None:
 
 async def test_a_second_update_is_refused_while_one_is_under_way(platform: Platform) -> None:
     await platform.admin.create("demo", "slow")
-    refused = await refusal(platform.admin.update("demo", an_input("ready")))
-    assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "RESOURCE_CONFLICT")
-    assert "demo" in refused.message
+    for model in ("ready", "unknown-model"):
+        refused = await refusal(platform.admin.update("demo", an_input(model)))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.ABORTED, "RESOURCE_CONFLICT")
+        assert "demo" in refused.message
 
 
-async def test_of_two_updates_at_once_one_is_refused(platform: Platform) -> None:
-    await platform.admin.create("demo")
-    await platform.admin.settled("demo")
-    updates = (platform.admin.update("demo", an_input("ready", version=version)) for version in ("2", "3"))
-    answers = await asyncio.gather(*updates, return_exceptions=True)
-    assert [type(answer) for answer in answers].count(pb.ServingEndpointDetailed) == 1
-    assert (await platform.admin.settled("demo")).config.config_version == 2
+class MeetingPlace(MannerRegistry):
+    """A registry that answers nobody until two have asked."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._meeting = asyncio.Barrier(2)
+
+    async def describe(self, name: str, version: str) -> ModelVersion:
+        await self._meeting.wait()
+        return await super().describe(name, version)
+
+
+async def test_of_two_updates_at_once_one_is_refused() -> None:
+    with data_directory() as directory:
+        async with switched_platform(directory, registry=MeetingPlace(directory)) as (platform, _):
+            await platform.admin.create("demo", None)
+            updates = (platform.admin.update("demo", an_input("ready", version=version)) for version in ("2", "3"))
+            answers = await asyncio.gather(*updates, return_exceptions=True)
+            (refused,) = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+            assert refused.code() is grpc.StatusCode.ABORTED
+            assert (await platform.admin.settled("demo")).config.config_version == 1
 
 
 async def test_an_endpoint_can_be_deleted_in_the_middle_of_an_update_and_its_name_used_again(
@@ -272,6 +288,7 @@ async def test_an_endpoint_can_be_deleted_in_the_middle_of_an_update_and_its_nam
 
 
 async def _has_replicas(platform: Platform, count: int) -> bool:
+    """Whether there are so many, those included that have ended and are kept for their logs."""
     return len(await platform.serving.launcher.adopt()) == count
 
 
@@ -282,13 +299,13 @@ async def test_a_replica_that_dies_is_started_again(platform: Platform) -> None:
     os.kill(pid, signal.SIGKILL)
 
     async def is_another_one() -> bool:
-        replicas = await platform.serving.replicas()
-        return len(replicas) == 1 and replica_id not in replicas
+        return set(await platform.serving.launcher.adopt()) - {replica_id} != set()
 
     await eventually(is_another_one)
     ready = await platform.admin.until("demo", lambda endpoint: endpoint.state.ready == State.READY)
     assert ready.state.config_update == State.NOT_UPDATING
     await platform.admin.query("demo")
+    await eventually(lambda: _has_replicas(platform, 1))
 
 
 # Who may do what
@@ -653,17 +670,42 @@ async def test_an_update_waits_for_the_gateway_and_the_old_replica_for_its_reque
     change = await gateway.read()
     (new,) = change.endpoints[0].entities[0].replicas
     assert new.replica_id != old
-    assert (await platform.admin.get("demo")).state.config_update == State.IN_PROGRESS
+    for _ in range(20):
+        assert (await platform.admin.get("demo")).state.config_update == State.IN_PROGRESS
     busy = pb.RouteReport(acknowledged_revision=change.revision, retired=[pb.ReplicaLoad(replica_id=old, in_flight=1)])
     await gateway.write(busy)
     assert (await platform.admin.settled("demo")).config.config_version == 2
     assert old in await platform.serving.replicas()
     await gateway.write(pb.RouteReport(acknowledged_revision=change.revision))
 
-    async def old_one_is_gone() -> bool:
-        return old not in await platform.serving.replicas()
+    await eventually(lambda: _has_replicas(platform, 1))
+    assert old not in await platform.serving.replicas()
+    gateway.cancel()
 
-    await eventually(old_one_is_gone)
+
+async def test_a_replica_that_dies_while_gateways_are_told_is_not_switched_to(patient: Platform) -> None:
+    await patient.admin.create("demo")
+    await patient.admin.settled("demo")
+    (old,) = await patient.serving.replicas()
+    gateway = patient.serving.routes.Watch()
+    await gateway.write(pb.RouteReport(acknowledged_revision=(await gateway.read()).revision))
+    await patient.admin.update("demo", an_input("ready", version="2"))
+    change = await gateway.read()
+    new = change.endpoints[0].entities[0].replicas[0].replica_id
+    os.kill((await patient.serving.replicas())[new], signal.SIGKILL)
+    await patient.admin.until(
+        "demo", lambda endpoint: entity_states(endpoint.pending_config)["ready-2"][0] == "DEPLOYMENT_CREATING"
+    )
+    told: list[str] = []
+    while "ready" not in told[-1:]:
+        await gateway.write(pb.RouteReport(acknowledged_revision=change.revision))
+        change = await gateway.read()
+        replicas = [replica.replica_id for replica in change.endpoints[0].entities[0].replicas]
+        assert replicas, "a table without any replica was published"
+        told.append("ready" if replicas not in ([old], [new]) else "old")
+    await gateway.write(pb.RouteReport(acknowledged_revision=change.revision))
+    assert (await patient.admin.settled("demo")).config.config_version == 2
+    assert told == ["old", "ready"]
     gateway.cancel()
 
 
@@ -680,13 +722,45 @@ async def test_a_gateway_that_never_follows_is_cut_off_and_holds_nothing_up() ->
 async def test_a_deleted_endpoint_leaves_the_table_at_once(platform: Platform) -> None:
     created = await platform.admin.create("demo", None)
     gateway = platform.serving.routes.Watch()
-    assert [each.name for each in (await gateway.read()).endpoints] == ["demo"]
+    while not [each.name for each in (await gateway.read()).endpoints]:
+        pass
     await platform.admin.delete("demo")
     assert list((await gateway.read()).removed_endpoint_ids) == [created.id]
     gateway.cancel()
 
 
 # The service itself
+
+
+class SlowToAdopt(MannerLauncher):
+    """A launcher that finds replicas only when it may."""
+
+    may_find: asyncio.Event
+
+    async def adopt(self) -> dict[str, ReplicaHandle]:
+        await self.may_find.wait()
+        return await super().adopt()
+
+
+async def test_a_gateway_that_comes_while_replicas_are_being_found_gets_the_whole_table() -> None:
+    with data_directory() as directory:
+        async with no_replicas(directory), running_secrets(directory) as secrets:
+            async with running_serving(directory) as before:
+                await before.public(secrets.admin_token).create("demo")
+                await before.public(secrets.admin_token).settled("demo")
+                (replica_id,) = await before.replicas()
+            settings = serving_settings(directory)
+            launcher = SlowToAdopt(settings.sockets / "replicas", None, service_environment={})
+            launcher.may_find = asyncio.Event()
+            async with running_serving(directory, launcher=launcher) as serving:
+                gateway = serving.routes.Watch()
+                await gateway.write(pb.RouteReport())
+                # Over the same connection, so that the stream has been met when this is answered.
+                await health_pb2_grpc.HealthStub(serving.gateway_channel).Check(health_pb2.HealthCheckRequest())
+                launcher.may_find.set()
+                table = await gateway.read()
+                assert [each.replica_id for each in table.endpoints[0].entities[0].replicas] == [replica_id]
+                gateway.cancel()
 
 
 async def test_the_service_is_ready_without_secrets() -> None:
