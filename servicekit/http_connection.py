@@ -163,8 +163,7 @@ class Connection(asyncio.Protocol):
         return self._exchange
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():  # uvloop raises RuntimeError here, asyncio only warns
-            self._transport.write(data)
+        self._transport.write(data)
 
     async def send_body(self, exchange: Exchange, body: AsyncIterable[bytes], length: int | None) -> None:
         """Sends the body no faster than the peer takes it; whatever goes wrong in it ends the exchange."""
@@ -186,7 +185,7 @@ class Connection(asyncio.Protocol):
             elif total < length:
                 raise ValueError(f"The body ended after {total} bytes of its content-length of {length}.")
             exchange.is_sent = True
-        except Exception as error:
+        except Exception as error:  # of the body's, or uvloop's when the peer is gone: that exchange has failed already
             exchange.fail(error)
 
     def pause_reading(self) -> None:
@@ -290,8 +289,8 @@ class Connection(asyncio.Protocol):
             exchange.is_complete = True
             exchange.keep_alive = False
         else:
-            is_framed = bool(codings) or any(name == b"content-length" for name, _ in exchange.headers)
-            exchange.ends_with_connection = not is_framed and status not in (204, 304)
+            names = {name for name, _ in exchange.headers}
+            exchange.ends_with_connection = names.isdisjoint((b"content-length", b"transfer-encoding"))
 
     def on_body(self, piece: bytes) -> None:
         exchange = self._current()
