@@ -27,7 +27,7 @@ class GatewaySettings(ServiceSettings):
         help="The address that clients reach the REST API under; by default http:// and the listening address.",
     )
     inference_deadline: float = setting(
-        "TESSERA_INFERENCE_DEADLINE",
+        "TESSERA_INFERENCE_DEADLINE_SECONDS",
         seconds,
         default=597.0,
         help="Seconds that one inference may take, from connecting to the last byte of the answer.",

@@ -47,21 +47,21 @@ class Control:
         self.dismissed.set()
 
     def _converse(self, connection: socket.socket) -> None:
-        with connection.makefile("rwb") as stream:
-            try:
-                while request := stream.readline(_REQUEST_BYTES):
+        is_last = False
+        try:
+            with connection.makefile("rwb") as stream:
+                while not is_last and (request := stream.readline(_REQUEST_BYTES)):
                     self.last_contact = time.monotonic()
                     answer, is_last = self._answer(request)
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
-                    if is_last:
-                        # The connection stays open until the process is gone: its end is what the caller waits for.
-                        self.dismissed.set()
-                        threading.Event().wait()
-            except OSError:
-                return  # the caller went away
-            finally:
-                connection.close()
+        except OSError:
+            pass  # the caller went away; what it asked for is done all the same
+        if is_last:
+            # The connection stays open until the process is gone: its end is what the caller waits for.
+            self.dismissed.set()
+            threading.Event().wait()
+        connection.close()
 
     def _answer(self, request: bytes) -> tuple[dict[str, Any], bool]:
         """The answer, and whether it is the last one this shim gives."""

@@ -285,6 +285,19 @@ async def test_a_dismissed_replica_leaves_neither_process_nor_folder(launcher: L
     await replica.stop(5)
 
 
+async def test_a_dismissed_replica_ends_also_when_nobody_waits_for_the_answer(
+    launcher: LocalLauncher, directory: Path
+) -> None:
+    replica = await launcher.start(a_launch("stubborn"))
+    seen, shim = await ready(replica), shim_of(directory)
+    _, writer = await asyncio.open_unix_connection(directory / "replicas" / "r1" / "control.sock")
+    writer.write(b'{"op":"stop","grace_seconds":0.2,"dismiss":true}\n')
+    await writer.drain()
+    writer.close()
+    await gone(seen.pid, shim)
+    assert list((directory / "replicas").iterdir()) == []
+
+
 async def test_a_replica_that_ignores_term_is_killed_when_its_grace_is_over(launcher: LocalLauncher) -> None:
     replica = await launcher.start(a_launch("stubborn"))
     seen = await ready(replica)
