@@ -504,7 +504,8 @@ async def test_a_body_is_not_read_faster_than_the_peer_takes_it(pool: HttpPool, 
             yield b"x" * 65536
 
     with pytest.raises(HttpTimeout):
-        await ask(pool, upstream, body(), timeout=0.3)
+        async with asyncio.timeout(10):
+            await ask(pool, upstream, body(), timeout=0.3)
     assert 0 < read < BIG / 2
 
 
@@ -739,7 +740,8 @@ async def test_the_deadline_covers_everything_up_to_the_last_byte(
 ) -> None:
     upstream = await start(server())
     with pytest.raises(HttpTimeout):
-        await (await ask(pool, upstream, timeout=0.1)).read()
+        async with asyncio.timeout(10):
+            await (await ask(pool, upstream, timeout=0.1)).read()
     await eventually(lambda: upstream.hang_ups == 1)
 
 
@@ -750,7 +752,8 @@ async def test_the_deadline_interrupts_a_body_that_does_not_come(pool: HttpPool,
 
     upstream = await start(Upstream())
     with pytest.raises(HttpTimeout):
-        await ask(pool, upstream, body(), timeout=0.1)
+        async with asyncio.timeout(10):
+            await ask(pool, upstream, body(), timeout=0.1)
     await eventually(lambda: upstream.hang_ups == 1)
 
 
