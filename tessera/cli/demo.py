@@ -69,11 +69,9 @@ async def _main(hurry: asyncio.Event) -> int:
         ):
             await registered
             token = (directory / "admin.token").read_text().strip()
-            demo = _Demo(running.addresses.gateway, token)
             try:
-                await demo.plain_text_variable()
-                await demo.secret_variable()
-                await demo.update_without_outage()
+                with Rest(running.addresses.gateway, token) as one, Rest(running.addresses.gateway, token) as another:
+                    await _steps(_Demo(one, another))
             except StartError:
                 _show_logs(directory / "run")
                 raise
@@ -82,6 +80,12 @@ async def _main(hurry: asyncio.Event) -> int:
         shutil.rmtree(directory)
     print(f"All of it was true; nothing is left running. {time.monotonic() - began:.0f} s in all.")
     return 0
+
+
+async def _steps(demo: _Demo) -> None:
+    await demo.plain_text_variable()
+    await demo.secret_variable()
+    await demo.update_without_outage()
 
 
 @asynccontextmanager
@@ -119,9 +123,9 @@ async def _registration(directory: Path, environment: Mapping[str, str]) -> Asyn
 class _Demo:
     """The documentation page's steps, in its order."""
 
-    def __init__(self, address: str, token: str) -> None:
-        self._rest = Rest(address, token)
-        self._another = Rest(address, token)
+    def __init__(self, rest: Rest, another: Rest) -> None:
+        self._rest = rest
+        self._another = another
         self._secret = f"demo-{secrets.token_hex(16)}"
         self._fingerprint = hashlib.sha256(self._secret.encode()).hexdigest()[:12]
 

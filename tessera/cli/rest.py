@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
-from typing import Any
+from typing import Any, Self
 
 from servicekit.errors import StartError
 
@@ -16,11 +16,21 @@ class RefusedError(StartError):
 
 
 class Rest:
-    """Calls one platform with one token. For one thread at a time."""
+    """Calls one platform with one token. For one thread at a time; to be closed, or used as a context."""
 
     def __init__(self, address: str, token: str) -> None:
         self._connection = http.client.HTTPConnection(address, timeout=_TIMEOUT_SECONDS)
         self._token = token
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; the next call opens another."""
+        self._connection.close()
 
     def call(self, method: str, path: str, body: str | bytes | None = None) -> dict[str, Any]:
         """Sends a JSON text and returns the JSON object that is answered; raises RefusedError for anything else."""

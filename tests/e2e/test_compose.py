@@ -95,7 +95,11 @@ def _check(composed: Composition) -> None:
         *("exec", "-T", "-e", f"MLFLOW_TRACKING_URI={registry}", "-e", f"MLFLOW_REGISTRY_URI={registry}", "serving"),
         *("python", "-P", "-m", "tessera.cli.demo_model", "/data/artifacts", "model-name"),
     )
-    rest = Rest(f"127.0.0.1:{composed.port}", token)
+    with Rest(f"127.0.0.1:{composed.port}", token) as rest:
+        _deploy_and_ask(composed, rest)
+
+
+def _deploy_and_ask(composed: Composition, rest: Rest) -> None:
     value = secrets.token_hex(16)
     rest.call("POST", "/api/2.0/secrets/scopes/create", json.dumps({"scope": "my_secret_scope"}))
     secret = {"scope": "my_secret_scope", "key": "my_secret_key", "string_value": value}

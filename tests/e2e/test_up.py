@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -14,16 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from servicekit.errors import StartError
-from tessera.cli import platform
+from tessera.cli import platform, replicas
 from tessera.cli.platform import Config, Platform
+from tessera.cli.rest import RefusedError, Rest
 from tests.support import processes, stand_ins
 from tests.support.eventually import eventually
-from tests.support.stack import clean_environment, command, running_stack
+from tests.support.stack import Stack, clean_environment, command, running_stack
 
 
 @pytest.fixture
@@ -229,6 +232,56 @@ async def test_services_end_within_five_seconds_when_up_is_killed_and_a_new_star
         await eventually(lambda: stack.processes() == {}, within=5, what="no process of the platform")
     with running_stack(directory) as stack:
         assert len(stack.pids()) == 3
+
+
+async def test_stop_ends_replicas_too_and_the_next_start_brings_the_endpoint_back(directory: Path) -> None:
+    _register(directory)
+    with running_stack(directory) as stack:
+        await _deploy(stack)
+        assert stack.stop() == 0
+        assert stack.processes() == {}
+        assert replicas.living(directory / "run" / "sockets") == []
+    with running_stack(directory) as stack:
+        await eventually(lambda: _answers(stack), within=30, what="an answer from the same endpoint")
+
+
+async def test_replica_goes_on_when_up_is_killed_and_the_next_start_keeps_it(directory: Path) -> None:
+    _register(directory)
+    with running_stack(directory) as stack:
+        await _deploy(stack)
+        stack.stop(signal.SIGKILL)
+        (before,) = replicas.living(directory / "run" / "sockets")
+    with running_stack(directory) as stack:
+        await eventually(lambda: _answers(stack), within=30, what="an answer from the same replica")
+        assert replicas.living(directory / "run" / "sockets") == [before]
+    assert replicas.living(directory / "run" / "sockets") == []
+
+
+def _register(directory: Path) -> None:
+    registry = f"sqlite:///{directory / 'registry.db'}"
+    environment = {**clean_environment(), "MLFLOW_TRACKING_URI": registry, "MLFLOW_REGISTRY_URI": registry}
+    program = (sys.executable, "-P", "-m", "tessera.cli.demo_model", str(directory / "artifacts"), "model-name")
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+async def _deploy(stack: Stack) -> None:
+    body = (files("tessera.cli") / "demo_bodies" / "create_with_plain_text.json").read_text()
+    with _rest(stack) as rest:
+        rest.call("POST", "/api/2.0/serving-endpoints", body)
+    await eventually(lambda: _answers(stack), within=60, what="an answer from the endpoint")
+
+
+def _answers(stack: Stack) -> bool:
+    question = json.dumps({"dataframe_records": [{"question": ""}]})
+    with contextlib.suppress(RefusedError), _rest(stack) as rest:
+        answer = rest.call("POST", "/serving-endpoints/endpoint-name/invocations", question)
+        return bool(answer["predictions"][0]["text"] == "plain-text-env-value")
+    return False
+
+
+def _rest(stack: Stack) -> Rest:
+    return Rest(stack.url.removeprefix("http://"), stack.token)
 
 
 def test_admin_token_is_renewed_without_being_shown() -> None:
