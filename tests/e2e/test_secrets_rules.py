@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.support.api import ENDPOINTS, SECRETS, Api
+from tests.support.api import ENDPOINTS, SECRETS, Api, until
 from tests.support.registered_models import BETTER, GOOD, entity, fingerprint, stack_environment
 from tests.support.stack import running_stack
 
@@ -24,11 +26,16 @@ def admin() -> Iterator[Api]:
         yield admin
 
 
+def message_of(api: Api, name: str) -> str:
+    """What is said about the first entity of the active configuration."""
+    return str(api.endpoint(name)["config"]["served_entities"][0]["state"]["deployment_state_message"])
+
+
 def body(name: str, **variables: str) -> Any:
     return {"name": name, "config": {"served_entities": [entity(GOOD, name="one", **variables)]}}
 
 
-def test_creator_needs_read_at_create_and_at_every_update_while_the_running_replica_goes_on(admin: Api) -> None:
+def test_creator_needs_read_at_create_at_every_update_and_at_every_launch(admin: Api) -> None:
     admin.create_scope("guarded")
     admin.put_secret("guarded", "api-key", SECRET)
     alice = admin.new_user("alice@example.com")
@@ -58,6 +65,16 @@ def test_creator_needs_read_at_create_and_at_every_update_while_the_running_repl
     found = alice.deployed("alices")
     assert found["config"]["config_version"] == 1
     assert alice.ask("alices", *question) == running
+
+    # Looked at again at every launch: the value is not handed out on an old permission.
+    os.kill(int(running[0]), signal.SIGKILL)
+    until(
+        lambda: "READ permission on scope guarded" in message_of(alice, "alices"), within=30, what="the cause is told"
+    )
+    assert alice.endpoint("alices")["state"]["ready"] == "NOT_READY"
+    admin.grant("guarded", "alice@example.com", "READ")
+    alice.deployed("alices")
+    assert alice.ask("alices", "fingerprint:OPENAI_API_KEY") == [fingerprint(SECRET)]
     alice.delete_endpoint("alices")
 
 
@@ -103,14 +120,13 @@ def test_missing_right_wins_over_missing_secret_and_all_are_named(admin: Api) ->
         assert named in message
 
 
-def test_author_of_an_update_needs_read_on_what_the_update_brings_in(admin: Api) -> None:
-    """The creator's right alone would let whoever may update read a secret through the model."""
+def test_nobody_brings_a_secret_into_an_endpoint_whose_creator_may_not_read_it(admin: Api) -> None:
     owner = admin.new_user("owner@example.com")
     owner.create_scope("owners")
     owner.put_secret("owners", "key", SECRET)
     owner.call("POST", ENDPOINTS, {"name": "owned"})
     entities = [entity(GOOD, name="one", OPENAI_API_KEY="{{secrets/owners/key}}")]
-    # Admins may read every scope, so an admin is the one other author who is allowed both.
+    # Admins may read every scope, and are the only others who may update.
     admin.call("PUT", f"{ENDPOINTS}/owned/config", {"served_entities": entities})
     owner.deployed("owned")
     assert owner.ask("owned", "fingerprint:OPENAI_API_KEY") == [fingerprint(SECRET)]
