@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from secrets_service import files, store, tokens
+from secrets_service.memory import RememberingDatabase
 from secrets_service.model import TokenInfo
 from secrets_service.principals import DAY
-from servicekit.database import Database
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +26,19 @@ _COMMENT = "admin.token, written for the operator of this machine"
 
 
 class AdminToken:
-    """The token in `DIR/admin.token`. `now` tells Unix seconds; `forget` is called when the old one is revoked."""
+    """The token in `DIR/admin.token`. `now` tells Unix seconds."""
 
     def __init__(
         self,
         path: Path,
-        database: Database,
+        database: RememberingDatabase,
         mac: tokens.TokenMac,
-        *,
         now: Callable[[], float],
-        forget: Callable[[], None],
     ) -> None:
         self._path = path
         self._database = database
         self._mac = mac
         self._now = now
-        self._forget = forget
 
     async def renew(self) -> tuple[Path, int]:
         """Puts a new token in place of the old one, which is revoked; where it is, and its end in Unix milliseconds."""
@@ -53,10 +50,7 @@ class AdminToken:
             store.replace_admin_token_id(connection, token.id)
             store.insert_token(connection, info, owner_id=platform.admin_id, mac=self._mac.of(token))
 
-        try:
-            await self._database.write(record)
-        finally:
-            self._forget()
+        await self._database.write(record)
         log.info("admin token renewed", extra={"file": str(self._path), "token_id": token.id})
         return self._path, info.expires_ms
 

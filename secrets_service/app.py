@@ -12,6 +12,7 @@ from secrets_service import foundation
 from secrets_service.admin import AdminToken
 from secrets_service.authority import Authority, by_own_token
 from secrets_service.identity_servicer import AuthorityServicer, ScimServicer, TokensServicer
+from secrets_service.memory import RememberingDatabase
 from secrets_service.principals import Tokens, Users
 from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
@@ -48,16 +49,17 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
     """
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        opened = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
-        base = await foundation.opened(settings, opened, now)
+        file = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
+        base = await foundation.opened(settings, file, now)
+        opened = RememberingDatabase(file)
         authority = Authority(
             opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
         )
         scopes = SecretScopes(opened, base.cipher, now)
         resolution = SecretResolution(opened, base.cipher)
         users = Users(opened)
-        tokens = Tokens(opened, base.token_mac, now=now, forget=authority.forget)
-        admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now=now, forget=authority.forget)
+        tokens = Tokens(opened, base.token_mac, now)
+        admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
         by_peer = by_assertion(AssertionVerifier(authority.public_keys))
         listeners = [
             Listener(address=settings.listen, identify=by_own_token(authority), reflection=settings.offers_reflection),
@@ -82,7 +84,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                 ],
-                readiness={"database": opened.ping},
+                readiness={"database": file.ping},
                 message_limit=MESSAGE_LIMIT,
             )
         )

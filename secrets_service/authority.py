@@ -1,27 +1,22 @@
 """Who is calling: tokens in, assertions out. Only this service knows tokens, and only it signs.
 
-A token is compared with its MAC at most once in three seconds; in between it is known by its hash. Whatever makes a
-token worthless clears that memory, so that it is refused at once here, and within ten seconds everywhere.
+What is stored about a token is remembered until something is written, so a revoked token is refused here at once, and
+within ten seconds everywhere. The comparison with its MAC is made at every call.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from secrets_service import store, tokens
+from secrets_service.memory import RememberingDatabase
 from secrets_service.model import StoredToken
 from servicekit import identity
 from servicekit.context import Principal
-from servicekit.database import Database
 from servicekit.identity import Identify, Identity, InvalidToken
-
-REMEMBERED = 10_000
-"""How many tokens are known by their hash at the most."""
 
 
 class SigningKeys:
@@ -42,7 +37,7 @@ class Authority:
 
     def __init__(
         self,
-        database: Database,
+        database: RememberingDatabase,
         mac: tokens.TokenMac,
         keys: SigningKeys,
         *,
@@ -53,22 +48,20 @@ class Authority:
         self._mac = mac
         self._keys = keys
         self._now = now
-        self._known: OrderedDict[bytes, tuple[Principal, float]] = OrderedDict()
-        self._generation = 0
         self.workspace_id = workspace_id
 
     async def authenticate(self, text: str) -> Principal:
         """The owner of a token; raises InvalidToken, in the same words whatever is wrong."""
-        digest = hashlib.sha256(text.encode()).digest()
-        now = self._now()
-        known = self._known.get(digest)
-        if known is not None and known[1] <= now < known[1] + identity.FRESH_SECONDS:
-            principal = known[0]
-        else:
-            principal = await self._looked_up(digest, text, now)
-        if principal.token_expires_at is not None and now >= principal.token_expires_at:
+        presented = tokens.parse(text)
+        if presented is None:
             raise InvalidToken
-        return principal
+        stored = await self._database.remembered(store.find_token, presented.id, if_kept=_exists)
+        # The comparison comes first: an unknown id costs as much as a wrong secret.
+        if not self._mac.matches(presented, stored.mac if stored else None) or stored is None:
+            raise InvalidToken
+        if not stored.owner.profile.is_active or self._now() * 1000 >= stored.info.expires_ms:
+            raise InvalidToken
+        return _principal(stored)
 
     async def exchange(self, text: str) -> str:
         """An assertion about the owner of a token; raises InvalidToken."""
@@ -78,30 +71,6 @@ class Authority:
         """The keys that assertions are verified with, by their ids."""
         return self._keys.public
 
-    def forget(self) -> None:
-        """Makes every token be looked up again."""
-        self._generation += 1
-        self._known.clear()
-
-    async def _looked_up(self, digest: bytes, text: str, now: float) -> Principal:
-        generation = self._generation
-        presented = tokens.parse(text)
-        if presented is None:
-            raise InvalidToken
-        stored = await self._database.read(store.find_token, presented.id)
-        # The comparison comes first: an unknown id costs as much as a wrong secret.
-        if not self._mac.matches(presented, stored.mac if stored else None) or stored is None:
-            raise InvalidToken
-        if not stored.owner.profile.is_active:
-            raise InvalidToken
-        principal = _principal(stored)
-        # What was forgotten while we were looking may have changed since.
-        if generation == self._generation:
-            self._known[digest] = (principal, now)
-            while len(self._known) > REMEMBERED:
-                self._known.popitem(last=False)
-        return principal
-
 
 def by_own_token(authority: Authority) -> Identify:
     """How the public listener of this service knows its callers: without asking itself over gRPC."""
@@ -110,6 +79,11 @@ def by_own_token(authority: Authority) -> Identify:
         return Identity(await authority.authenticate(identity.token_from(metadata.get("authorization"))))
 
     return identify
+
+
+def _exists(token: StoredToken | None) -> bool:
+    """Ids that nobody has are endless, so they are not remembered."""
+    return token is not None
 
 
 def _principal(token: StoredToken) -> Principal:

@@ -22,9 +22,9 @@ from secrets_service.errors import (
     UserExists,
     UserNotFound,
 )
+from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Email, NewToken, Profile, TokenInfo, User, UserPage
 from servicekit.context import Principal
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
 
 DAY = 24 * 3600
@@ -42,7 +42,7 @@ _BY_USER_NAME = re.compile(r'\s*userName\s+eq\s+("(?:[^"\\\x00-\x1f]|\\.)*")\s*'
 class Users:
     """The users of the workspace."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: RememberingDatabase) -> None:
         self._database = database
 
     async def create_user(self, profile: Profile, *, caller: Principal) -> User:
@@ -80,15 +80,12 @@ class Users:
 
 
 class Tokens:
-    """Personal access tokens. `now` tells Unix seconds; `forget` is called when a token stops being good."""
+    """Personal access tokens. `now` tells Unix seconds."""
 
-    def __init__(
-        self, database: Database, mac: tokens.TokenMac, *, now: Callable[[], float], forget: Callable[[], None]
-    ) -> None:
+    def __init__(self, database: RememberingDatabase, mac: tokens.TokenMac, now: Callable[[], float]) -> None:
         self._database = database
         self._mac = mac
         self._now = now
-        self._forget = forget
 
     async def create_token(self, *, comment: str, lifetime: int | None, caller: Principal) -> NewToken:
         """Makes a token for the caller; `lifetime` is in seconds."""
@@ -120,10 +117,7 @@ class Tokens:
             if not store.delete_token(connection, token_id, owner_id=int(caller.id)):
                 raise TokenNotFound(token_id[: names.LONGEST_TEXT])
 
-        try:
-            await self._database.write(delete)
-        finally:
-            self._forget()
+        await self._database.write(delete)
 
     async def _create(self, owner_id: int, *, comment: str, lifetime: int | None) -> NewToken:
         names.short_text("comment", comment)

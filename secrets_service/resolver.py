@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from secrets_service import access, names, store
 from secrets_service.cipher import Cipher, Damaged
 from secrets_service.errors import ValuesTooLong
+from secrets_service.memory import RememberingDatabase
 from secrets_service.model import FailureKind, Permission, Reference, ReferenceFailure, Scope, SecretBytes, User
 from secrets_service.scopes import place_of
 from servicekit.context import Principal
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class _Failed(Exception):
 class SecretResolution:
     """What Serving may learn about secrets."""
 
-    def __init__(self, database: Database, cipher: Cipher) -> None:
+    def __init__(self, database: RememberingDatabase, cipher: Cipher) -> None:
         self._database = database
         self._cipher = cipher
 
@@ -144,7 +144,10 @@ def _user(connection: sqlite3.Connection, user_id: str) -> User | None:
 
 
 def _may_read(connection: sqlite3.Connection, scope: Scope, user: User | None) -> bool:
-    return user is not None and access.allows(store.standing(connection, scope, user.id), Permission.READ)
+    if user is None:
+        return False
+    row = store.find_scope_and_standing(connection, names.folded(scope.name), user.id)
+    return row is not None and access.allows(row[1], Permission.READ)
 
 
 def _checked(reference: Reference) -> Reference:

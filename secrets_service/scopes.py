@@ -26,9 +26,9 @@ from secrets_service.errors import (
     UnknownPrincipal,
     ValueTooLong,
 )
-from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo
+from secrets_service.memory import RememberingDatabase
+from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo, Standing
 from servicekit.context import Principal
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
 
 log = logging.getLogger(__name__)
@@ -39,11 +39,14 @@ MOST_ACLS = 1_000
 LONGEST_VALUE = 131_072
 """Bytes of one secret value."""
 
+LONGEST_REMEMBERED = 4_096
+"""Bytes of the longest sealed value that is kept in memory between two writes."""
+
 
 class SecretScopes:
     """Scopes, the secrets in them, and who may do what there. `now` tells Unix seconds."""
 
-    def __init__(self, database: Database, cipher: Cipher, now: Callable[[], float]) -> None:
+    def __init__(self, database: RememberingDatabase, cipher: Cipher, now: Callable[[], float]) -> None:
         self._database = database
         self._cipher = cipher
         self._now = now
@@ -123,21 +126,21 @@ class SecretScopes:
     async def get_secret(self, *, scope: str, key: str, caller: Principal) -> tuple[str, SecretBytes]:
         """A key as it is shown, and its value."""
         names.scope_name(scope)
-        names.key_name(key)
-
-        def find(connection: sqlite3.Connection) -> tuple[str, SecretBytes]:
-            found = permitted(connection, scope, caller, Permission.READ)
-            folded = names.folded(key)
-            sealed = store.find_secret(connection, found, folded)
-            if sealed is None:
-                raise SecretNotFound(found.name, key)
-            try:
-                return sealed.key, self._cipher.open(sealed.record, place_of(found, folded, sealed.version))
-            except Damaged:
-                log.error("stored secret is damaged", extra={"scope": found.name, "key": sealed.key})
-                raise SecretDamaged(found.name, sealed.key) from None
-
-        return await self._database.read(find)
+        folded = names.folded(names.key_name(key))
+        row = await self._database.remembered(
+            store.find_scope_standing_and_secret, names.folded(scope), folded, int(caller.id), if_kept=_is_short
+        )
+        if row is None:
+            raise ScopeNotFound(scope)
+        found, standing, sealed = row
+        _require(standing, Permission.READ, found, caller)
+        if sealed is None:
+            raise SecretNotFound(found.name, key)
+        try:
+            return sealed.key, self._cipher.open(sealed.record, place_of(found, folded, sealed.version))
+        except Damaged:
+            log.error("stored secret is damaged", extra={"scope": found.name, "key": sealed.key})
+            raise SecretDamaged(found.name, sealed.key) from None
 
     async def put_acl(self, *, scope: str, principal: str, permission: Permission, caller: Principal) -> None:
         """Grants a permission, in place of the principal's older one."""
@@ -197,12 +200,22 @@ def permitted(connection: sqlite3.Connection, scope: str, caller: Principal, nee
 
     Groups are read from the database, not from the caller's assertion, which may be some seconds old.
     """
-    found = store.find_scope(connection, names.folded(scope))
-    if found is None:
+    row = store.find_scope_and_standing(connection, names.folded(scope), int(caller.id))
+    if row is None:
         raise ScopeNotFound(scope)
-    if not access.allows(store.standing(connection, found, int(caller.id)), needed):
-        raise ScopePermissionDenied(caller.name, needed, found.name)
+    found, standing = row
+    _require(standing, needed, found, caller)
     return found
+
+
+def _require(standing: Standing, needed: Permission, scope: Scope, caller: Principal) -> None:
+    if not access.allows(standing, needed):
+        raise ScopePermissionDenied(caller.name, needed, scope.name)
+
+
+def _is_short(row: tuple[Scope, Standing, SealedSecret | None] | None) -> bool:
+    """Whether a read is worth its room in memory, sealed as it is. Names that do not exist are endless."""
+    return row is not None and row[2] is not None and len(row[2].record) <= LONGEST_REMEMBERED
 
 
 def place_of(scope: Scope, folded: str, version: int) -> Place:

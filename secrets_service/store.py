@@ -279,17 +279,46 @@ def delete_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> 
 # --- access control lists ---
 
 
-def standing(connection: sqlite3.Connection, scope: Scope, principal_id: int) -> Standing:
-    """What decides about a principal in a scope."""
+# One row for the principal itself and one for each of its groups: kind, name, and what is granted on the scope `s`.
+_STANDING = (
+    " FROM scopes s"
+    " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
+    " JOIN principals p ON p.id = who.id"
+    " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id"
+)
+
+
+def find_scope_and_standing(
+    connection: sqlite3.Connection, folded: str, principal_id: int
+) -> tuple[Scope, Standing] | None:
+    """The scope of that name, and what decides about a principal in it."""
     rows = connection.execute(
-        "WITH who (id) AS (SELECT ?1 UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1)"
-        " SELECT p.kind, p.name, a.permission FROM who JOIN principals p ON p.id = who.id"
-        " LEFT JOIN acls a ON a.scope_id = ?2 AND a.principal_id = who.id",
-        (principal_id, scope.id),
+        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission{_STANDING} WHERE s.folded = ?2",
+        (principal_id, folded),
     ).fetchall()
+    return (Scope(*rows[0][:3]), _standing(rows)) if rows else None
+
+
+def find_scope_standing_and_secret(
+    connection: sqlite3.Connection, scope: str, key: str, principal_id: int
+) -> tuple[Scope, Standing, SealedSecret | None] | None:
+    """As `find_scope_and_standing`, with the secret under a key: one statement, because this is what is read most."""
+    rows = connection.execute(
+        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission, x.key, x.version, x.record{_STANDING}"
+        " LEFT JOIN secrets x ON x.scope_id = s.id AND x.folded = ?3 WHERE s.folded = ?2",
+        (principal_id, scope, key),
+    ).fetchall()
+    if not rows:
+        return None
+    found = rows[0]
+    secret = None if found[6] is None else SealedSecret(*found[6:])
+    return Scope(*found[:3]), _standing(rows), secret
+
+
+def _standing(rows: list[sqlite3.Row]) -> Standing:
     return Standing(
-        groups=frozenset(name for kind, name, _ in rows if kind == "group"),
-        granted=tuple(Permission(permission) for _, _, permission in rows if permission is not None),
+        groups=frozenset(row[4] for row in rows if row[3] == "group"),
+        granted=tuple(Permission(row[5]) for row in rows if row[5] is not None),
     )
 
 

@@ -64,7 +64,7 @@ def parse(text: str) -> Presented | None:
     if len(text) != len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH or not text.startswith(PREFIX):
         return None
     body, check_sum = text[:-_CHECK_LENGTH], text[-_CHECK_LENGTH:]
-    if not all(character in _DIGITS for character in text) or _check_sum(body) != check_sum:
+    if not set(text) <= _DIGITS.keys() or _check_sum(body) != check_sum:
         return None
     identifier, digits = body[len(PREFIX) : -_SECRET_LENGTH], body[-_SECRET_LENGTH:]
     number = 0

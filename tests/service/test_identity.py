@@ -481,6 +481,10 @@ async def test_new_user_has_the_documented_shape(service: RunningSecrets) -> Non
     assert await bob(bob.scim.GetUser, pb.GetUserRequest(id=made.id)) == made
 
 
+async def test_user_name_is_kept_in_its_composed_form(service: RunningSecrets) -> None:
+    assert (await service.admin.create_user("zoe\u0308")).user_name == "zo\u00eb"
+
+
 async def test_given_addresses_are_kept(service: RunningSecrets) -> None:
     emails = [pb.Email(type="home", value="a@b", primary=True), pb.Email(type="work", value="c@d")]
     made = await service.admin.create_user("alice", emails=emails)

@@ -43,6 +43,11 @@ def test_other_text_is_no_token(text: str) -> None:
     assert tokens.parse(text) is None
 
 
+def test_other_characters_are_refused_whatever_the_check_sum_says() -> None:
+    for body in ("dapi" + "-" * 12 + "0" * 43, "dapi" + "0" * 12 + "é" * 43):
+        assert tokens.parse(body + tokens._check_sum(body)) is None
+
+
 def test_number_of_more_than_256_bits_is_no_token() -> None:
     body = "dapi" + "0" * 12 + "z" * 43
     assert tokens.parse(body + tokens._check_sum(body)) is None

@@ -1,0 +1,81 @@
+"""Reads that are remembered until the next write: a call that repeats needs no trip to the database's thread.
+
+One process owns the database, so what it read stays true until it writes itself. The rule: nothing that was read before
+a write began is used once it has begun, and nothing is remembered while one is under way. A write is under way until
+its transaction has ended, also when whoever asked for it is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from servicekit.database import Database
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CAPACITY = 10_000
+"""How many reads are remembered at the most."""
+
+
+class RememberingDatabase:
+    """A database with a memory; all writes of the service go through here."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._memory: OrderedDict[Hashable, Any] = OrderedDict()
+        self._writes_under_way = 0
+        self._changes = 0
+
+    async def read(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `Database.read`."""
+        return await self._database.read(function, *args, **kwargs)
+
+    async def write(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `Database.write`; the transaction ends as it will even if the caller is cancelled."""
+        self._writes_under_way += 1
+        self._forget()
+        writing = asyncio.ensure_future(self._database.write(function, *args, **kwargs))
+        writing.add_done_callback(self._written)
+        return await asyncio.shield(writing)
+
+    async def remembered(
+        self,
+        function: Callable[..., T],
+        *args: Hashable,
+        if_kept: Callable[[T], bool] = lambda result: True,
+    ) -> T:
+        """What `function(connection, *args)` reads, from memory when it was read since the last write.
+
+        Only results that `if_kept` agrees to are remembered; they are shared, so they must not be changed.
+        """
+        key = (function, args)
+        if key in self._memory:
+            self._memory.move_to_end(key)
+            found: T = self._memory[key]
+            return found
+        changes = self._changes
+        result = await self._database.read(function, *args)
+        if changes == self._changes and not self._writes_under_way and if_kept(result):
+            self._memory[key] = result
+            if len(self._memory) > CAPACITY:
+                self._memory.popitem(last=False)
+        return result
+
+    def _written(self, writing: asyncio.Future[Any]) -> None:
+        self._writes_under_way -= 1
+        self._forget()
+        if not writing.cancelled():
+            writing.exception()  # whoever waited has it; nobody need hear of it when the caller is gone
+
+    def _forget(self) -> None:
+        self._changes += 1
+        self._memory.clear()

@@ -1,0 +1,147 @@
+"""What was read is used again until something is written, and not a moment longer."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from secrets_service import memory
+from secrets_service.memory import RememberingDatabase
+from servicekit import database
+from tests.support.eventually import eventually
+
+SCRIPTS = "CREATE TABLE t (name TEXT PRIMARY KEY, value INTEGER) STRICT; INSERT INTO t VALUES ('a', 1), ('b', 1);"
+
+
+@pytest.fixture
+async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
+    (tmp_path / "migrations").mkdir()
+    (tmp_path / "migrations" / "0001_t.sql").write_text(SCRIPTS)
+    async with database.opened(tmp_path / "t.db", tmp_path / "migrations") as opened:
+        yield RememberingDatabase(opened)
+
+
+class Reading:
+    """A read that counts how often it went to the database, and can be held up after it has read."""
+
+    def __init__(self) -> None:
+        self.times = 0
+        self.may_return = threading.Event()
+        self.may_return.set()
+        self.has_read = threading.Event()
+
+    def __call__(self, connection: sqlite3.Connection, name: str) -> int | None:
+        self.times += 1
+        row = connection.execute("SELECT value FROM t WHERE name = ?", (name,)).fetchone()
+        self.has_read.set()
+        assert self.may_return.wait(10)
+        return row[0] if row else None
+
+
+def put(connection: sqlite3.Connection, value: int) -> None:
+    connection.execute("UPDATE t SET value = ?", (value,))
+
+
+async def test_read_is_made_once_until_something_is_written(opened: RememberingDatabase) -> None:
+    reading = Reading()
+    assert [await opened.remembered(reading, "a") for _ in range(3)] == [1, 1, 1]
+    assert reading.times == 1
+    assert await opened.remembered(reading, "b") == 1
+    assert reading.times == 2
+    await opened.write(put, 2)
+    assert [await opened.remembered(reading, "a") for _ in range(3)] == [2, 2, 2]
+    assert reading.times == 3
+
+
+async def test_result_that_is_not_worth_it_is_not_remembered(opened: RememberingDatabase) -> None:
+    reading = Reading()
+    for _ in range(2):
+        assert await opened.remembered(reading, "none", if_kept=lambda value: value is not None) is None
+    assert reading.times == 2
+
+
+async def test_memory_is_bounded(opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CAPACITY", 2)
+    reading = Reading()
+    for name in ("a", "b", "a", "c", "a"):  # `b` was used longest ago when `c` came
+        await opened.remembered(reading, name)
+    assert reading.times == 3
+    await opened.remembered(reading, "b")
+    assert reading.times == 4
+
+
+async def test_read_that_a_write_overtook_is_not_remembered(opened: RememberingDatabase) -> None:
+    reading = Reading()
+    reading.may_return.clear()
+    under_way = asyncio.create_task(opened.remembered(reading, "a"))
+    assert await asyncio.to_thread(reading.has_read.wait, 10)
+    await opened.write(put, 2)
+    reading.may_return.set()
+    assert await under_way == 1  # as it was when it was read
+    assert await opened.remembered(reading, "a") == 2
+
+
+async def test_nothing_is_taken_from_memory_during_a_write(opened: RememberingDatabase) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        put(connection, 2)
+        has_begun.set()
+        assert may_end.wait(10)
+
+    reading, late = Reading(), Reading()
+    await opened.remembered(reading, "a")
+    writing = asyncio.create_task(opened.write(slow))
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    assert [await opened.remembered(reading, "a") for _ in range(2)] == [1, 1]
+    assert reading.times == 3
+    late.may_return.clear()
+    under_way = asyncio.create_task(opened.remembered(late, "a"))
+    assert await asyncio.to_thread(late.has_read.wait, 10)
+    may_end.set()
+    await writing
+    assert await opened.remembered(reading, "a") == 2
+    late.may_return.set()
+    assert await under_way == 1  # read before the end of the write
+    assert await opened.remembered(late, "a") == 2
+
+
+async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDatabase) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        has_begun.set()
+        assert may_end.wait(10)
+        put(connection, 2)
+
+    reading = Reading()
+    writing = asyncio.create_task(opened.write(slow))
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    assert await opened.remembered(reading, "a") == 1
+    may_end.set()
+
+    async def is_written() -> bool:
+        return await opened.read(Reading(), "a") == 2
+
+    await eventually(is_written)
+    assert await opened.remembered(reading, "a") == 2
+
+
+async def test_refused_write_raises_and_reads_go_on(opened: RememberingDatabase) -> None:
+    def refused(connection: sqlite3.Connection) -> None:
+        put(connection, 2)
+        raise LookupError("refused")
+
+    reading = Reading()
+    with pytest.raises(LookupError):
+        await opened.write(refused)
+    assert [await opened.remembered(reading, "a") for _ in range(2)] == [1, 1]
+    assert reading.times == 1
