@@ -119,7 +119,9 @@ async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]
                 await _hop(reader, lambda connection: connection.execute("PRAGMA busy_timeout=5000").fetchone())
             yield Database(writer, readers, existed)
         finally:
-            await asyncio.gather(*(connection.close() for connection in [*readers, writer]))
+            await asyncio.gather(*(reader.close() for reader in readers))
+            # Last, since whoever closes last moves the WAL into the database, and only the writer may.
+            await writer.close()
     finally:
         os.close(lock)
 

@@ -76,6 +76,14 @@ async def test_what_was_written_is_read_now_and_after_a_restart(path: Path, migr
         assert await db.read(names_in) == ["a", "b"]
 
 
+async def test_orderly_end_leaves_one_self_contained_file(path: Path, migrations: Path) -> None:
+    for number in range(20):
+        async with opened(path, migrations) as db:
+            await db.write(insert, str(number))
+            await db.read(names_in)
+        assert {file.name for file in path.parent.iterdir()} == {"shop.db", "shop.db.lock"}
+
+
 async def test_transaction_that_raises_leaves_nothing_and_the_next_one_works(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
         with pytest.raises(sqlite3.IntegrityError):
