@@ -13,7 +13,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,7 +165,7 @@ class RouteTable:
                 del self._in_flight[replica_id]
                 self._notify()
 
-    async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncIterator[pb.RouteTable]:
+    async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncGenerator[pb.RouteTable, None]:
         """Serves one gateway: tables out, reports in, until either side ends."""
         await self._loaded.wait()
         stream = _Stream(task=asyncio.current_task())

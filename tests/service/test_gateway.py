@@ -28,7 +28,7 @@ async def body_of(receive: Any) -> bytes:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        body += bytes(message.get("body", b""))
         if not message.get("more_body", False):
             return body
 
@@ -313,7 +313,8 @@ async def test_openai_style_paths_name_the_endpoint_in_the_body(stack: Platform,
     await serve(stack, "chat", Echo())
     answer = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", json={"model": "chat"})
     assert (answer.status, answer.json()["path"]) == (200, "/invocations")
-    for body in ({"model": 1}, {}, [], "x"):
+    bodies: list[Any] = [{"model": 1}, {}, [], "x"]
+    for body in bodies:
         bad = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", json=body)
         assert (bad.status, bad.json()["error_code"]) == (400, "BAD_REQUEST")
 

@@ -8,6 +8,7 @@ import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ async def test_the_first_table_after_a_restart_holds_every_replica(platform: Pla
         await platform.admin.create(name)
         await platform.admin.settled(name)
     await platform.restart()
-    gateway = rpc.RoutesStub(platform.serving.channel).Watch()
+    gateway: Any = rpc.RoutesStub(platform.serving.channel).Watch()
     table = await gateway.read()
     told = {replica.replica_id for routes in table.endpoints for each in routes.entities for replica in each.replicas}
     assert (table.complete, told) == (True, set(await platform.replicas()))

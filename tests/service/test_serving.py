@@ -18,8 +18,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from servicekit import context
-from serving_service import environment, store
+from servicekit import channels, context
+from serving_service import store
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
 from tessera.secrets.v1 import secrets_pb2
@@ -154,7 +154,7 @@ async def test_an_endpoint_is_created_pending_and_becomes_ready(platform: Platfo
     assert not ready.config.HasField("start_time")
     (model,) = ready.config.served_models
     assert (model.name, model.model_name, model.model_version) == ("ready-1", "ready", "1")
-    assert (model.workload_size, model.environment_vars) == ("Small", {"A": "b"})
+    assert (model.workload_size, dict(model.environment_vars)) == ("Small", {"A": "b"})
     (route,) = ready.config.traffic_config.routes
     assert (route.served_entity_name, route.served_model_name, route.traffic_percentage) == ("ready-1", "ready-1", 100)
     assert await environment_of(platform.admin, "demo") == {"A": "b"}
@@ -344,7 +344,7 @@ async def test_nobody_gets_in_without_a_token_and_internal_calls_do_not_exist_ou
     anonymous = platform.serving.public(None)
     assert (await refusal(anonymous.names())).code is grpc.StatusCode.UNAUTHENTICATED
     assert (await refusal(anonymous.query("demo"))).code is grpc.StatusCode.UNAUTHENTICATED
-    watch = platform.serving.public_channel.stream_stream("/tessera.serving.v1.Routes/Watch")
+    watch: Any = platform.serving.public_channel.stream_stream("/tessera.serving.v1.Routes/Watch")
     call = watch(iter(()), metadata=(("authorization", f"Bearer {platform.secrets.admin_token}"),), timeout=5)
     assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
 
@@ -457,14 +457,14 @@ async def test_the_author_of_an_update_needs_read_on_what_it_brings_in_and_the_c
 async def test_values_are_read_on_nobody_s_behalf(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     # The proof of who sent the create expires within a minute; restarts come for months.
     callers: list[context.RequestContext | None] = []
-    call = environment.channels.call
+    call = channels.call
 
     async def recording(method: Any, message: Any, **options: Any) -> Any:
         if isinstance(message, secrets_pb2.ResolveRequest):
             callers.append(context.current())
         return await call(method, message, **options)
 
-    monkeypatch.setattr(environment.channels, "call", recording)
+    monkeypatch.setattr(channels, "call", recording)
     await platform.put()
     await platform.admin.create("demo", environment={"A": SECRET})
     await platform.admin.settled("demo")
@@ -475,7 +475,7 @@ async def test_a_reference_that_was_there_before_is_not_brought_in(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[secrets_pb2.CheckReferencesRequest] = []
-    call = environment.channels.call
+    call = channels.call
 
     async def recording(method: Any, message: Any, **options: Any) -> Any:
         if isinstance(message, secrets_pb2.CheckReferencesRequest):
@@ -486,7 +486,7 @@ async def test_a_reference_that_was_there_before_is_not_brought_in(
     await platform.secrets.admin.put("team", "other", "x")
     await platform.admin.create("demo", environment={"A": SECRET})
     await platform.admin.settled("demo")
-    monkeypatch.setattr(environment.channels, "call", recording)
+    monkeypatch.setattr(channels, "call", recording)
     given = {"A": "{{secrets/TEAM/api.key}}", "B": "{{secrets/team/other}}"}
     await platform.admin.update("demo", an_input("ready", environment_vars=given))
     (check,) = seen

@@ -18,6 +18,7 @@ import jwt
 import uvicorn
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.descriptor import ServiceDescriptor
 
 from gateway import app
 from gateway.settings import GatewaySettings
@@ -194,7 +195,7 @@ async def platform(**settings: Any) -> AsyncIterator[Platform]:
         authority, serving = ScriptedAuthority(), ScriptedServing()
         identify = by_assertion(AssertionVerifier(authority.public_keys))
         sockets = socket_directory(directory)
-        services = {
+        services: dict[str, list[tuple[ServiceDescriptor, object]]] = {
             "secrets": [(identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority)],
             "serving": [
                 (pb.DESCRIPTOR.services_by_name["Routes"], serving),

@@ -91,7 +91,7 @@ async def test_concurrent_fetches_download_once_and_later_ones_not_at_all(folder
             asked.append(request["op"])
             return await ask(request, timeout=timeout)
 
-        registry._ask = counted  # type: ignore[method-assign, assignment]
+        registry._ask = counted  # type: ignore[method-assign]
         paths = await asyncio.gather(*(registry.fetch(model) for _ in range(5)))
         await registry.fetch(model)
         assert asked == ["fetch"]
@@ -108,7 +108,7 @@ async def test_who_gives_up_waiting_does_not_end_the_download_of_others(folder: 
             await may_go_on.wait()
             return await ask(request, timeout=timeout)
 
-        registry._ask = held_up  # type: ignore[method-assign, assignment]
+        registry._ask = held_up  # type: ignore[method-assign]
         first, second = (asyncio.create_task(registry.fetch(model)) for _ in range(2))
         await is_asked.wait()
         first.cancel()
