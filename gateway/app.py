@@ -17,6 +17,7 @@ import uvicorn
 
 from gateway import errors
 from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, Send, answer, read_body
+from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
 from gateway.routes import RoutingTable
@@ -277,7 +278,7 @@ class _Server(uvicorn.Server):
 async def _http_server(application: Gateway, listening: socket.socket) -> AsyncIterator[None]:
     config = uvicorn.Config(
         application,
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         access_log=False,
