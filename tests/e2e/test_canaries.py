@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import http.client
 import json
 import os
 import shutil
@@ -192,7 +193,8 @@ def launch(sweep: Sweep, secret: Canary) -> None:
 def create(sweep: Sweep, name: str, version: str) -> None:
     served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}")
     body = {"name": name, "config": {"served_entities": [served]}}
-    assert sweep.send("POST", ENDPOINTS, body).status == 200
+    # A registry that has just been started may ask for a retry.
+    until(lambda: sweep.send("POST", ENDPOINTS, body).status == 200, within=60, what=f"{name} is created")
 
 
 def query(sweep: Sweep, question: str) -> int:
@@ -237,7 +239,7 @@ def _answers(sweep: Sweep) -> bool:
     asked = ("/api/2.0/secrets/get?scope=scope&key=nothing", f"{ENDPOINTS}/open")
     try:
         statuses = [sweep.send("GET", path).status for path in asked]
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return False
     return statuses == [404, 200] and query(sweep, "version") == 200
 

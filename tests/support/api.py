@@ -61,15 +61,23 @@ class Api:
         finally:
             connection.close()
 
+    def persist(self, method: str, path: str, body: Any = None, **more: Any) -> Answer:
+        """As `send`, but again for as long as the answer asks for a retry, which official clients grant it."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while (answer := self.send(method, path, body, **more)).status == 503 and "retry-after" in answer.headers:
+            assert time.monotonic() < deadline, f"{method} {path} is still answered {answer}"
+            time.sleep(int(answer.headers["retry-after"]))
+        return answer
+
     def call(self, method: str, path: str, body: Any = None) -> Any:
         """One request that must succeed; returns the JSON answered."""
-        answer = self.send(method, path, body)
+        answer = self.persist(method, path, body)
         assert answer.status in (200, 201), f"{method} {path} was answered {answer}"
         return answer.json()
 
     def refused(self, method: str, path: str, body: Any = None) -> tuple[int, str, str]:
         """One request that must fail; returns status, code and message."""
-        answer = self.send(method, path, body)
+        answer = self.persist(method, path, body)
         assert answer.status >= 400, f"{method} {path} was answered {answer}"
         document = answer.json()
         return answer.status, document["error_code"], document["message"]
