@@ -35,6 +35,11 @@ _ANSWER_BYTES = 64 * 2**20  # a full log, with every byte escaped
 OWN_VARIABLES = frozenset({"PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED"})
 """The variables that every replica gets from us and that nobody may declare."""
 
+_CODE_VARIABLES = frozenset({"PYTHONWARNINGS", "BROWSER"})
+_CODE_PREFIXES = ("LD_", "_PYTHON")
+"""Variables through which a value alone is code: they make the interpreter load a module of the value's choice, and the
+standard library has one that runs `BROWSER`. Who deploys a model is to get that model's code and none of its own."""
+
 _CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
 
 
@@ -120,7 +125,7 @@ class Launcher(Protocol):
 
 def is_reserved(name: str) -> bool:
     """Whether a variable of this name belongs to the platform, so that a served entity may not declare it."""
-    return name in OWN_VARIABLES or name.startswith("LD_")
+    return name in OWN_VARIABLES | _CODE_VARIABLES or name.startswith(_CODE_PREFIXES)
 
 
 def model_environment(declared: Mapping[str, str], *, directory: Path, service: Mapping[str, str]) -> dict[str, str]:

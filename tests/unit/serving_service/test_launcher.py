@@ -36,7 +36,13 @@ def test_a_declared_variable_wins_where_it_may_be_declared() -> None:
     assert environment["SSL_CERT_FILE"] == "/mine.pem"
 
 
-@pytest.mark.parametrize("name", ["PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED", "LD_PRELOAD", "LD_LIBRARY_PATH"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED", "LD_PRELOAD", "LD_LIBRARY_PATH"),
+        *("PYTHONWARNINGS", "_PYTHON_SYSCONFIGDATA_NAME", "BROWSER"),
+    ],
+)
 def test_a_reserved_variable_is_refused_by_name_and_without_its_value(name: str) -> None:
     assert is_reserved(name)
     with pytest.raises(ValueError, match=name) as refusal:
