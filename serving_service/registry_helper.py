@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sqlite3
 import sys
 import threading
@@ -27,6 +28,7 @@ from urllib.parse import unquote, urlsplit
 
 WORKERS = 4
 _MESSAGE_LENGTH = 500
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
 _TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
@@ -57,7 +59,10 @@ class Registry:
 
     def describe(self, name: str, version: str) -> dict[str, Any]:
         """What tells this version from a later one with the same name and number."""
-        found = self._opened().get_model_version(name, version)
+        # A registry may read " 1" as 1, or forget about letter case: one version, and as many copies as spellings.
+        found = self._opened().get_model_version(name, version) if _VERSION.fullmatch(version) else None
+        if found is None or found.name != name:
+            raise Missing
         return {"source": str(found.source), "created_at": int(found.creation_timestamp)}
 
     def fetch(self, name: str, version: str, destination: str) -> dict[str, Any]:
@@ -69,6 +74,9 @@ class Registry:
         path = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
         if not Path(path).is_relative_to(destination):
             raise Unusable(f"version {version} of model '{name}' was not copied but found at another place")
+        # Whoever registers a version says where it lies, maybe in this platform's own data: that must not be kept.
+        if not (Path(path) / "MLmodel").is_file():
+            raise Unusable(f"version {version} of model '{name}' is registered at a place without an MLmodel file")
         return {**described, "path": str(path)}
 
     def _opened(self) -> Any:

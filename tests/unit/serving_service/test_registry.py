@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -79,6 +80,27 @@ async def test_a_registered_version_is_described_and_fetched(folder: Path) -> No
 async def test_what_is_not_registered_is_not_found_by_name(shared: MlflowRegistry, name: str, version: str) -> None:
     with pytest.raises(ModelNotFound, match=f"Version {version} of model '{name}'"):
         await shared.describe(name, version)
+
+
+@pytest.mark.parametrize("version", ["1 ", " 1", "1\n", "01", "+1", "\N{ARABIC-INDIC DIGIT ONE}", "9" * 30])
+async def test_a_version_has_one_spelling(shared: MlflowRegistry, version: str) -> None:
+    with pytest.raises(ModelNotFound):
+        await shared.describe(MODEL, version)
+
+
+@pytest.mark.parametrize("place", ["platform", "platform/root.key"])
+async def test_a_version_that_is_registered_at_a_place_without_a_model_is_not_kept(folder: Path, place: str) -> None:
+    (folder / "platform").mkdir()
+    (folder / "platform" / "root.key").write_text("canary")
+    registered = folder / "registry.db"
+    shutil.copy(registry_uri().removeprefix("sqlite:///"), registered)
+    with contextlib.closing(sqlite3.connect(registered)) as connection, connection:
+        where = str(folder / place)
+        connection.execute("UPDATE model_versions SET source = ?, storage_location = ?", (where, where))
+    async with running_registry(f"sqlite:///{registered}", folder) as registry:
+        with pytest.raises(RegistryUnusable, match="MLmodel"):
+            await registry.fetch(await registry.describe(MODEL, GOOD))
+        assert list((folder / "models").iterdir()) == []
 
 
 async def test_concurrent_fetches_download_once_and_later_ones_not_at_all(folder: Path) -> None:
