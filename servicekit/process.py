@@ -44,6 +44,9 @@ def run(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
+    if os.environ.get("GRPC_TRACE"):  # too late to unset it: the library read it when it was imported
+        print(f"{name}: GRPC_TRACE writes what callers send to the log, assertions too: unset it", file=sys.stderr)  # noqa: T201
+        return STATUS_BAD_SETTINGS
     try:
         configured = settings.load(cls)
     except settings.SettingsError as error:

@@ -109,6 +109,12 @@ def test_wrong_settings_are_said_one_to_a_line_and_end_the_process_with_status_2
     ]
 
 
+def test_tracing_that_would_log_credentials_is_refused() -> None:
+    ended = run(GRPC_TRACE="http", TINY_PLACES="many")
+    assert ended.returncode == 2
+    assert "GRPC_TRACE" in ended.stderr
+
+
 def test_unknown_argument_is_refused() -> None:
     assert run("--places=3").returncode == 2
 
