@@ -273,6 +273,8 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if sum(len(name) + len(value) + 4 for name, value in exchange.headers) > _MAX_HEAD:
             raise ProtocolError(f"headers of more than {_MAX_HEAD} bytes")
+        if status > 599:
+            raise ProtocolError("a status that HTTP does not have")
         if status == 101:
             raise ProtocolError("an upgrade that was not asked for")
         if status < 200:  # interim
