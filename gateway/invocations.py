@@ -27,6 +27,9 @@ TO_MODEL = (b"content-type", b"content-encoding", b"accept", b"traceparent", b"t
 FROM_MODEL = frozenset((b"content-type", b"content-encoding", b"content-length", b"cache-control"))
 """Headers of an answer that its caller sees."""
 
+FIRST_TABLE_SECONDS = 5.0
+"""How long a request waits for the first table of a gateway that has just started."""
+
 WATCH_AFTER_SECONDS = 0.05
 """When a request has taken this long, its caller is watched, so that the model is spared work nobody waits for."""
 
@@ -68,7 +71,7 @@ class Invocations:
 
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
-        endpoint = self._visible(name, caller)
+        endpoint = await self._visible(name, caller)
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
         message = await request.receive()
@@ -88,17 +91,24 @@ class Invocations:
             name = None
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
-        await self._forward(request, send, headers, self._visible(name, caller), None, body)
+        await self._forward(request, send, headers, await self._visible(name, caller), None, body)
 
-    def _visible(self, name: str, caller: Principal) -> Endpoint:
-        if not self._table.is_known:
-            raise Unavailable(
-                "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
-            )
+    async def _visible(self, name: str, caller: Principal) -> Endpoint:
+        if not self._table.known.is_set():
+            await self._first_table()
         endpoint = self._table.endpoint(name)
         if endpoint is None or not (caller.is_admin or caller.id == endpoint.creator_id) or not endpoint.entities:
             raise EndpointNotFound
         return endpoint
+
+    async def _first_table(self) -> None:
+        try:
+            async with asyncio.timeout(FIRST_TABLE_SECONDS):
+                await self._table.known.wait()
+        except TimeoutError:
+            raise Unavailable(
+                "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
+            ) from None
 
     def _entity(self, endpoint: Endpoint, name: str | None) -> Entity:
         entity = endpoint.chosen() if name is None else endpoint.entity(name)

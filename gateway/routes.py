@@ -21,7 +21,7 @@ from tessera.serving.v1 import serving_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 
-RECONNECT_SECONDS = (0.05, 1.0)
+RECONNECT_SECONDS = (0.05, 0.5)
 """The first and the longest pause before Serving is asked again."""
 
 
@@ -75,10 +75,10 @@ class _Report:
 
 
 class RoutingTable:
-    """All endpoints by name. `follow` keeps it up to date; `is_known` is false until the first table has come."""
+    """All endpoints by name. `follow` keeps it up to date; `known` is set from the first table on."""
 
     def __init__(self) -> None:
-        self.is_known = False
+        self.known = asyncio.Event()
         self._by_name: dict[str, Endpoint] = {}
         self._by_id: dict[str, Endpoint] = {}
         self._replicas: dict[str, Replica] = {}
@@ -132,7 +132,7 @@ class RoutingTable:
             if replica.is_retired and replica.in_flight == 0:
                 del self._replicas[replica.id]
         self._revision = table.revision
-        self.is_known = True
+        self.known.set()
         self._report.changed.set()
 
     def _remove(self, endpoint_id: str) -> None:

@@ -20,8 +20,12 @@ from google.protobuf.message_factory import GetMessageClass
 
 from gateway.http_rules import ALL, Binding
 from gateway.json_codec import MAX_DEPTH, Codec, CodecError, codec_for, parse
+from servicekit import channels
 
 MAX_QUERY_FIELDS = 1000
+
+RESTART_SECONDS = 3.0
+"""How long a request waits for a service that is just being restarted, before it is refused."""
 
 _TWICE = "given more than once in the query"
 
@@ -30,6 +34,7 @@ _TWICE = "given more than once in the query"
 class _Call:
     request: Codec
     response: Codec
+    channel: grpc.aio.Channel
     invoke: grpc.aio.UnaryUnaryMultiCallable[Message, Message]
 
 
@@ -62,6 +67,7 @@ class Transcoder:
         """
         call = self._calls[binding.method.full_name]
         request = request_message(call.request, binding, path_params, query_string, body)
+        await channels.until_connected(call.channel, within=RESTART_SECONDS)
         response = await call.invoke(request, metadata=tuple(metadata), timeout=timeout)
         return orjson.dumps(call.response.encode(response))
 
@@ -86,6 +92,7 @@ def _call(channel: grpc.aio.Channel, method: MethodDescriptor) -> _Call:
     return _Call(
         codec_for(method.input_type),
         codec_for(method.output_type),
+        channel,
         channel.unary_unary(
             f"/{method.containing_service.full_name}/{method.name}",
             request_serializer=request.SerializeToString,

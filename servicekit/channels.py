@@ -5,6 +5,8 @@ A peer that was restarted is found again within a second. Nothing is retried her
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -30,7 +32,8 @@ METADATA_LIMIT = 64 * 1024
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A peer on this machine costs nothing to ask again, and while a channel backs off its calls fail.
+    ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 17 * 1024 * 1024),
@@ -51,6 +54,21 @@ async def opened(address: str) -> AsyncIterator[grpc.aio.Channel]:
         yield channel
     finally:
         await channel.close()
+
+
+async def until_connected(channel: grpc.aio.Channel, *, within: float) -> None:
+    """Returns when the peer is there, or after `within` seconds; a call made then says by itself what is wrong.
+
+    A call that meets a peer in the middle of a restart would fail at once, though it can do no harm to wait.
+    """
+    state = channel.get_state(try_to_connect=True)
+    if state is grpc.ChannelConnectivity.READY:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within):
+            while state is not grpc.ChannelConnectivity.READY:
+                await channel.wait_for_state_change(state)
+                state = channel.get_state(try_to_connect=True)
 
 
 def is_request_id(text: str) -> bool:

@@ -26,7 +26,7 @@ from serving_service.model import ModelVersion
 
 log = logging.getLogger(__name__)
 
-DESCRIBE_SECONDS = 8.0
+DESCRIBE_SECONDS = 30.0
 """Less than the gateway waits for an answer; the very first request may have to wait for the helper's imports."""
 FETCH_SECONDS = 1_500.0
 RESTART_SECONDS = 1.0

@@ -5,17 +5,31 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gateway import app, invocations, transcoding
+from gateway.settings import GatewaySettings
 from servicekit import identity
 from servicekit.http_client import ConnectionLost
-from tests.support.gateway import ADMIN, OWNER, WORKSPACE_ID, Platform, platform, routes
+from tests.support.eventually import eventually
+from tests.support.gateway import (
+    ADMIN,
+    OWNER,
+    WORKSPACE_ID,
+    Platform,
+    ScriptedAuthority,
+    ScriptedServing,
+    neighbours,
+    platform,
+    routes,
+)
 from tests.support.http import Answer, fetch
+from tests.support.sockets import short_directory
 
 GONE = {
     "error_code": "ENDPOINT_NOT_FOUND",
@@ -89,6 +103,12 @@ class DiesMidAnswer:
         await body_of(receive)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
         await send({"type": "http.response.body", "body": b"half", "more_body": True})
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path
 
 
 @pytest.fixture
@@ -207,17 +227,6 @@ async def test_a_call_reaches_its_service_as_the_caller_and_foreign_texts_stay_t
     assert stack.serving.seen == [("GetServingEndpoint", OWNER.name)]
     assert answer.status == 501
     assert "canary" not in answer.body.decode()
-
-
-async def test_a_service_that_is_gone_is_a_503_that_asks_to_retry(stack: Platform) -> None:
-    # Nobody serves the Secrets API here, only the Authority: the call itself works, the method is missing.
-    answer = await fetch(stack.url, "GET", "/api/2.0/secrets/scopes/list", token="owner-token")
-    assert answer.status == 501
-    async with platform() as other:
-        (other.directory / "run" / "sockets" / "serving-for-gateway.sock").unlink()
-        other.serving.hang_up()
-        gone = await fetch(other.url, "GET", "/api/2.0/serving-endpoints", token="owner-token")
-    assert gone.status in (501, 503)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b'"x"'])
@@ -463,3 +472,37 @@ async def test_a_revoked_token_stops_working(stack: Platform, monkeypatch: pytes
     monkeypatch.setattr(identity, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(identity, "REFRESH_SECONDS", 0.0)
     assert (await invoke(stack, "ep")).status == 403
+
+
+# --- while neighbours restart
+
+
+async def test_a_request_waits_for_a_service_that_is_just_being_restarted(directory: Path) -> None:
+    # The gateway is up and Serving is not yet; a moment later it is.
+    authority, serving = ScriptedAuthority(), ScriptedServing()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(neighbours(directory, authority, serving, only=("secrets",)))
+        url = await stack.enter_async_context(app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")))
+        asked = [
+            asyncio.create_task(fetch(url, "GET", "/api/2.0/serving-endpoints", token="owner-token")),
+            asyncio.create_task(fetch(url, "POST", "/serving-endpoints/none/invocations", token="owner-token")),
+        ]
+        await eventually(lambda: authority.exchanges > 0)
+        assert not any(task.done() for task in asked)
+        await stack.enter_async_context(neighbours(directory, authority, serving, only=("serving",)))
+        assert [(await task).status for task in asked] == [501, 404]
+
+
+async def test_a_service_that_stays_away_is_a_503_that_asks_to_retry(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transcoding, "RESTART_SECONDS", 0.1)
+    monkeypatch.setattr(invocations, "FIRST_TABLE_SECONDS", 0.1)
+    async with (
+        neighbours(directory, ScriptedAuthority(), ScriptedServing(), only=("secrets",)),
+        app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")) as url,
+    ):
+        for method, path in [("GET", "/api/2.0/serving-endpoints"), ("POST", "/serving-endpoints/ep/invocations")]:
+            answer = await fetch(url, method, path, token="owner-token")
+            assert (answer.status, answer.json()["error_code"]) == (503, "TEMPORARILY_UNAVAILABLE")
+            assert "moment" in answer.json()["message"]

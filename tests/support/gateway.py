@@ -188,27 +188,39 @@ class Platform:
 
 
 @asynccontextmanager
+async def neighbours(
+    directory: Path,
+    authority: ScriptedAuthority,
+    serving: ScriptedServing,
+    *,
+    only: tuple[str, ...] = ("secrets", "serving"),
+) -> AsyncIterator[None]:
+    """The scripted services, on the sockets where a gateway of that data directory looks for them."""
+    identify = by_assertion(AssertionVerifier(authority.public_keys))
+    services: dict[str, list[tuple[ServiceDescriptor, object]]] = {
+        "secrets": [(identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority)],
+        "serving": [
+            (pb.DESCRIPTOR.services_by_name["Routes"], serving),
+            (pb.DESCRIPTOR.services_by_name["ServingEndpoints"], serving),
+        ],
+    }
+    async with AsyncExitStack() as stack:
+        for name in only:
+            address = socket_address(socket_directory(directory), callee=name, caller="gateway")
+            listener = grpc_server.Listener(address=address, identify=identify, peer="gateway")
+            await stack.enter_async_context(
+                grpc_server.serving([listener], services=services[name], readiness={}, message_limit=1 << 20)
+            )
+        yield
+
+
+@asynccontextmanager
 async def platform(**settings: Any) -> AsyncIterator[Platform]:
     """A gateway with scripted neighbours, on a free port."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
         authority, serving = ScriptedAuthority(), ScriptedServing()
-        identify = by_assertion(AssertionVerifier(authority.public_keys))
-        sockets = socket_directory(directory)
-        services: dict[str, list[tuple[ServiceDescriptor, object]]] = {
-            "secrets": [(identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority)],
-            "serving": [
-                (pb.DESCRIPTOR.services_by_name["Routes"], serving),
-                (pb.DESCRIPTOR.services_by_name["ServingEndpoints"], serving),
-            ],
-        }
-        for name, served in services.items():
-            listener = grpc_server.Listener(
-                address=socket_address(sockets, callee=name, caller="gateway"), identify=identify, peer="gateway"
-            )
-            await stack.enter_async_context(
-                grpc_server.serving([listener], services=served, readiness={}, message_limit=1 << 20)
-            )
+        await stack.enter_async_context(neighbours(directory, authority, serving))
         configured = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", **settings)
         url = await stack.enter_async_context(app.running(configured))
         await serving.until(lambda: serving.acknowledged > 0)
