@@ -157,9 +157,9 @@ class Codec:
                 raise
             attribute = field.descriptor.name
             if attribute in values:
-                if values[attribute] != read:
+                if field.descriptor.is_repeated or values[attribute] != read:
                     given = ", ".join(sorted(field.names & mapping.keys()))
-                    raise CodecError("", f"{given} are names of one field and hold different values; give one of them")
+                    raise CodecError("", f"{given} are names of one field; give one of them")
             elif field.oneof is not None and (first := chosen.setdefault(field.oneof, name)) != name:
                 raise CodecError("", f"{first} and {name} exclude each other; give one of them", malformed=True)
             values[attribute] = read
