@@ -24,7 +24,7 @@ STARTING, READY, FAILED, STOPPED = "STARTING", "READY", "FAILED", "STOPPED"
 _LISTEN_FD, _REPORT_FD = 3, 4
 _REPORT_BYTES = 65_536
 _CAUSE_BYTES = 4_096
-_HANDLED = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ]
+_SETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Replica:
@@ -64,7 +64,7 @@ class Replica:
                 ],
                 setsid=True,
                 setsigmask=[],
-                setsigdef=_HANDLED,  # what this process ignores must not be ignored by the model
+                setsigdef=_SETTABLE,  # what this process or its starter ignores must not be ignored by the model
             )
         except (OSError, ValueError) as error:  # a ValueError for a NUL in a name or value
             cause = (error.strerror or "") if isinstance(error, OSError) else str(error)

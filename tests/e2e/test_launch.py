@@ -115,6 +115,16 @@ async def test_a_replica_becomes_ready_and_answers_on_its_socket(launcher: Local
     assert (await found_by(replica.address))["pid"] == seen.pid
 
 
+@pytest.fixture
+def odd_signals() -> Iterator[None]:
+    """What a starter may have been given by a shell that ran it in the background: signals that it ignores."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGQUIT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("odd_signals")
 async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: LocalLauncher, directory: Path) -> None:
     replica = await launcher.start(a_launch(OPENAI_API_KEY=SECRET, EMPTY="", NAME="ü \n"))
     await ready(replica)
