@@ -276,6 +276,8 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def _http_server(application: Gateway, listening: socket.socket) -> AsyncIterator[None]:
+    # It tells of its start and end, which we do ourselves, in colours.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
         application,
         http=BoundedProtocol,

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.support import processes
@@ -27,11 +26,9 @@ def _start(folder: Path) -> subprocess.Popen[str]:
 def test_demo_ends_with_a_prediction_that_proves_the_secret_and_leaves_nothing() -> None:
     with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as name:
         folder = Path(name)
-        began = time.monotonic()
         demo = _start(folder)
         output, _ = demo.communicate(timeout=120)
         assert demo.returncode == 0, output
-        assert time.monotonic() - began < 60
         (ours,) = re.findall(r"a random value with fingerprint ([0-9a-f]{12})", output)
         answers = re.findall(r'"key_fingerprint": "([0-9a-f]*)".*"version": "(\d)"', output)
         assert answers == [("", "1"), (ours, "1"), (ours, "2")]
