@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,20 @@ class Request:
         return int(value) if value.isdigit() else None
 
 
+BODY_SECONDS = 60.0
+"""How long a body that we read ourselves may take to arrive."""
+
+
 async def read_body(request: Request, limit: int, error: Callable[[str], ServiceError] = InvalidParameter) -> bytes:
-    """The whole body; raises `error`, naming the limit, for one of more than `limit` bytes, and ClientGone."""
+    """The whole body; raises `error` for one of more than `limit` bytes or that takes too long, and ClientGone."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await _read_body(request, limit, error)
+    except TimeoutError:
+        raise error(f"The body was not complete after {BODY_SECONDS:g} s. Send it at once.") from None
+
+
+async def _read_body(request: Request, limit: int, error: Callable[[str], ServiceError]) -> bytes:
     if (request.declared_length() or 0) > limit:
         raise error(too_large(limit))
     pieces = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from serving_service.routes import RouteTable
 from serving_service.servicer import RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
 from tessera.serving.v1 import serving_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 MIGRATIONS = files("serving_service") / "migrations"
 
@@ -102,5 +106,9 @@ async def running(
                 jobs={"registry": registry.run, "controllers": controllers.run, "routes": routes.run},
                 message_limit=MESSAGE_LIMIT,
             )
+        )
+        log.warning(
+            "models are not isolated: they run as this service's own user and can read what it can",
+            extra={"user": os.getuid()},
         )
         yield Running(addresses[0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway import app, invocations, transcoding
+from gateway import app, http, invocations, transcoding
 from gateway.settings import GatewaySettings
 from servicekit import identity
 from servicekit.http_client import ConnectionLost
@@ -239,6 +239,20 @@ async def test_a_control_plane_body_over_the_limit_is_refused(stack: Platform) -
     answer = await fetch(stack.url, "POST", "/api/2.0/secrets/put", token="owner-token", body=b" " * (1024 * 1024 + 1))
     assert (answer.status, answer.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
     assert "1048576 bytes" in answer.json()["message"]
+
+
+async def test_a_control_plane_body_that_never_ends_is_refused(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.2)
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    answer = await fetch(stack.url, "POST", "/api/2.0/secrets/put", token="owner-token", body=endless())
+    assert (answer.status, answer.json()["error_code"]) == (400, "INVALID_PARAMETER_VALUE")
+    assert "not complete after" in answer.json()["message"]
 
 
 # --- where requests go
