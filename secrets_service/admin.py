@@ -15,7 +15,7 @@ from pathlib import Path
 from secrets_service import files, store, tokens
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import TokenInfo
-from secrets_service.principals import DAY
+from secrets_service.personal_tokens import DAY
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ class AdminToken:
             platform = store.find_platform(connection)
             assert platform is not None  # the service does not run without
             store.replace_admin_token_id(connection, token.id)
-            store.insert_token(connection, info, owner_id=platform.admin_id, mac=self._mac.of(token))
+            owner = platform.admin_id
+            store.insert_token(connection, info, owner_id=owner, creator_id=owner, mac=self._mac.of(token))
 
         await self._database.write(record)
         log.info("admin token renewed", extra={"file": str(self._path), "token_id": token.id})

@@ -10,17 +10,20 @@ from importlib import resources
 
 from secrets_service import foundation
 from secrets_service.admin import AdminToken
-from secrets_service.authority import Authority, by_own_token
-from secrets_service.identity_servicer import AuthorityServicer, ScimServicer, TokensServicer
+from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
+from secrets_service.directory import Accounts, Directory, Groups
+from secrets_service.identity_servicer import AuthorityServicer, TokensServicer
 from secrets_service.memory import RememberingDatabase
-from secrets_service.principals import Tokens, Users
+from secrets_service.model import Kind
+from secrets_service.personal_tokens import Tokens
 from secrets_service.resolver import SecretResolution
+from secrets_service.scim_servicer import ScimServicer
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
 from secrets_service.settings import SecretsSettings
+from secrets_service.throttle import Throttle
 from servicekit import database, grpc_server, sockets
 from servicekit.grpc_server import Listener
-from servicekit.identity import AssertionVerifier, by_assertion
 from tessera.identity.v1 import identity_pb2
 from tessera.secrets.v1 import secrets_pb2
 
@@ -57,10 +60,11 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         )
         scopes = SecretScopes(opened, base.cipher, now)
         resolution = SecretResolution(opened, base.cipher)
-        users = Users(opened)
-        tokens = Tokens(opened, base.token_mac, now)
+        directory = Directory(opened)
+        users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
+        tokens = Tokens(opened, base.token_mac, Throttle(settings.tokens_per_minute, now), now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
-        by_peer = by_assertion(AssertionVerifier(authority.public_keys))
+        by_peer = by_confirmed_assertion(authority)
         listeners = [
             Listener(address=settings.listen, identify=by_own_token(authority), reflection=settings.offers_reflection),
             *(
@@ -80,7 +84,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 services=[
                     (secrets_services["Secrets"], SecretsServicer(scopes)),
                     (secrets_services["SecretResolver"], SecretResolverServicer(resolution)),
-                    (identity_services["Scim"], ScimServicer(users)),
+                    (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                 ],

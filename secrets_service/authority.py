@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from secrets_service import store, tokens
+from secrets_service import names, store, tokens
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import StoredToken
 from servicekit import identity
 from servicekit.context import Principal
-from servicekit.identity import Identify, Identity, InvalidToken
+from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
 
 
 class SigningKeys:
@@ -63,6 +63,17 @@ class Authority:
             raise InvalidToken
         return _principal(stored)
 
+    async def confirm(self, principal: Principal) -> None:
+        """Raises InvalidToken when the token behind an assertion is good no more: an assertion outlives it."""
+        stored = await self._database.remembered(store.find_token, principal.token_id, if_kept=_exists)
+        if stored is None or not stored.owner.profile.is_active:
+            raise InvalidToken
+
+    async def is_active(self, principal_id: str) -> bool:
+        """Whether a user or service principal exists and may act."""
+        found = await self._database.read(store.find_user, int(principal_id)) if names.is_id(principal_id) else None
+        return found is not None and found.profile.is_active
+
     async def exchange(self, text: str) -> str:
         """An assertion about the owner of a token; raises InvalidToken."""
         return self._keys.assertion(await self.authenticate(text), issued_at=self._now())
@@ -81,6 +92,22 @@ def by_own_token(authority: Authority) -> Identify:
     return identify
 
 
+def by_confirmed_assertion(authority: Authority) -> Identify:
+    """How the internal listeners of this service know on whose behalf a peer calls.
+
+    Here, where tokens are known, a revoked one is refused at once, whatever its assertion still says.
+    """
+    by_peer = identity.by_assertion(AssertionVerifier(authority.public_keys))
+
+    async def identify(metadata: Mapping[str, str], method: str) -> Identity | None:
+        found = await by_peer(metadata, method)
+        if found is not None:
+            await authority.confirm(found.principal)
+        return found
+
+    return identify
+
+
 def _exists(token: StoredToken | None) -> bool:
     """Ids that nobody has are endless, so they are not remembered."""
     return token is not None
@@ -93,4 +120,5 @@ def _principal(token: StoredToken) -> Principal:
         groups=frozenset(group.name for group in token.owner.groups),
         token_id=token.info.id,
         token_expires_at=token.info.expires_ms / 1000,
+        kind=token.owner.kind,
     )

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import grpc
 
-from secrets_service.model import Permission
+from secrets_service.model import Kind, Permission
 from servicekit.errors import (
     AlreadyExists,
     DataLoss,
@@ -18,6 +18,8 @@ from servicekit.errors import (
     PermissionDenied,
     ServiceError,
 )
+
+_NOUNS = {Kind.USER: "user", Kind.GROUP: "group", Kind.SERVICE_PRINCIPAL: "service principal"}
 
 
 class ScopeExists(AlreadyExists):
@@ -110,7 +112,7 @@ class UnknownPrincipal(InvalidParameter):
     """A permission or a token for somebody who does not exist."""
 
     def __init__(self, field: str, principal: str) -> None:
-        super().__init__(f"{field}: there is no user or group named {principal}.")
+        super().__init__(f"{field}: there is no user, service principal or group named {principal}.")
 
 
 class SecretDamaged(DataLoss):
@@ -122,20 +124,35 @@ class SecretDamaged(DataLoss):
         )
 
 
-class UserNotFound(NotFound):
-    """There is no user of that id."""
+class PrincipalNotFound(NotFound):
+    """There is no principal of that kind and id."""
 
-    def __init__(self, user_id: str) -> None:
-        super().__init__(f"User {user_id} does not exist.")
+    def __init__(self, kind: Kind, principal_id: str) -> None:
+        super().__init__(f"{_NOUNS[kind].capitalize()} {principal_id} does not exist.")
 
 
-class UserExists(AlreadyExists):
-    """The name belongs to another user, or to a group: ACLs name both in one field."""
+class PrincipalExists(AlreadyExists):
+    """The name belongs to another principal: ACLs name all kinds in one field."""
 
     facts: ClassVar[Mapping[str, str]] = {"scim_type": "uniqueness"}
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"A user or group named {name} already exists.")
+        super().__init__(f"A user, service principal or group named {name} already exists.")
+
+
+class TooManyPrincipals(LimitExceeded):
+    """The workspace is full."""
+
+    def __init__(self, noun: str, limit: int) -> None:
+        super().__init__(f"There are {limit} {noun} already, which is the limit. Delete one first.")
+
+
+class InvalidMember(InvalidParameter):
+    """A group cannot have that member."""
+
+    def __init__(self, member: str, *, is_group: bool) -> None:
+        cause = "is a group; members are users and service principals" if is_group else "does not exist"
+        super().__init__(f"members: principal {member} {cause}.")
 
 
 class InvalidFilter(InvalidParameter):
@@ -143,12 +160,43 @@ class InvalidFilter(InvalidParameter):
 
     facts: ClassVar[Mapping[str, str]] = {"scim_type": "invalidFilter"}
 
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"The filter {problem}")
+
+
+class InvalidPath(InvalidParameter):
+    """The path of a patch names nothing that can be changed."""
+
+    facts: ClassVar[Mapping[str, str]] = {"scim_type": "invalidPath"}
+
     def __init__(self) -> None:
-        super().__init__('filter: only userName eq "..." is understood.')
+        super().__init__(
+            "Operations.path: names nothing that is known. Write attribute, attribute.part, or for lists"
+            ' attribute[part eq "..."].'
+        )
+
+
+class NoTarget(InvalidParameter):
+    """A patch changes nothing that is there."""
+
+    facts: ClassVar[Mapping[str, str]] = {"scim_type": "noTarget"}
+
+
+class NotChangeable(InvalidParameter):
+    """What is built in, or decided by the platform."""
+
+    facts: ClassVar[Mapping[str, str]] = {"scim_type": "mutability"}
+
+
+class LastAdmin(NotChangeable):
+    """Nobody could administer the workspace any more."""
+
+    def __init__(self) -> None:
+        super().__init__("The group admins would have no active member any more. Add another one first.")
 
 
 class TokenNotFound(NotFound):
-    """The caller has no token of that id."""
+    """There is no token of that id, or the caller may not know of it."""
 
     def __init__(self, token_id: str) -> None:
         super().__init__(f"Token {token_id} does not exist.")
@@ -162,3 +210,15 @@ class TooManyTokens(ServiceError):
 
     def __init__(self, limit: int) -> None:
         super().__init__(f"There are {limit} tokens of this user already, which is the limit. Delete one first.")
+
+
+class TooManyNewTokens(ServiceError):
+    """The principal got as many tokens just now as it may."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_LIMIT_EXCEEDED"
+
+    def __init__(self, limit: int, *, retry_after: int) -> None:
+        super().__init__(
+            f"{limit} tokens of this user were made within a minute, which is the limit.", retry_after=retry_after
+        )

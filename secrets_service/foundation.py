@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secrets_service import admin, names, rootkey, store
+from secrets_service import admin, directory_store, names, rootkey, store
 from secrets_service.authority import SigningKeys
 from secrets_service.cipher import Cipher, Damaged, Place
+from secrets_service.directory import FIRST_ENTITLEMENTS
 from secrets_service.model import USERS, Email, Platform, Profile, SealedSigningKey, SecretBytes
 from secrets_service.settings import SecretsSettings
 from secrets_service.tokens import TokenMac
@@ -77,10 +78,15 @@ async def _founded(settings: SecretsSettings, database: Database, now: Callable[
 
     def found(connection: sqlite3.Connection) -> Platform:
         for group in (ADMINS, USERS):
-            store.insert_group(connection, group, folded=names.folded_principal(group))
-        profile = Profile(name=ADMIN, display_name=ADMIN, emails=(Email("work", ADMIN, is_primary=True),))
-        user = store.insert_user(connection, profile, folded=ADMIN, groups=[ADMINS, USERS])
-        store.insert_token(connection, info, owner_id=user.id, mac=mac.of(token))
+            directory_store.insert_group(connection, group, folded=names.folded_principal(group))
+        profile = Profile(
+            name=ADMIN,
+            display_name=ADMIN,
+            emails=(Email("work", ADMIN, is_primary=True),),
+            entitlements=FIRST_ENTITLEMENTS,
+        )
+        user = directory_store.insert_account(connection, profile, folded=ADMIN, groups=[ADMINS, USERS])
+        store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=mac.of(token))
         store.insert_signing_key(connection, sealed)
         # Sixteen digits: clients read it as a signed 64-bit number.
         workspace_id = str(10**15 + secrets.randbelow(9 * 10**15))

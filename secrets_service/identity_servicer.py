@@ -1,4 +1,4 @@
-"""Scim, Tokens and Authority: messages to calls and back. Decisions are made in principals.py and authority.py."""
+"""Tokens and Authority: messages to calls and back. Decisions are made in personal_tokens.py and authority.py."""
 
 from __future__ import annotations
 
@@ -6,48 +6,12 @@ from typing import Any
 
 from secrets_service.admin import AdminToken
 from secrets_service.authority import Authority
-from secrets_service.model import Email, NewToken, Profile, TokenInfo, User
-from secrets_service.principals import Tokens, Users
+from secrets_service.model import ManagedToken, NewToken, TokenInfo
+from secrets_service.personal_tokens import Tokens
 from servicekit.context import current_caller
+from servicekit.errors import InvalidParameter
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.identity.v1 import identity_pb2_grpc as rpc
-
-_USER_SCHEMAS = (
-    "urn:ietf:params:scim:schemas:core:2.0:User",
-    "urn:ietf:params:scim:schemas:extension:workspace:2.0:User",
-)
-_LIST_SCHEMA = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
-_ENTITLEMENT = "workspace-access"
-
-
-class ScimServicer(rpc.ScimServicer):
-    """Users."""
-
-    def __init__(self, users: Users) -> None:
-        self._users = users
-
-    async def CreateUser(self, request: pb.CreateUserRequest, context: Any) -> pb.User:
-        return _user(await self._users.create_user(_profile(request), caller=current_caller()))
-
-    async def ListUsers(self, request: pb.ListUsersRequest, context: Any) -> pb.ListUsersResponse:
-        page = await self._users.list_users(
-            filter=request.filter,
-            start=request.start_index if request.HasField("start_index") else None,
-            count=request.count if request.HasField("count") else None,
-        )
-        return pb.ListUsersResponse(
-            schemas=[_LIST_SCHEMA],
-            total_results=page.total,
-            start_index=page.start,
-            items_per_page=len(page.users),
-            resources=[_user(user) for user in page.users],
-        )
-
-    async def GetUser(self, request: pb.GetUserRequest, context: Any) -> pb.User:
-        return _user(await self._users.get_user(request.id))
-
-    async def GetMe(self, request: pb.GetMeRequest, context: Any) -> pb.User:
-        return _user(await self._users.get_user(current_caller().id))
 
 
 class TokensServicer(rpc.TokensServicer):
@@ -73,6 +37,12 @@ class TokensServicer(rpc.TokensServicer):
         await self._tokens.delete_token(token_id=request.token_id, caller=current_caller())
         return pb.DeleteTokenResponse()
 
+    async def UpdateToken(self, request: pb.UpdateTokenRequest, context: Any) -> pb.TokenInfo:
+        changed = await self._tokens.update_token(
+            token_id=request.token_id, comment=_comment(request), caller=current_caller()
+        )
+        return _token_info(changed)
+
     async def CreateOboToken(self, request: pb.CreateOboTokenRequest, context: Any) -> pb.CreateTokenResponse:
         return _new_token(
             await self._tokens.create_obo_token(
@@ -82,6 +52,30 @@ class TokensServicer(rpc.TokensServicer):
                 caller=current_caller(),
             )
         )
+
+    async def ListManagedTokens(
+        self, request: pb.ListManagedTokensRequest, context: Any
+    ) -> pb.ListManagedTokensResponse:
+        tokens = await self._tokens.list_managed_tokens(
+            creator_id=request.created_by_id if request.HasField("created_by_id") else None,
+            creator_name=request.created_by_username,
+            caller=current_caller(),
+        )
+        return pb.ListManagedTokensResponse(token_infos=[_managed_token(token) for token in tokens])
+
+    async def GetManagedToken(self, request: pb.GetManagedTokenRequest, context: Any) -> pb.GetManagedTokenResponse:
+        token = await self._tokens.get_managed_token(token_id=request.token_id, caller=current_caller())
+        return pb.GetManagedTokenResponse(token_info=_managed_token(token))
+
+    async def UpdateManagedToken(self, request: pb.UpdateTokenRequest, context: Any) -> pb.ManagedToken:
+        changed = await self._tokens.update_managed_token(
+            token_id=request.token_id, comment=_comment(request), caller=current_caller()
+        )
+        return _managed_token(changed)
+
+    async def DeleteManagedToken(self, request: pb.DeleteManagedTokenRequest, context: Any) -> pb.DeleteTokenResponse:
+        await self._tokens.delete_managed_token(token_id=request.token_id, caller=current_caller())
+        return pb.DeleteTokenResponse()
 
 
 class AuthorityServicer(rpc.AuthorityServicer):
@@ -101,41 +95,18 @@ class AuthorityServicer(rpc.AuthorityServicer):
             keys=[pb.VerificationKey(key_id=key_id, public_key=key.public_bytes_raw()) for key_id, key in keys.items()],
         )
 
+    async def CheckPrincipal(self, request: pb.CheckPrincipalRequest, context: Any) -> pb.CheckPrincipalResponse:
+        return pb.CheckPrincipalResponse(active=await self._authority.is_active(request.id))
+
     async def RenewAdminToken(self, request: pb.RenewAdminTokenRequest, context: Any) -> pb.RenewAdminTokenResponse:
         path, expires_ms = await self._admin_token.renew()
         return pb.RenewAdminTokenResponse(path=str(path), expiry_time=expires_ms)
 
 
-def _profile(request: pb.CreateUserRequest) -> Profile:
-    return Profile(
-        name=request.user_name,
-        display_name=request.display_name,
-        given_name=request.name.given_name,
-        family_name=request.name.family_name,
-        emails=tuple(Email(email.type, email.value, email.primary) for email in request.emails),
-        is_active=request.active if request.HasField("active") else True,
-        external_id=request.external_id,
-    )
-
-
-def _user(user: User) -> pb.User:
-    profile = user.profile
-    name = pb.UserName(given_name=profile.given_name, family_name=profile.family_name)
-    return pb.User(
-        schemas=_USER_SCHEMAS,
-        id=str(user.id),
-        user_name=profile.name,
-        display_name=profile.display_name,
-        active=profile.is_active,
-        name=name if profile.given_name or profile.family_name else None,
-        emails=[pb.Email(type=email.type, value=email.value, primary=email.is_primary) for email in profile.emails],
-        groups=[
-            pb.GroupReference(display=group.name, type="direct", value=str(group.id), ref=f"Groups/{group.id}")
-            for group in user.groups
-        ],
-        entitlements=[pb.Entitlement(value=_ENTITLEMENT)],
-        external_id=profile.external_id,
-    )
+def _comment(request: pb.UpdateTokenRequest) -> str:
+    if request.update_mask not in ("", "comment"):
+        raise InvalidParameter("update_mask: only comment can be changed.")
+    return request.token.comment
 
 
 def _new_token(token: NewToken) -> pb.CreateTokenResponse:
@@ -145,4 +116,16 @@ def _new_token(token: NewToken) -> pb.CreateTokenResponse:
 def _token_info(token: TokenInfo) -> pb.TokenInfo:
     return pb.TokenInfo(
         token_id=token.id, creation_time=token.created_ms, expiry_time=token.expires_ms, comment=token.comment
+    )
+
+
+def _managed_token(token: ManagedToken) -> pb.ManagedToken:
+    return pb.ManagedToken(
+        token_id=token.info.id,
+        creation_time=token.info.created_ms,
+        expiry_time=token.info.expires_ms,
+        comment=token.info.comment,
+        created_by_id=token.creator_id,
+        created_by_username=token.creator_name,
+        owner_id=token.owner_id,
     )

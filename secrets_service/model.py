@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import NoReturn
+from typing import Generic, NoReturn, TypeVar
 
 from servicekit.context import ADMINS
 
 USERS = "users"
+
+T = TypeVar("T")
+
+
+class Kind(StrEnum):
+    """What a principal is."""
+
+    USER = "user"
+    GROUP = "group"
+    SERVICE_PRINCIPAL = "service_principal"
 
 
 class SecretBytes:
@@ -85,10 +95,42 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A group of users."""
+    """A group, as its members and ACLs know it."""
 
     id: int
     name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupProfile:
+    """What an admin says about a group; `members` are ids of users and service principals, as they were sent."""
+
+    name: str
+    members: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    entitlements: tuple[str, ...] = ()
+    external_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A user or service principal, as its groups know it."""
+
+    id: int
+    kind: Kind
+    display_name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetailedGroup:
+    """A group with all that is known about it; the id is never given to another principal."""
+
+    id: int
+    name: str
+    members: tuple[Member, ...]
+    roles: tuple[str, ...]
+    entitlements: tuple[str, ...]
+    external_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +144,7 @@ class Email:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What an admin says about a new user."""
+    """What an admin says about a user or a service principal, whose name is its application id."""
 
     name: str
     display_name: str = ""
@@ -110,16 +152,19 @@ class Profile:
     family_name: str = ""
     emails: tuple[Email, ...] = ()
     is_active: bool = True
+    roles: tuple[str, ...] = ()
+    entitlements: tuple[str, ...] = ()
     external_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user; the id is never given to another principal."""
+    """Who can own tokens: a user or, where `kind` says so, a service principal. The id is never given to another."""
 
     id: int
     profile: Profile
     groups: tuple[Group, ...]
+    kind: Kind = Kind.USER
 
     @property
     def is_admin(self) -> bool:
@@ -127,10 +172,10 @@ class User:
 
 
 @dataclass(frozen=True, slots=True)
-class UserPage:
-    """Some of the users that match, and how many match in all; `start` is one-based."""
+class Page(Generic[T]):
+    """Some of the principals that match, and how many match in all; `start` is one-based."""
 
-    users: tuple[User, ...]
+    items: tuple[T, ...]
     start: int
     total: int
 
@@ -143,6 +188,16 @@ class TokenInfo:
     created_ms: int
     expires_ms: int
     comment: str
+
+
+@dataclass(frozen=True, slots=True)
+class ManagedToken:
+    """What admins are told about a token; the name is empty when whoever made it is gone."""
+
+    info: TokenInfo
+    owner_id: int
+    creator_id: int
+    creator_name: str
 
 
 @dataclass(frozen=True, slots=True)

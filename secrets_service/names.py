@@ -44,7 +44,7 @@ def principal_name(field: str, text: str) -> str:
     name = unicodedata.normalize("NFC", text)
     if not 1 <= len(name) <= LONGEST_TEXT:
         raise InvalidParameter(f"{field}: a name has 1 to {LONGEST_TEXT} characters.")
-    if name != name.strip() or any(unicodedata.category(character) in _UNSHOWABLE for character in name):
+    if name != name.strip() or not _is_showable(name):
         raise InvalidParameter(f"{field}: a name has no control characters and no white space around it.")
     return name
 
@@ -61,6 +61,18 @@ def short_text(field: str, text: str) -> str:
     return text
 
 
+def label(field: str, text: str) -> str:
+    """Text that is shown beside names, such as a display name, in NFC; may be empty. Raises InvalidParameter."""
+    shown = unicodedata.normalize("NFC", text)
+    if len(shown) > LONGEST_TEXT or not _is_showable(shown):
+        raise InvalidParameter(f"{field}: at most {LONGEST_TEXT} characters, none of them a control character.")
+    return shown
+
+
 def is_id(text: str) -> bool:
     """Whether a text can be a principal's id: decimal digits that fit the database's integers."""
     return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def _is_showable(text: str) -> bool:
+    return not any(unicodedata.category(character) in _UNSHOWABLE for character in text)

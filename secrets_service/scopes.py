@@ -11,7 +11,7 @@ import sqlite3
 import uuid
 from collections.abc import Callable
 
-from secrets_service import access, names, store
+from secrets_service import access, callers, names, store
 from secrets_service.cipher import Cipher, Damaged, Place
 from secrets_service.errors import (
     AclNotFound,
@@ -58,6 +58,7 @@ class SecretScopes:
             raise InvalidParameter("initial_manage_principal: only users is possible, or leave it out.")
 
         def create(connection: sqlite3.Connection) -> None:
+            callers.require_active(connection, caller)
             folded = names.folded(scope)
             if found := store.find_scope(connection, folded):
                 raise ScopeExists(found.name)

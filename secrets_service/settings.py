@@ -30,6 +30,12 @@ class SecretsSettings(ServiceSettings):
         default=None,
         help="File with the 32 bytes of the root key, mode 0600 or 0400; root.key in the data directory by default.",
     )
+    tokens_per_minute: int = setting(
+        "TESSERA_TOKENS_PER_MINUTE",
+        settings.count,
+        default=10,
+        help="Tokens that one user or service principal may get within a minute; more are answered 429. 0: any number.",
+    )
     reflection: bool | None = setting(
         "TESSERA_REFLECTION",
         settings.boolean,

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Sequence
 
 from secrets_service.model import (
     Email,
     Grant,
     Group,
+    Kind,
+    ManagedToken,
     Permission,
     Platform,
     Profile,
@@ -23,7 +26,6 @@ from secrets_service.model import (
     StoredToken,
     TokenInfo,
     User,
-    UserPage,
 )
 
 # --- platform ---
@@ -69,44 +71,11 @@ def insert_signing_key(connection: sqlite3.Connection, key: SealedSigningKey) ->
     connection.execute("INSERT INTO signing_keys (key_id, record) VALUES (?, ?)", (key.key_id, key.record))
 
 
-# --- principals ---
-
-
-def insert_group(connection: sqlite3.Connection, name: str, *, folded: str) -> Group:
-    """Adds a group without members."""
-    cursor = connection.execute("INSERT INTO principals (kind, name, folded) VALUES ('group', ?, ?)", (name, folded))
-    return Group(_new_id(cursor), name)
-
-
-def insert_user(connection: sqlite3.Connection, profile: Profile, *, folded: str, groups: list[str]) -> User:
-    """Adds a user who belongs to the named groups."""
-    cursor = connection.execute(
-        "INSERT INTO principals (kind, name, folded) VALUES ('user', ?, ?)", (profile.name, folded)
-    )
-    user_id = _new_id(cursor)
-    emails = json.dumps([[email.type, email.value, email.is_primary] for email in profile.emails])
-    connection.execute(
-        "INSERT INTO users (id, display_name, given_name, family_name, emails, is_active, external_id)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            user_id,
-            profile.display_name,
-            profile.given_name,
-            profile.family_name,
-            emails,
-            profile.is_active,
-            profile.external_id,
-        ),
-    )
-    connection.executemany(
-        "INSERT INTO memberships (member_id, group_id) SELECT ?, id FROM principals WHERE kind = 'group' AND name = ?",
-        [(user_id, group) for group in groups],
-    )
-    return User(user_id, profile, groups_of(connection, user_id))
+# --- principals: look-ups; the rest is in directory_store.py ---
 
 
 def find_principal(connection: sqlite3.Connection, folded: str) -> int | None:
-    """The id of the user or group of that name."""
+    """The id of the user, service principal or group of that name."""
     row = connection.execute("SELECT id FROM principals WHERE folded = ?", (folded,)).fetchone()
     return row[0] if row else None
 
@@ -121,33 +90,28 @@ def groups_of(connection: sqlite3.Connection, principal_id: int) -> tuple[Group,
     return tuple(Group(*row) for row in rows)
 
 
-_USER = (
-    "SELECT p.id, p.name, u.display_name, u.given_name, u.family_name, u.emails, u.is_active, u.external_id"
-    " FROM principals p JOIN users u ON u.id = p.id"
+ACCOUNT = (
+    "SELECT p.id, p.kind, p.name, a.display_name, a.given_name, a.family_name, a.emails, a.is_active, p.roles,"
+    " p.entitlements, p.external_id FROM principals p JOIN accounts a ON a.id = p.id"
 )
 
 
 def find_user(connection: sqlite3.Connection, user_id: int) -> User | None:
-    """The user of that id."""
-    row = connection.execute(f"{_USER} WHERE p.id = ?", (user_id,)).fetchone()
-    return _user(connection, row) if row else None
+    """The user or service principal of that id."""
+    row = connection.execute(f"{ACCOUNT} WHERE p.id = ?", (user_id,)).fetchone()
+    return account(row, groups_of(connection, row[0])) if row else None
 
 
 def find_user_named(connection: sqlite3.Connection, folded: str) -> User | None:
-    """The user of that name."""
-    row = connection.execute(f"{_USER} WHERE p.folded = ?", (folded,)).fetchone()
-    return _user(connection, row) if row else None
+    """The user of that name, or the service principal of that application id."""
+    row = connection.execute(f"{ACCOUNT} WHERE p.folded = ?", (folded,)).fetchone()
+    return account(row, groups_of(connection, row[0])) if row else None
 
 
-def user_page(connection: sqlite3.Connection, *, start: int, count: int) -> UserPage:
-    """At most `count` users in order of their creation, from the one-based index `start`."""
-    total = connection.execute("SELECT count(*) FROM users").fetchone()[0]
-    rows = connection.execute(f"{_USER} ORDER BY p.id LIMIT ? OFFSET ?", (count, start - 1)).fetchall()
-    return UserPage(tuple(_user(connection, row) for row in rows), start, total)
-
-
-def _user(connection: sqlite3.Connection, row: sqlite3.Row) -> User:
-    user_id, name, display_name, given_name, family_name, emails, is_active, external_id = row
+def account(row: sqlite3.Row, groups: tuple[Group, ...]) -> User:
+    """The user or service principal in a row of ACCOUNT."""
+    principal_id, kind, name, display_name, given_name, family_name, emails, is_active, *lists, external_id = row
+    roles, entitlements = (tuple(json.loads(each)) for each in lists)
     profile = Profile(
         name=name,
         display_name=display_name,
@@ -155,19 +119,24 @@ def _user(connection: sqlite3.Connection, row: sqlite3.Row) -> User:
         family_name=family_name,
         emails=tuple(Email(*email) for email in json.loads(emails)),
         is_active=bool(is_active),
+        roles=roles,
+        entitlements=entitlements,
         external_id=external_id,
     )
-    return User(user_id, profile, groups_of(connection, user_id))
+    return User(principal_id, profile, groups, Kind(kind))
 
 
 # --- tokens ---
 
 
-def insert_token(connection: sqlite3.Connection, info: TokenInfo, *, owner_id: int, mac: bytes) -> None:
-    """Records a token."""
+def insert_token(
+    connection: sqlite3.Connection, info: TokenInfo, *, owner_id: int, creator_id: int, mac: bytes
+) -> None:
+    """Records a token, which its owner or an admin made."""
     connection.execute(
-        "INSERT INTO tokens (id, owner_id, mac, comment, created_ms, expires_ms) VALUES (?, ?, ?, ?, ?, ?)",
-        (info.id, owner_id, mac, info.comment, info.created_ms, info.expires_ms),
+        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms),
     )
 
 
@@ -192,10 +161,42 @@ def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> 
     return [TokenInfo(*row) for row in rows]
 
 
-def delete_token(connection: sqlite3.Connection, token_id: str, *, owner_id: int) -> bool:
-    """Deletes a principal's token; False when it has none of that id."""
-    cursor = connection.execute("DELETE FROM tokens WHERE id = ? AND owner_id = ?", (token_id, owner_id))
-    return cursor.rowcount > 0
+_MANAGED = (
+    "SELECT t.id, t.created_ms, t.expires_ms, t.comment, t.owner_id, t.creator_id, coalesce(p.name, '')"
+    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id"
+)
+
+
+def find_managed_token(connection: sqlite3.Connection, token_id: str, *, now_ms: int) -> ManagedToken | None:
+    """Anybody's token that has not expired."""
+    row = connection.execute(f"{_MANAGED} WHERE t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
+    return _managed(row) if row else None
+
+
+def newest_tokens(
+    connection: sqlite3.Connection, *, creators: Sequence[int] | None, now_ms: int, count: int
+) -> list[ManagedToken]:
+    """The newest tokens that have not expired, oldest first: everybody's, or those that some principals made."""
+    made_by = "" if creators is None else " AND t.creator_id IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(
+        f"{_MANAGED} WHERE t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
+        (now_ms, *([] if creators is None else [json.dumps(list(creators))]), count),
+    ).fetchall()
+    return [_managed(row) for row in reversed(rows)]
+
+
+def _managed(row: sqlite3.Row) -> ManagedToken:
+    return ManagedToken(TokenInfo(*row[:4]), *row[4:])
+
+
+def comment_token(connection: sqlite3.Connection, token_id: str, comment: str) -> None:
+    """Changes what a token is said to be for."""
+    connection.execute("UPDATE tokens SET comment = ? WHERE id = ?", (comment, token_id))
+
+
+def delete_token(connection: sqlite3.Connection, token_id: str) -> None:
+    """Deletes a token."""
+    connection.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
 
 def delete_expired_tokens(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> None:

@@ -30,6 +30,9 @@ class Principal:
     token_expires_at: float | None
     """When that token stops working, in Unix seconds; None when never."""
 
+    kind: str = "user"
+    """`user` or `service_principal`."""
+
     @property
     def is_admin(self) -> bool:
         return ADMINS in self.groups

@@ -147,6 +147,7 @@ def claims_of(principal: Principal, *, issued_at: float) -> dict[str, Any]:
         "aud": AUDIENCE,
         "sub": principal.id,
         "name": principal.name,
+        "kind": principal.kind,
         "groups": sorted(principal.groups),
         "tid": principal.token_id,
         "iat": int(issued_at),
@@ -166,6 +167,7 @@ def principal_of(claims: Mapping[str, Any]) -> Principal:
         groups=frozenset(str(group) for group in claims["groups"]),
         token_id=str(claims["tid"]),
         token_expires_at=None if expires is None else float(expires),
+        kind=str(claims["kind"]),
     )
 
 

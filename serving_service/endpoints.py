@@ -72,6 +72,7 @@ class Endpoints:
             name=request.name,
             creator_id=caller.id,
             creator=caller.name,
+            creator_kind="ServicePrincipal" if caller.kind == "service_principal" else "User",
             description=request.description,
             tags=tuple((tag.key, tag.value) for tag in request.tags),
             created_at=now,

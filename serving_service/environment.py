@@ -16,6 +16,7 @@ from servicekit import channels
 from servicekit.errors import InvalidParameter, PermissionDenied, ServiceError
 from serving_service.launcher import is_reserved
 from serving_service.model import ServedEntity
+from tessera.identity.v1 import identity_pb2, identity_pb2_grpc
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 
@@ -98,17 +99,21 @@ class SecretReferences:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._resolver = rpc.SecretResolverStub(channel)
+        self._authority = identity_pb2_grpc.AuthorityStub(channel)
 
     async def check(
         self, entities: tuple[ServedEntity, ...], *, creator_id: str, known: Container[tuple[str, str]]
     ) -> None:
-        """Raises PermissionDenied or InvalidParameter, naming every reference that cannot be resolved.
+        """Raises PermissionDenied or InvalidParameter, naming every reference that cannot be resolved; also
+        PermissionDenied where there are none and the creator is not active.
 
         `creator_id` is who the endpoint runs as, empty when that is the caller; `known` are the references that the
         endpoint had before, for which the caller needs no right of its own.
         """
         references = references_of(entities)
         if not references:
+            if creator_id:
+                await self._check_creator(creator_id)
             return
         introduced = [reference for folded, reference in references.items() if folded not in known]
         answer = await channels.call(
@@ -127,6 +132,19 @@ class SecretReferences:
         if any(failure.kind in _REFUSALS for failure in answer.failures):
             raise PermissionDenied(causes)
         raise InvalidParameter(f"Invalid secret provided. {causes}")
+
+    async def _check_creator(self, creator_id: str) -> None:
+        """What Secrets checks along with references, where there are none."""
+        answer = await channels.call(
+            self._authority.CheckPrincipal,
+            identity_pb2.CheckPrincipalRequest(id=creator_id),
+            peer="Secrets",
+            timeout=CHECK_SECONDS,
+        )
+        if not answer.active:
+            raise PermissionDenied(
+                "The creator of the endpoint, as whom it runs, is not active or was removed. Create the endpoint anew."
+            )
 
     async def resolve(
         self, entity: ServedEntity, *, endpoint_id: str, replica_id: str, creator_id: str

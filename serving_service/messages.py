@@ -17,7 +17,7 @@ def detailed(view: View) -> pb.ServingEndpointDetailed:
         id=endpoint.id,
         creator=endpoint.creator,
         creator_display_name=endpoint.creator,
-        creator_kind="User",
+        creator_kind=endpoint.creator_kind,
         creation_timestamp=endpoint.created_at,
         last_updated_timestamp=endpoint.updated_at,
         state=_state(view),

@@ -97,6 +97,8 @@ class Endpoint:
     name: str
     creator_id: str
     creator: str
+    creator_kind: str
+    """`User` or `ServicePrincipal`."""
     description: str
     tags: tuple[tuple[str, str], ...]
     created_at: int

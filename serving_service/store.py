@@ -28,7 +28,7 @@ MAX_ENDPOINTS = 1_000
 
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
-    "pending_version, config_update, failures, is_deleted"
+    "pending_version, config_update, failures, is_deleted, creator_kind"
 )
 
 
@@ -39,7 +39,7 @@ def add_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
     if connection.execute("SELECT count(*) FROM endpoints WHERE NOT is_deleted").fetchone()[0] >= MAX_ENDPOINTS:
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
-        f"INSERT INTO endpoints ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0)",  # noqa: S608
+        f"INSERT INTO endpoints ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0, ?)",  # noqa: S608
         (
             endpoint.id,
             endpoint.name,
@@ -52,6 +52,7 @@ def add_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
             endpoint.latest_version,
             endpoint.pending.version if endpoint.pending else None,
             endpoint.config_update,
+            endpoint.creator_kind,
         ),
     )
     if endpoint.pending:
@@ -146,13 +147,14 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
     query = f"SELECT {_COLUMNS} FROM endpoints WHERE {condition} ORDER BY name"  # noqa: S608
     for row in connection.execute(query, (argument,)).fetchall():
         (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
-        (latest, active, pending, config_update, failures, is_deleted) = row[8:]
+        (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:]
         configs = _configs(connection, id_)
         yield Endpoint(
             id=id_,
             name=name,
             creator_id=creator_id,
             creator=creator,
+            creator_kind=creator_kind,
             description=description,
             tags=tuple((key, value) for key, value in orjson.loads(tags)),
             created_at=created_at,

@@ -54,7 +54,7 @@ class Scim(identity_rpc.ScimServicer):
     async def GetMe(self, request: identity_pb.GetMeRequest, rpc: Any) -> identity_pb.User:
         return await self.answer(rpc)
 
-    async def GetUser(self, request: identity_pb.GetUserRequest, rpc: Any) -> identity_pb.User:
+    async def GetUser(self, request: identity_pb.GetRequest, rpc: Any) -> identity_pb.User:
         return identity_pb.User(id=str(len(request.id)))
 
 
@@ -67,6 +67,9 @@ class Authority(identity_rpc.AuthorityServicer):
         assert request_context is not None
         caller = request_context.caller
         return identity_pb.GetPlatformResponse(workspace_id="nobody" if caller is None else caller.name)
+
+    async def CheckPrincipal(self, request: Any, rpc: Any) -> identity_pb.CheckPrincipalResponse:
+        return identity_pb.CheckPrincipalResponse(active=True)
 
     async def RenewAdminToken(self, request: Any, rpc: Any) -> identity_pb.RenewAdminTokenResponse:
         return identity_pb.RenewAdminTokenResponse(path="/admin.token")
@@ -581,11 +584,11 @@ async def test_call_that_its_caller_gives_up_is_given_up_here(platform: Platform
 
 
 async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platform: Platform) -> None:
-    overhead = identity_pb.GetUserRequest(id="x" * LIMIT).ByteSize() - LIMIT
+    overhead = identity_pb.GetRequest(id="x" * LIMIT).ByteSize() - LIMIT
     stub = identity_rpc.ScimStub(platform.channels["public"])
-    fits = identity_pb.GetUserRequest(id="x" * (LIMIT - overhead))
+    fits = identity_pb.GetRequest(id="x" * (LIMIT - overhead))
     assert (await stub.GetUser(fits, metadata=TOKEN, timeout=5)).id == str(LIMIT - overhead)
-    too_long = identity_pb.GetUserRequest(id=fits.id + "x")
+    too_long = identity_pb.GetRequest(id=fits.id + "x")
     code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=5))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 

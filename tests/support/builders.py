@@ -46,6 +46,7 @@ def an_endpoint(name: str = "demo", **facts: Any) -> Endpoint:
         "id": f"{name}-id",
         "creator_id": "1",
         "creator": "maker@example.com",
+        "creator_kind": "User",
         "description": "",
         "tags": (),
         "created_at": NOW,

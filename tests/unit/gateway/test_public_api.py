@@ -90,7 +90,6 @@ def test_scim_names_are_camel_case_both_ways(routes: RouteTable) -> None:
     user = identity_pb2.User(user_name="ada", groups=[identity_pb2.GroupReference(display="users", ref="Groups/1")])
     assert codec_for(identity_pb2.User.DESCRIPTOR).encode(user) == {
         "userName": "ada",
-        "active": False,
         "groups": [{"display": "users", "$ref": "Groups/1"}],
     }
 

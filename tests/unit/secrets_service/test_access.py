@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secrets_service import access, store
+from secrets_service import access, directory_store, store
 from secrets_service.app import MIGRATIONS
 from secrets_service.model import Permission, Profile, Scope, Standing
 
@@ -32,7 +32,8 @@ grants = st.lists(
 @contextmanager
 def a_store() -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        connection.executescript((MIGRATIONS / "0001_initial.sql").read_text())
+        for script in sorted(MIGRATIONS.iterdir(), key=str):
+            connection.executescript(script.read_text())
         yield connection
 
 
@@ -43,9 +44,11 @@ def test_effective_permission_is_the_strongest_of_user_and_groups_and_admins_man
 ) -> None:
     model: dict[tuple[str, str], int] = {}
     with a_store() as connection:
-        ids = {group: store.insert_group(connection, group, folded=group).id for group in GROUPS}
+        ids = {group: directory_store.insert_group(connection, group, folded=group) for group in GROUPS}
         for user in USERS:
-            made = store.insert_user(connection, Profile(name=user), folded=user, groups=sorted(groups_of[user]))
+            made = directory_store.insert_account(
+                connection, Profile(name=user), folded=user, groups=sorted(groups_of[user])
+            )
             ids[user] = made.id
         scopes: dict[str, Scope] = {
             name: store.insert_scope(connection, name, folded=name, uuid=name.encode()) for name in SCOPES

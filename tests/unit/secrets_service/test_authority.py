@@ -11,7 +11,7 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secrets_service import store, tokens
+from secrets_service import directory_store, store, tokens
 from secrets_service.app import MIGRATIONS
 from secrets_service.authority import Authority, SigningKeys
 from secrets_service.memory import RememberingDatabase
@@ -34,9 +34,9 @@ async def test_remembered_token_is_refused_the_moment_it_expires(opened: Remembe
     token = tokens.make()
 
     def insert(connection: sqlite3.Connection) -> None:
-        user = store.insert_user(connection, Profile(name="bob"), folded="bob", groups=[])
+        user = directory_store.insert_account(connection, Profile(name="bob"), folded="bob", groups=[])
         info = TokenInfo(token.id, created_ms=0, expires_ms=1_000_000, comment="")
-        store.insert_token(connection, info, owner_id=user.id, mac=MAC.of(token))
+        store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=MAC.of(token))
 
     await opened.write(insert)
     times = [999.9]
