@@ -51,6 +51,8 @@ def principal_name(field: str, text: str) -> str:
 
 def folded_principal(name: str) -> str:
     """The form in which a checked principal name is compared."""
+    if name.isascii():  # the same, and filters ask for it ten thousand times
+        return name.lower()
     return unicodedata.normalize("NFC", name.casefold())
 
 

@@ -19,7 +19,7 @@ from secrets_service.errors import InvalidPath, NoTarget, NotChangeable
 from secrets_service.scim_filter import Filter
 from servicekit.errors import InvalidParameter
 
-MOST_OPERATIONS = 200
+MOST_OPERATIONS = 100
 LONGEST_PATH = 1_024
 
 Document = dict[str, Any]
