@@ -16,12 +16,20 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servicekit import channels, context
 from serving_service import store
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
+from tessera.identity.v1.identity_pb2 import (
+    CreateServicePrincipalRequest,
+    DeleteRequest,
+    ListRequest,
+    PatchOperation,
+    PatchRequest,
+)
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import a_config_input, an_input
@@ -452,6 +460,48 @@ async def test_the_author_of_an_update_needs_read_on_what_it_brings_in_and_the_c
     assert "User maker@example.com does not have READ permission on scope private" in refused.message
     await platform.admin.update("demo", an_input("ready", environment_vars={"A": "{{secrets/team/other}}"}))
     assert (await maker.settled("demo")).config.config_version == 2
+
+
+@pytest.mark.parametrize("how", ["deactivated", "deleted"])
+async def test_endpoint_whose_creator_is_gone_goes_on_and_is_not_updated(platform: Platform, how: str) -> None:
+    admin = platform.secrets.admin
+    maker = await platform.user("maker@example.com")
+    await maker.create("demo")
+    await maker.settled("demo")
+    [user] = (await admin(admin.scim.ListUsers, ListRequest(filter='userName sw "maker"'))).resources
+    if how == "deleted":
+        await admin(admin.scim.DeleteUser, DeleteRequest(id=user.id))
+    else:
+        off = PatchOperation(op="replace", path="active", value=Value(bool_value=False))
+        await admin(admin.scim.PatchUser, PatchRequest(id=user.id, operations=[off]))
+    refused = await refusal(platform.admin.update("demo", an_input("ready")))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED")
+    assert "Create the endpoint anew" in refused.message
+    assert (await platform.admin.query("demo"))[0].status == 200
+    assert (await platform.admin.get("demo")).config.config_version == 1
+    if how == "deleted":  # somebody else of that name has nothing to do with it
+        namesake = await platform.user("maker@example.com")
+        assert (await refusal(namesake.get("demo"))).reason == "RESOURCE_DOES_NOT_EXIST"
+        assert await namesake.names() == []
+    else:
+        on = PatchOperation(op="replace", path="active", value=Value(bool_value=True))
+        await admin(admin.scim.PatchUser, PatchRequest(id=user.id, operations=[on]))
+        await platform.admin.update("demo", an_input("ready"))
+
+
+async def test_endpoint_of_a_service_principal_says_so_and_runs_as_it(platform: Platform) -> None:
+    await platform.put()
+    admin = platform.secrets.admin
+    request = CreateServicePrincipalRequest(display_name="robot")
+    robot = await admin(admin.scim.CreateServicePrincipal, request)
+    caller = platform.serving.public(await platform.secrets.token_for(robot.application_id))
+    refused = await refusal(caller.create("demo", environment={"A": SECRET}))
+    assert f"User {robot.application_id} does not have READ permission on scope" in refused.message
+    await platform.share(robot.application_id)
+    await caller.create("demo", environment={"A": SECRET})
+    made = await caller.settled("demo")
+    assert (made.creator, made.creator_kind) == (robot.application_id, "ServicePrincipal")
+    assert await environment_of(caller, "demo") == {"A": CANARY}
 
 
 async def test_values_are_read_on_nobody_s_behalf(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
