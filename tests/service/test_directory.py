@@ -155,6 +155,7 @@ async def test_everybodys_group_cannot_be_changed_and_admins_cannot_go(service: 
     ):
         refused = await refusal(call)
         assert (refused.reason, scim_type(refused)) == ("INVALID_PARAMETER_VALUE", "mutability")
+        assert "cannot be" in refused.message or "keeps its name" in refused.message
 
 
 async def test_last_active_admin_stays(service: RunningSecrets) -> None:
