@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
-from secrets_service import files, store, tokens
+from secrets_service import directory_store, files, store, tokens
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import TokenInfo
 from secrets_service.personal_tokens import DAY
@@ -48,6 +48,8 @@ class AdminToken:
             platform = store.find_platform(connection)
             assert platform is not None  # the service does not run without
             store.replace_admin_token_id(connection, token.id)
+            # Who asks owns the machine, and may have nobody else left to ask.
+            directory_store.restore_admin(connection, platform.admin_id)
             owner = platform.admin_id
             store.insert_token(connection, info, owner_id=owner, creator_id=owner, mac=self._mac.of(token))
 

@@ -177,6 +177,16 @@ def has_active_admin(connection: sqlite3.Connection) -> bool:
     )
 
 
+def restore_admin(connection: sqlite3.Connection, account_id: int) -> None:
+    """Makes a user or service principal an active admin, whatever it was."""
+    connection.execute("UPDATE accounts SET is_active = 1 WHERE id = ?", (account_id,))
+    connection.execute(
+        "INSERT OR IGNORE INTO memberships (member_id, group_id)"
+        " SELECT ?, id FROM principals WHERE kind = 'group' AND folded = ?",
+        (account_id, ADMINS),
+    )
+
+
 def delete_principal(connection: sqlite3.Connection, principal_id: int) -> None:
     """Deletes a principal with its memberships, tokens and ACLs."""
     connection.execute("DELETE FROM principals WHERE id = ?", (principal_id,))

@@ -188,6 +188,18 @@ async def test_first_admin_cannot_be_deleted(service: RunningSecrets) -> None:
     assert scim_type(await refusal(delete(service.admin, "User", first))) == "mutability"
 
 
+async def test_operator_brings_the_first_admin_back(service: RunningSecrets) -> None:
+    first, admins = (await me(service.admin)).id, await group_named(service, "admins")
+    ada = await service.admin.create_user("ada")
+    deputy = service.public(await service.token_for("ada"))
+    await patch(service.admin, "Group", admins.id, operation("replace", "members", [{"value": ada.id}]))
+    await patch(deputy, "User", first, operation("replace", "active", False))
+    operator = service.peer("operator")
+    await operator(operator.authority.RenewAdminToken, pb.RenewAdminTokenRequest())
+    renewed = service.public(service.settings.admin_token.read_text().strip())
+    assert {group.display for group in (await me(renewed)).groups} == {"admins", "users"}
+
+
 async def test_new_member_has_the_groups_rights_at_once_and_loses_them_at_once(service: RunningSecrets) -> None:
     bob = await service.user("bob")
     team = await create_group(service.admin, "team")
