@@ -61,7 +61,8 @@ def account_profile(document: Document) -> Profile:
             )
             for each in document.get("emails", [])
         ),
-        is_active=_flag("active", document.get("active")),
+        # Widely used clients leave a false value out, so an operation on `active` without one means false.
+        is_active=_flag("active", document.get("active", False)),
         roles=_values("roles", document),
         entitlements=_values("entitlements", document),
         external_id=_text("externalId", document.get("externalId")),

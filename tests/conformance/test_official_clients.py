@@ -331,3 +331,55 @@ def test_streams_of_the_other_clients_agree(chat: Api, client: Any, sdk: SimpleN
     said = sdk.serving.ChatMessage(role=sdk.serving.ChatMessageRole.USER, content="hello")
     answer = client.serving_endpoints.query("chat", messages=[said])
     assert answer.choices[0].message.content == "You said hello"
+
+
+def test_sdk_manages_users_groups_and_service_principals(sdk: SimpleNamespace, client: Any) -> None:
+    with quiet():
+        from databricks.sdk.service import iam
+    added, replaced = iam.PatchOp.ADD, iam.PatchOp.REPLACE
+    user = client.users.create(user_name="sdk-person@example.com", display_name="Sdk")
+    robot = client.service_principals.create(display_name="sdk-robot")
+    group = client.groups.create(display_name="sdk-group", members=[iam.ComplexValue(value=user.id)])
+    assert [member.value for member in client.groups.get(group.id).members] == [user.id]
+    members = {"members": [{"value": robot.id}]}
+    client.groups.patch(group.id, operations=[iam.Patch(op=added, value=members)])
+    assert {member.value for member in client.groups.get(group.id).members} == {user.id, robot.id}
+    path = f'members[value eq "{user.id}"]'
+    client.groups.patch(group.id, operations=[iam.Patch(op=iam.PatchOp.REMOVE, path=path)])
+    assert {each.display for each in client.service_principals.get(robot.id).groups} == {"users", "sdk-group"}
+    client.users.patch(user.id, operations=[iam.Patch(op=replaced, path="active", value=False)])
+    assert not client.users.get(user.id).active
+    client.users.update(user.id, user_name="sdk-person@example.com", display_name="Sdk again", active=True)
+    [found] = client.users.list(filter='displayName eq "sdk again"', attributes="id,userName")
+    assert (found.id, found.user_name, found.display_name) == (user.id, "sdk-person@example.com", None)
+    # The client asks for page after page until one is empty.
+    assert {"sdk-group", "admins", "users"} <= {each.display_name for each in client.groups.list()}
+    assert robot.application_id in {each.application_id for each in client.service_principals.list()}
+    with pytest.raises(sdk.errors.NotFound):
+        client.users.get("17")
+    with pytest.raises(sdk.errors.ResourceConflict):
+        client.groups.create(display_name="SDK-GROUP")
+    for each, manager in ((user, client.users), (robot, client.service_principals), (group, client.groups)):
+        manager.delete(each.id)
+        with pytest.raises(sdk.errors.NotFound):
+            manager.get(each.id)
+
+
+def test_sdk_manages_tokens(sdk: SimpleNamespace, client: Any, live: Live) -> None:
+    with quiet():
+        from databricks.sdk.common.types.fieldmask import FieldMask
+        from databricks.sdk.service import settings
+    robot = client.service_principals.create(display_name="sdk-owner")
+    made = client.token_management.create_obo_token(robot.application_id, comment="deploys", lifetime_seconds=600)
+    own = sdk.WorkspaceClient(host=live.url, token=made.token_value)
+    assert own.current_user.me().user_name == robot.application_id
+    token = settings.PublicTokenInfo(comment="renamed")
+    mask = FieldMask(field_mask=["comment"])  # type: ignore[no-untyped-call]
+    own.tokens.update(made.token_info.token_id, token, mask)
+    found = client.token_management.get(made.token_info.token_id).token_info
+    assert (found.comment, found.created_by_username, found.owner_id) == ("renamed", "admin", int(robot.id))
+    assert found.token_id in [each.token_id for each in client.token_management.list(created_by_username="admin")]
+    client.token_management.delete(found.token_id)
+    with pytest.raises(sdk.errors.NotFound):
+        client.token_management.get(found.token_id)
+    client.service_principals.delete(robot.id)

@@ -159,5 +159,9 @@ def test_value_of_the_wrong_type_is_named(field: str, changes: dict[str, Any]) -
         account_profile({**ADA, **changes})
 
 
+def test_active_without_a_value_is_false_because_clients_leave_a_false_out() -> None:
+    assert not account_profile(patched(ADA, [Operation("replace", "active", None)], USER)).is_active
+
+
 def test_flag_may_be_written_as_a_text() -> None:
     assert not account_profile({**ADA, "active": "False"}).is_active
