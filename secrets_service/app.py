@@ -18,6 +18,8 @@ from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
 from secrets_service.settings import SecretsSettings
+from secrets_service.values import SecretValues
+from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets
 from servicekit.grpc_server import Listener
 from servicekit.identity import AssertionVerifier, by_assertion
@@ -55,8 +57,10 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         authority = Authority(
             opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
         )
-        scopes = SecretScopes(opened, base.cipher, now)
-        resolution = SecretResolution(opened, base.cipher)
+        values = SecretValues(base.cipher, keep=settings.secret_versions, now=now)
+        scopes = SecretScopes(opened, values)
+        versions = SecretVersions(opened, values)
+        resolution = SecretResolution(opened, values)
         users = Users(opened)
         tokens = Tokens(opened, base.token_mac, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
@@ -78,7 +82,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
             grpc_server.serving(
                 listeners,
                 services=[
-                    (secrets_services["Secrets"], SecretsServicer(scopes)),
+                    (secrets_services["Secrets"], SecretsServicer(scopes, versions)),
                     (secrets_services["SecretResolver"], SecretResolverServicer(resolution)),
                     (identity_services["Scim"], ScimServicer(users)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
