@@ -11,7 +11,7 @@ from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.versions import SecretVersions
 from servicekit.context import current, current_caller
-from servicekit.errors import InvalidParameter, Unauthenticated
+from servicekit.errors import BadRequest, InvalidParameter, Unauthenticated
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 
@@ -26,6 +26,8 @@ class SecretsServicer(rpc.SecretsServicer):
     async def CreateScope(self, request: pb.CreateScopeRequest, context: Any) -> pb.CreateScopeResponse:
         if request.scope_backend_type not in (pb.SCOPE_BACKEND_TYPE_UNSPECIFIED, pb.DATABRICKS):
             raise InvalidParameter("scope_backend_type: only DATABRICKS is offered.")
+        if request.HasField("backend_azure_keyvault"):
+            raise BadRequest("backend_azure_keyvault: belongs to AZURE_KEYVAULT scopes, which are not offered.")
         await self._scopes.create_scope(
             scope=request.scope,
             initial_manage_principal=request.initial_manage_principal,
