@@ -21,42 +21,42 @@ from tests.support.secrets_model import MANAGE, READ, WRITE, Model, Refused
 
 KEEP = 2
 
-callers = st.sampled_from(["admin", "ann", "ben"])
-scopes = st.sampled_from(["One", "ONE", "two"])
-keys = st.sampled_from(["Key", "key", "other"])
-versions = st.integers(0, 6)
+# Some are more likely than others, so that sequences meet: most are about one secret of one scope.
+callers = st.sampled_from(["ann", "ann", "ann", "ben", "admin"])
+scopes = st.sampled_from(["One", "One", "One", "ONE", "two"])
+keys = st.sampled_from(["Key", "Key", "kEY", "other"])
+versions = st.sampled_from([1, 2, 3, 0, 4, 5])
 replicas = st.sampled_from(["r1", "r2"])
 principals = st.sampled_from(["ann", "ben", "users"])
 
 
-def operation(name: str, **arguments: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    return st.tuples(st.just(name), st.fixed_dictionaries({"caller": callers, **arguments}))
-
-
+SCOPE = {"scope": scopes}
 SECRET = {"scope": scopes, "key": keys}
-PUT = operation(
-    "put", **SECRET, value=st.sampled_from([b"", b"a", b"b\n"]), if_version=st.none() | st.none() | versions
-)
+
+OPERATIONS: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
+    "create_scope": (2, {**SCOPE, "manager": st.sampled_from(["", "users"])}),
+    "delete_scope": (1, SCOPE),
+    "list_scopes": (1, {}),
+    "put": (12, {**SECRET, "value": st.sampled_from([b"a", b"", b"b\n"]), "if_version": st.none() | versions}),
+    "delete": (3, SECRET),
+    "get": (2, SECRET),
+    "list_secrets": (1, SCOPE),
+    "list_versions": (1, SECRET),
+    "restore": (4, {**SECRET, "version": versions}),
+    "purge": (1, SECRET),
+    "put_acl": (2, {**SCOPE, "principal": principals, "permission": st.sampled_from([MANAGE, WRITE, READ])}),
+    "delete_acl": (1, {**SCOPE, "principal": principals}),
+    "list_acls": (1, SCOPE),
+    "launch": (6, {**SECRET, "replica": replicas}),
+    "end_launch": (2, {"replica": replicas}),
+}
+"""What can be done: how often, beside the others, and with which arguments."""
 
 operations = st.lists(
-    st.one_of(
-        operation("create_scope", scope=scopes, manager=st.sampled_from(["", "users"])),
-        operation("delete_scope", scope=scopes),
-        operation("list_scopes"),
-        PUT,
-        PUT,  # what all others are about
-        operation("delete", **SECRET),
-        operation("get", **SECRET),
-        operation("list_secrets", scope=scopes),
-        operation("list_versions", **SECRET),
-        operation("restore", **SECRET, version=versions),
-        operation("purge", **SECRET),
-        operation("put_acl", scope=scopes, principal=principals, permission=st.sampled_from([READ, WRITE, MANAGE])),
-        operation("delete_acl", scope=scopes, principal=principals),
-        operation("list_acls", scope=scopes),
-        operation("launch", **SECRET, replica=replicas),
-        operation("end_launch", replica=replicas),
+    st.sampled_from([name for name, (times, _) in OPERATIONS.items() for _ in range(times)]).flatmap(
+        lambda name: st.tuples(st.just(name), st.fixed_dictionaries({"caller": callers, **OPERATIONS[name][1]}))
     ),
+    min_size=10,
     max_size=40,
 )
 
@@ -180,8 +180,18 @@ class Played:
         self._runner.run(_played(real, Model(KEEP), [*BEGINNING, *sequence]))
 
 
+def _looked_at(sequence: list[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The sequence, with a look at the secret after everything that was done to one."""
+    for name, arguments in sequence:
+        yield name, arguments
+        if "key" in arguments:
+            looked_at = {"caller": "admin", "scope": arguments["scope"], "key": arguments["key"]}
+            yield "list_versions", looked_at
+            yield "get", looked_at
+
+
 async def _played(real: Real, model: Model, sequence: list[tuple[str, dict[str, Any]]]) -> None:
-    for index, (name, arguments) in enumerate(sequence):
+    for index, (name, arguments) in enumerate(_looked_at(sequence)):
         rest = {key: value for key, value in arguments.items() if key != "caller"}
         expected: Any
         try:
