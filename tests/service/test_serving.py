@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servicekit import channels, context
 from serving_service import store
+from serving_service.environment import SecretReferences
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
 from tessera.identity.v1.identity_pb2 import GetMeRequest
@@ -551,15 +552,37 @@ async def test_a_replica_holds_the_versions_it_was_started_with_until_it_has_end
     await eventually(holds, what="nothing is held")
 
 
-async def test_a_launch_that_fails_for_good_holds_nothing(platform: Platform) -> None:
-    await platform.put()
-    await platform.admin.create("demo", "failing", environment={"A": SECRET})
+@pytest.mark.parametrize(("manner", "value"), [("failing", CANARY), ("ready", "x" * 131_072)])
+async def test_a_launch_that_fails_for_good_holds_nothing(platform: Platform, manner: str, value: str) -> None:
+    # Either the model fails with its environment, or the value is longer than a process may have it.
+    await platform.put(value)
+    await platform.admin.create("demo", manner, environment={"A": SECRET})
     assert (await platform.admin.settled("demo")).state.config_update == State.UPDATE_FAILED
 
     async def holds_nothing() -> bool:
         return await held(platform) == []
 
     await eventually(holds_nothing, what="nothing is held")
+
+
+async def test_a_launch_that_is_given_up_half_way_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = SecretReferences.resolve
+
+    async def endless(self: SecretReferences, *arguments: Any, **names: Any) -> Any:
+        await resolve(self, *arguments, **names)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SecretReferences, "resolve", endless)
+    async with running_platform(deploy_deadline=1.0) as platform:
+        await platform.put()
+        await platform.admin.create("demo", environment={"A": SECRET})
+
+        async def holds(*versions: int) -> bool:
+            return await held(platform) == list(versions)
+
+        await eventually(lambda: holds(1), what="the launch has its values")
+        assert (await platform.admin.settled("demo")).state.config_update == State.UPDATE_FAILED
+        await eventually(holds, what="nothing is held")
 
 
 async def test_an_end_that_secrets_did_not_hear_of_is_told_when_it_is_back() -> None:

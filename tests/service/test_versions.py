@@ -337,8 +337,8 @@ def test_secrets_of_a_store_without_versions_keep_value_version_and_time() -> No
     with closing(sqlite3.connect(":memory:")) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
         scripts = sorted(MIGRATIONS.iterdir(), key=lambda entry: entry.name)
-        before = [script for script in scripts if script.name < "0002_versions.sql"]
-        for script in before:
+        migration = next(script for script in scripts if script.name.endswith("_versions.sql"))
+        for script in scripts[: scripts.index(migration)]:
             connection.executescript(script.read_text())
         connection.execute("INSERT INTO scopes (id, uuid, name, folded, last_version) VALUES (7, x'01', 'S', 's', 9)")
         connection.execute(
@@ -346,6 +346,6 @@ def test_secrets_of_a_store_without_versions_keep_value_version_and_time() -> No
             " VALUES (5, 7, 'Key', 'key', 4, x'ab', 1234)"
         )
         connection.commit()
-        connection.executescript((MIGRATIONS / "0002_versions.sql").read_text())
+        connection.executescript(migration.read_text())
         assert list(connection.execute("SELECT * FROM keys")) == [(5, 7, "Key", "key", 4, 4)]
         assert list(connection.execute("SELECT * FROM versions")) == [(5, 4, 1234, b"\xab")]
