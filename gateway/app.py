@@ -204,10 +204,11 @@ class Gateway:
             metadata.append((channels.ASSERTION, identity.assertion))
         request.service = binding.service
         body = await read_body(request, CONTROL_BODY_LIMIT)
-        text = await self._transcoder.handle(
+        transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
         )
-        await answer(send, binding.success_status, [*headers, _JSON], text)
+        warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
+        await answer(send, binding.success_status, [*headers, *warnings, _JSON], transcoded.body)
 
     async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
         identity = await self._identify(request, headers, may_be_stale=True)

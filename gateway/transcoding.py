@@ -31,6 +31,17 @@ _TWICE = "given more than once in the query"
 
 
 @dataclass(frozen=True, slots=True)
+class Transcoded:
+    """The answer to a request."""
+
+    body: bytes
+    """A JSON object."""
+
+    warnings: tuple[str, ...]
+    """What the service that answered wants the caller to know besides: printable ASCII."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Call:
     request: Codec
     response: Codec
@@ -59,8 +70,8 @@ class Transcoder:
         body: bytes,
         metadata: Sequence[tuple[str, str]],
         timeout: float | None,
-    ) -> bytes:
-        """Makes the call and returns the JSON object of the answer; its status is `binding.success_status`.
+    ) -> Transcoded:
+        """Makes the call and returns the answer; its status is `binding.success_status`.
 
         `body` is within the caller's limit; an empty one stands for `{}`. `timeout` is in seconds. Raises CodecError
         when the request does not fit the message and grpc.aio.AioRpcError when the call fails.
@@ -68,8 +79,11 @@ class Transcoder:
         call = self._calls[binding.method.full_name]
         request = request_message(call.request, binding, path_params, query_string, body)
         await channels.until_connected(call.channel, within=RESTART_SECONDS)
-        response = await call.invoke(request, metadata=tuple(metadata), timeout=timeout)
-        return orjson.dumps(call.response.encode(response))
+        answering = call.invoke(request, metadata=tuple(metadata), timeout=timeout)
+        response = await answering
+        trailers = await answering.trailing_metadata()
+        warnings = tuple(str(value) for name, value in trailers or () if name == channels.WARNING)
+        return Transcoded(orjson.dumps(call.response.encode(response)), warnings)
 
 
 def request_message(

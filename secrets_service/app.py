@@ -22,6 +22,8 @@ from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
 from secrets_service.settings import SecretsSettings
 from secrets_service.throttle import Throttle
+from secrets_service.values import SecretValues
+from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets
 from servicekit.grpc_server import Listener
 from tessera.identity.v1 import identity_pb2
@@ -58,8 +60,10 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         authority = Authority(
             opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
         )
-        scopes = SecretScopes(opened, base.cipher, now)
-        resolution = SecretResolution(opened, base.cipher)
+        values = SecretValues(base.cipher, keep=settings.secret_versions, now=now)
+        scopes = SecretScopes(opened, values)
+        versions = SecretVersions(opened, values)
+        resolution = SecretResolution(opened, values)
         directory = Directory(opened)
         users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
         tokens = Tokens(opened, base.token_mac, Throttle(settings.tokens_per_minute, now), now)
@@ -82,7 +86,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
             grpc_server.serving(
                 listeners,
                 services=[
-                    (secrets_services["Secrets"], SecretsServicer(scopes)),
+                    (secrets_services["Secrets"], SecretsServicer(scopes, versions)),
                     (secrets_services["SecretResolver"], SecretResolverServicer(resolution)),
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),

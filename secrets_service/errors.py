@@ -10,6 +10,7 @@ import grpc
 from secrets_service.model import Kind, Permission
 from servicekit.errors import (
     AlreadyExists,
+    Conflict,
     DataLoss,
     InvalidParameter,
     LimitExceeded,
@@ -43,6 +44,25 @@ class SecretNotFound(NotFound):
 
     def __init__(self, scope: str, key: str) -> None:
         super().__init__(f"Secret does not exist with scope: {scope} and key: {key}")
+
+
+class VersionNotFound(NotFound):
+    """The secret has no such version, or has it no longer."""
+
+    def __init__(self, scope: str, key: str, version: int) -> None:
+        super().__init__(
+            f"Version {version} of key {key} in scope {scope} is not kept. List the versions to see which are."
+        )
+
+
+class VersionConflict(Conflict):
+    """The secret is not at the version that a put asked for; told only to those who may write it."""
+
+    def __init__(self, scope: str, key: str, current: int) -> None:
+        found = f"is at version {current}" if current else "does not exist"
+        super().__init__(
+            f"if_version: key {key} in scope {scope} {found}, so nothing was put. Look at its versions, then try again."
+        )
 
 
 class AclNotFound(NotFound):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from servicekit.database import Database
@@ -41,11 +41,21 @@ class RememberingDatabase:
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """As `Database.write`; the transaction ends as it will even if the caller is cancelled."""
-        self._writes_under_way += 1
-        self._forget()
-        writing = asyncio.ensure_future(self._database.write(function, *args, **kwargs))
-        writing.add_done_callback(self._written)
-        return await asyncio.shield(writing)
+        return await self._writing(self._database.write(function, *args, **kwargs))
+
+    async def destroy(self, function: Callable[[sqlite3.Connection], tuple[T, int]]) -> T:
+        """As `write`, for a function that returns its result and how many values it destroyed.
+
+        If any, nothing is left of them in the database's files either.
+        """
+
+        async def destroy() -> T:
+            result, destroyed = await self._database.write(function)
+            if destroyed:
+                await self._database.erase()
+            return result
+
+        return await self._writing(destroy())
 
     async def remembered(
         self,
@@ -69,6 +79,13 @@ class RememberingDatabase:
             if len(self._memory) > CAPACITY:
                 self._memory.popitem(last=False)
         return result
+
+    async def _writing(self, work: Coroutine[Any, Any, T]) -> T:
+        self._writes_under_way += 1
+        self._forget()
+        writing = asyncio.ensure_future(work)
+        writing.add_done_callback(self._written)
+        return await asyncio.shield(writing)
 
     def _written(self, writing: asyncio.Future[Any]) -> None:
         self._writes_under_way -= 1

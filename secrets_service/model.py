@@ -77,9 +77,38 @@ class SecretInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class SealedSecret:
-    """A secret as it is stored."""
+class Key:
+    """A key that was put once; versions below `first_version` are older than its last deletion."""
 
+    id: int
+    name: str
+    first_version: int
+    last_version: int
+
+    @property
+    def current(self) -> int:
+        """The version that is read; 0 when the key is deleted."""
+        return self.last_version if self.last_version >= self.first_version else 0
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """A version of a secret without its value; the time is in Unix milliseconds."""
+
+    version: int
+    created_ms: int
+    is_current: bool
+    is_held: bool
+    """Whether a running replica was started with it."""
+    is_deleted: bool
+    """Whether it is older than the last deletion of its key."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedSecret:
+    """A version of a secret as it is stored."""
+
+    key_id: int
     key: str
     version: int
     record: bytes = field(repr=False)

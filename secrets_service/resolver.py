@@ -11,11 +11,19 @@ import sqlite3
 from collections.abc import Sequence
 
 from secrets_service import access, names, store
-from secrets_service.cipher import Cipher, Damaged
-from secrets_service.errors import ValuesTooLong
+from secrets_service.errors import SecretDamaged, ValuesTooLong
 from secrets_service.memory import RememberingDatabase
-from secrets_service.model import FailureKind, Permission, Reference, ReferenceFailure, Scope, SecretBytes, User
-from secrets_service.scopes import place_of
+from secrets_service.model import (
+    FailureKind,
+    Permission,
+    Reference,
+    ReferenceFailure,
+    Scope,
+    SealedSecret,
+    SecretBytes,
+    User,
+)
+from secrets_service.values import SecretValues
 from servicekit.context import Principal
 from servicekit.errors import InvalidParameter
 
@@ -36,9 +44,9 @@ class _Failed(Exception):
 class SecretResolution:
     """What Serving may learn about secrets."""
 
-    def __init__(self, database: RememberingDatabase, cipher: Cipher) -> None:
+    def __init__(self, database: RememberingDatabase, values: SecretValues) -> None:
         self._database = database
-        self._cipher = cipher
+        self._values = values
 
     async def check_references(
         self, *, creator_id: str, references: Sequence[Reference], introduced: Sequence[Reference], author: Principal
@@ -66,42 +74,67 @@ class SecretResolution:
     async def resolve(
         self, *, endpoint_id: str, replica_id: str, creator_id: str, references: Sequence[Reference]
     ) -> tuple[list[SecretBytes], list[ReferenceFailure]]:
-        """The values for one launch, one per reference; or none, and why."""
+        """The values for one launch, one per reference, held for its replica from now on; or none, and why."""
+        if not 1 <= len(replica_id) <= names.LONGEST_TEXT:
+            raise InvalidParameter(f"replica_id: 1 to {names.LONGEST_TEXT} characters.")
         for reference in references:
             _checked(reference)
 
         def resolve(connection: sqlite3.Connection) -> tuple[list[SecretBytes], list[ReferenceFailure]]:
             creator = _user(connection, creator_id)
-            values: list[SecretBytes] = []
+            resolved: list[tuple[SealedSecret, SecretBytes]] = []
             failures: list[ReferenceFailure] = []
             for reference in references:
                 try:
-                    value = self._resolved(connection, reference, readers=[creator], told=creator)
+                    found = self._resolved(connection, reference, readers=[creator], told=creator)
                 except _Failed as failed:
                     failures.extend(failed.failures)
                 else:
-                    assert value is not None  # the creator is told everything about what it may read
-                    values.append(value)
-            return ([], failures) if failures else (values, [])
+                    assert found is not None  # the creator is told everything about what it may read
+                    resolved.append(found)
+            if failures:
+                return [], failures
+            if sum(len(value) for _, value in resolved) > LONGEST_VALUES:
+                raise ValuesTooLong(LONGEST_VALUES)
+            for sealed, _ in resolved:
+                store.hold(connection, replica_id, sealed)
+            return [value for _, value in resolved], []
 
-        values, failures = await self._database.read(resolve)
+        values, failures = await self._database.write(resolve)
         log.info(
             "secrets resolved" if not failures else "secrets not resolved",
             extra={
                 "endpoint": endpoint_id[: names.LONGEST_TEXT],
-                "replica": replica_id[: names.LONGEST_TEXT],
+                "replica": replica_id,
                 "references": len(references),
                 "failures": len(failures),
             },
         )
-        if sum(len(value) for value in values) > LONGEST_VALUES:
-            raise ValuesTooLong(LONGEST_VALUES)
         return values, failures
+
+    async def end_launches(self, replica_ids: Sequence[str]) -> None:
+        """Releases what the launches of these replicas held."""
+
+        def end(connection: sqlite3.Connection) -> tuple[None, int]:
+            return None, self._values.release(connection, replica_ids)
+
+        await self._database.destroy(end)
+
+    async def keep_launches(self, replica_ids: Sequence[str]) -> None:
+        """Releases what the launches of all other replicas held."""
+        kept = frozenset(replica_ids)
+
+        def end(connection: sqlite3.Connection) -> tuple[set[str], int]:
+            ended = store.holders(connection) - kept
+            return ended, self._values.release(connection, ended)
+
+        ended = await self._database.destroy(end)
+        log.info("launches reconciled", extra={"kept": len(kept), "ended": len(ended)})
 
     def _resolved(
         self, connection: sqlite3.Connection, reference: Reference, *, readers: Sequence[User | None], told: User | None
-    ) -> SecretBytes | None:
-        """The value behind a reference, which every reader must be able to read; raises _Failed.
+    ) -> tuple[SealedSecret, SecretBytes] | None:
+        """What a reference stands for, which every reader must be able to read; raises _Failed.
 
         None when `told`, to whom the answer goes, may not know what is in the scope.
         """
@@ -124,19 +157,19 @@ class SecretResolution:
             return None
         return self._text(connection, scope, reference)
 
-    def _text(self, connection: sqlite3.Connection, scope: Scope, reference: Reference) -> SecretBytes:
-        folded = names.folded(reference.key)
-        sealed = store.find_secret(connection, scope, folded)
+    def _text(
+        self, connection: sqlite3.Connection, scope: Scope, reference: Reference
+    ) -> tuple[SealedSecret, SecretBytes]:
+        sealed = store.find_secret(connection, scope, names.folded(reference.key))
         if sealed is None:
             raise _Failed(ReferenceFailure(reference, FailureKind.KEY_MISSING))
         try:
-            value = self._cipher.open(sealed.record, place_of(scope, folded, sealed.version))
-        except Damaged:
-            log.error("stored secret is damaged", extra={"scope": scope.name, "key": sealed.key})
+            value = self._values.open(scope, sealed)
+        except SecretDamaged:
             raise _Failed(ReferenceFailure(reference, FailureKind.DAMAGED)) from None
         if not _fits_environment(value):
             raise _Failed(ReferenceFailure(reference, FailureKind.NOT_TEXT))
-        return value
+        return sealed, value
 
 
 def _user(connection: sqlite3.Connection, user_id: str) -> User | None:

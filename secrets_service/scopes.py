@@ -6,32 +6,29 @@ then what is in the scope; so who lacks the permission never learns which keys e
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import uuid
-from collections.abc import Callable
 
 from secrets_service import access, callers, names, store
-from secrets_service.cipher import Cipher, Damaged, Place
 from secrets_service.errors import (
     AclNotFound,
     ScopeExists,
     ScopeNotFound,
     ScopePermissionDenied,
-    SecretDamaged,
     SecretNotFound,
     TooManyAcls,
     TooManyScopes,
     TooManySecrets,
     UnknownPrincipal,
     ValueTooLong,
+    VersionConflict,
 )
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo, Standing
+from secrets_service.values import SecretValues
 from servicekit.context import Principal
 from servicekit.errors import InvalidParameter
-
-log = logging.getLogger(__name__)
+from servicekit.warnings import warn
 
 MOST_SCOPES = 1_000
 MOST_SECRETS = 1_000
@@ -44,12 +41,11 @@ LONGEST_REMEMBERED = 4_096
 
 
 class SecretScopes:
-    """Scopes, the secrets in them, and who may do what there. `now` tells Unix seconds."""
+    """Scopes, the secrets in them, and who may do what there."""
 
-    def __init__(self, database: RememberingDatabase, cipher: Cipher, now: Callable[[], float]) -> None:
+    def __init__(self, database: RememberingDatabase, values: SecretValues) -> None:
         self._database = database
-        self._cipher = cipher
-        self._now = now
+        self._values = values
 
     async def create_scope(self, *, scope: str, initial_manage_principal: str, caller: Principal) -> None:
         """Creates a scope that the caller, or the group `users`, may MANAGE."""
@@ -76,44 +72,62 @@ class SecretScopes:
         return await self._database.read(store.scopes)
 
     async def delete_scope(self, *, scope: str, caller: Principal) -> None:
-        """Deletes a scope with all that is in it."""
+        """Deletes a scope with all that is in it, values that replicas hold included."""
         names.scope_name(scope)
 
-        def delete(connection: sqlite3.Connection) -> None:
-            store.delete_scope(connection, permitted(connection, scope, caller, Permission.MANAGE))
+        def delete(connection: sqlite3.Connection) -> tuple[None, int]:
+            return None, store.delete_scope(connection, permitted(connection, scope, caller, Permission.MANAGE))
 
-        await self._database.write(delete)
+        await self._database.destroy(delete)
 
-    async def put_secret(self, *, scope: str, key: str, value: SecretBytes, caller: Principal) -> None:
-        """Stores a value under a key, in place of an older one."""
+    async def put_secret(
+        self, *, scope: str, key: str, value: SecretBytes, if_version: int | None, caller: Principal
+    ) -> None:
+        """Stores a value under a key, as a new version.
+
+        Only if `if_version`, when it is given, is the version that is read now, or 0 and there is no such key.
+        """
         names.scope_name(scope)
         names.key_name(key)
         if len(value) > LONGEST_VALUE:
             raise ValueTooLong(LONGEST_VALUE)
+        if if_version is not None and if_version < 0:
+            raise InvalidParameter("if_version: a version, or 0 for a key that must not exist.")
 
-        def put(connection: sqlite3.Connection) -> None:
+        def put(connection: sqlite3.Connection) -> tuple[Scope, int]:
             found = permitted(connection, scope, caller, Permission.WRITE)
-            folded = names.folded(key)
-            is_new = store.find_secret(connection, found, folded) is None
-            if is_new and store.count_secrets(connection, found) >= MOST_SECRETS:
+            known = store.find_key(connection, found, names.folded(key))
+            current = known.current if known else 0
+            if if_version is not None and if_version != current:
+                raise VersionConflict(found.name, key, current)
+            if not current and store.count_secrets(connection, found) >= MOST_SECRETS:
                 raise TooManySecrets(found.name, MOST_SECRETS)
-            version = store.next_version(connection, found)
-            sealed = SealedSecret(key, version, self._cipher.seal(value, place_of(found, folded, version)))
-            store.put_secret(connection, found, sealed, folded=folded, updated_ms=int(self._now() * 1000))
+            _, destroyed = self._values.add(connection, found, key, value)
+            return found, destroyed
 
-        await self._database.write(put)
+        found = await self._database.destroy(put)
+        if value.reveal()[-1:].isspace():
+            warn(
+                "secret ends with white space",
+                f"The value of key {key} in scope {found.name} ends with white space, which is kept as part of it."
+                " If that was not meant, put it again without.",
+                scope=found.name,
+                key=key,
+            )
 
     async def delete_secret(self, *, scope: str, key: str, caller: Principal) -> None:
-        """Deletes a secret."""
+        """Deletes a secret; values that replicas hold go with them."""
         names.scope_name(scope)
         names.key_name(key)
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: sqlite3.Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller, Permission.WRITE)
-            if not store.delete_secret(connection, found, names.folded(key)):
+            known = store.find_key(connection, found, names.folded(key))
+            if known is None or not known.current:
                 raise SecretNotFound(found.name, key)
+            return None, self._values.delete(connection, known)
 
-        await self._database.write(delete)
+        await self._database.destroy(delete)
 
     async def list_secrets(self, *, scope: str, caller: Principal) -> list[SecretInfo]:
         """The keys of a scope."""
@@ -137,28 +151,25 @@ class SecretScopes:
         _require(standing, Permission.READ, found, caller)
         if sealed is None:
             raise SecretNotFound(found.name, key)
-        try:
-            return sealed.key, self._cipher.open(sealed.record, place_of(found, folded, sealed.version))
-        except Damaged:
-            log.error("stored secret is damaged", extra={"scope": found.name, "key": sealed.key})
-            raise SecretDamaged(found.name, sealed.key) from None
+        return sealed.key, self._values.open(found, sealed)
 
     async def put_acl(self, *, scope: str, principal: str, permission: Permission, caller: Principal) -> None:
         """Grants a permission, in place of the principal's older one."""
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def put(connection: sqlite3.Connection) -> None:
+        def put(connection: sqlite3.Connection) -> Scope | None:
             found = permitted(connection, scope, caller, Permission.MANAGE)
             principal_id = store.find_principal(connection, folded)
             if principal_id is None:
                 raise UnknownPrincipal("principal", principal)
-            is_new = store.find_grant(connection, found, folded) is None
-            if is_new and len(store.grants(connection, found)) >= MOST_ACLS:
+            before = store.find_grant(connection, found, folded)
+            if before is None and len(store.grants(connection, found)) >= MOST_ACLS:
                 raise TooManyAcls(found.name, MOST_ACLS)
             store.put_grant(connection, found, principal_id, permission)
+            return _abandoned(connection, found, before)
 
-        await self._database.write(put)
+        _warn_if_abandoned(await self._database.write(put))
 
     async def get_acl(self, *, scope: str, principal: str, caller: Principal) -> Grant:
         """What is granted to one principal itself."""
@@ -188,12 +199,15 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: sqlite3.Connection) -> Scope | None:
             found = permitted(connection, scope, caller, Permission.MANAGE)
-            if not store.delete_grant(connection, found, folded):
+            before = store.find_grant(connection, found, folded)
+            if before is None:
                 raise AclNotFound(found.name, principal)
+            store.delete_grant(connection, found, folded)
+            return _abandoned(connection, found, before)
 
-        await self._database.write(delete)
+        _warn_if_abandoned(await self._database.write(delete))
 
 
 def permitted(connection: sqlite3.Connection, scope: str, caller: Principal, needed: Permission) -> Scope:
@@ -214,11 +228,24 @@ def _require(standing: Standing, needed: Permission, scope: Scope, caller: Princ
         raise ScopePermissionDenied(caller.name, needed, scope.name)
 
 
+def _abandoned(connection: sqlite3.Connection, scope: Scope, before: Grant | None) -> Scope | None:
+    """The scope, when the permission that was `before` was its last MANAGE."""
+    if before is None or before.permission is not Permission.MANAGE:
+        return None
+    is_managed = any(grant.permission is Permission.MANAGE for grant in store.grants(connection, scope))
+    return None if is_managed else scope
+
+
+def _warn_if_abandoned(scope: Scope | None) -> None:
+    if scope is not None:
+        warn(
+            "last MANAGE of a scope is gone",
+            f"Nobody but admins can manage scope {scope.name} any more: its last MANAGE permission is gone."
+            " Ask an admin to grant it again if that was not meant.",
+            scope=scope.name,
+        )
+
+
 def _is_short(row: tuple[Scope, Standing, SealedSecret | None] | None) -> bool:
     """Whether a read is worth its room in memory, sealed as it is. Names that do not exist are endless."""
     return row is not None and row[2] is not None and len(row[2].record) <= LONGEST_REMEMBERED
-
-
-def place_of(scope: Scope, folded: str, version: int) -> Place:
-    """Where the value of a key belongs; there alone it opens."""
-    return Place(kind="secret", scope=scope.uuid, key=folded, version=version, field="value")

@@ -1,4 +1,4 @@
-"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py and resolver.py."""
+"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py, versions.py, resolver.py."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from secrets_service.errors import ValueNotGiven
-from secrets_service.model import Grant, Permission, Reference, ReferenceFailure, SecretBytes
+from secrets_service.model import Grant, Permission, Reference, ReferenceFailure, SecretBytes, VersionInfo
 from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
+from secrets_service.versions import SecretVersions
 from servicekit.context import current, current_caller
-from servicekit.errors import InvalidParameter, Unauthenticated
+from servicekit.errors import BadRequest, InvalidParameter, Unauthenticated
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 
@@ -18,12 +19,15 @@ from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 class SecretsServicer(rpc.SecretsServicer):
     """The public service."""
 
-    def __init__(self, scopes: SecretScopes) -> None:
+    def __init__(self, scopes: SecretScopes, versions: SecretVersions) -> None:
         self._scopes = scopes
+        self._versions = versions
 
     async def CreateScope(self, request: pb.CreateScopeRequest, context: Any) -> pb.CreateScopeResponse:
         if request.scope_backend_type not in (pb.SCOPE_BACKEND_TYPE_UNSPECIFIED, pb.DATABRICKS):
             raise InvalidParameter("scope_backend_type: only DATABRICKS is offered.")
+        if request.HasField("backend_azure_keyvault"):
+            raise BadRequest("backend_azure_keyvault: belongs to AZURE_KEYVAULT scopes, which are not offered.")
         await self._scopes.create_scope(
             scope=request.scope,
             initial_manage_principal=request.initial_manage_principal,
@@ -43,7 +47,11 @@ class SecretsServicer(rpc.SecretsServicer):
 
     async def PutSecret(self, request: pb.PutSecretRequest, context: Any) -> pb.PutSecretResponse:
         await self._scopes.put_secret(
-            scope=request.scope, key=request.key, value=_value(request), caller=current_caller()
+            scope=request.scope,
+            key=request.key,
+            value=_value(request),
+            if_version=request.if_version if request.HasField("if_version") else None,
+            caller=current_caller(),
         )
         return pb.PutSecretResponse()
 
@@ -82,6 +90,24 @@ class SecretsServicer(rpc.SecretsServicer):
         await self._scopes.delete_acl(scope=request.scope, principal=request.principal, caller=current_caller())
         return pb.DeleteAclResponse()
 
+    async def ListSecretVersions(
+        self, request: pb.ListSecretVersionsRequest, context: Any
+    ) -> pb.ListSecretVersionsResponse:
+        key, versions = await self._versions.list_versions(
+            scope=request.scope, key=request.key, caller=current_caller()
+        )
+        return pb.ListSecretVersionsResponse(key=key, versions=map(_version, versions))
+
+    async def RestoreSecret(self, request: pb.RestoreSecretRequest, context: Any) -> pb.RestoreSecretResponse:
+        version = await self._versions.restore(
+            scope=request.scope, key=request.key, version=request.version, caller=current_caller()
+        )
+        return pb.RestoreSecretResponse(version=version)
+
+    async def PurgeSecret(self, request: pb.PurgeSecretRequest, context: Any) -> pb.PurgeSecretResponse:
+        await self._versions.purge(scope=request.scope, key=request.key, caller=current_caller())
+        return pb.PurgeSecretResponse()
+
 
 class SecretResolverServicer(rpc.SecretResolverServicer):
     """The internal service: Serving alone can reach it."""
@@ -112,6 +138,14 @@ class SecretResolverServicer(rpc.SecretResolverServicer):
             values=[value.reveal() for value in values], failures=[_failure(failure) for failure in failures]
         )
 
+    async def EndLaunches(self, request: pb.EndLaunchesRequest, context: Any) -> pb.EndLaunchesResponse:
+        await self._resolution.end_launches(request.replica_ids)
+        return pb.EndLaunchesResponse()
+
+    async def KeepLaunches(self, request: pb.KeepLaunchesRequest, context: Any) -> pb.KeepLaunchesResponse:
+        await self._resolution.keep_launches(request.replica_ids)
+        return pb.KeepLaunchesResponse()
+
 
 def _value(request: pb.PutSecretRequest) -> SecretBytes:
     given = request.WhichOneof("value")
@@ -125,6 +159,16 @@ def _permission(number: int) -> Permission:
         return Permission(number)
     except ValueError:
         raise InvalidParameter("permission: one of READ, WRITE, MANAGE is required.") from None
+
+
+def _version(version: VersionInfo) -> pb.SecretVersion:
+    return pb.SecretVersion(
+        version=version.version,
+        created_timestamp=version.created_ms,
+        current=version.is_current,
+        held=version.is_held,
+        deleted=version.is_deleted,
+    )
 
 
 def _acl_item(grant: Grant) -> pb.AclItem:

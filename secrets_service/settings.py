@@ -14,6 +14,13 @@ def _file(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
+def _at_least_one(text: str) -> int:
+    """A whole number, one or more."""
+    if (number := settings.count(text)) < 1:
+        raise ValueError("expected a whole number, at least 1")
+    return number
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SecretsSettings(ServiceSettings):
     """Settings of the Secrets service; a public listener that would leak tokens raises ValueError."""
@@ -35,6 +42,12 @@ class SecretsSettings(ServiceSettings):
         settings.count,
         default=10,
         help="Tokens that one user or service principal may get within a minute; more are answered 429. 0: any number.",
+    )
+    secret_versions: int = setting(
+        "TESSERA_SECRET_VERSIONS",
+        _at_least_one,
+        default=5,
+        help="How many versions of each secret are kept, the one that is read included; those in use stay besides.",
     )
     reflection: bool | None = setting(
         "TESSERA_REFLECTION",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from secrets_service.model import (
     Email,
     Grant,
     Group,
+    Key,
     Kind,
     ManagedToken,
     Permission,
@@ -26,6 +27,7 @@ from secrets_service.model import (
     StoredToken,
     TokenInfo,
     User,
+    VersionInfo,
 )
 
 # --- platform ---
@@ -229,52 +231,143 @@ def insert_scope(connection: sqlite3.Connection, name: str, *, folded: str, uuid
     return Scope(_new_id(cursor), uuid, name)
 
 
-def delete_scope(connection: sqlite3.Connection, scope: Scope) -> None:
-    """Deletes a scope with its secrets and ACLs."""
+def delete_scope(connection: sqlite3.Connection, scope: Scope) -> int:
+    """Deletes a scope with its secrets and ACLs; how many values were destroyed with it."""
+    values = connection.execute(
+        "SELECT count(*) FROM versions v JOIN keys k ON k.id = v.key_id WHERE k.scope_id = ?", (scope.id,)
+    ).fetchone()[0]
     connection.execute("DELETE FROM scopes WHERE id = ?", (scope.id,))
+    return int(values)
 
 
-def next_version(connection: sqlite3.Connection, scope: Scope) -> int:
-    """The version of the next put in a scope; no two puts get the same."""
-    connection.execute("UPDATE scopes SET last_version = last_version + 1 WHERE id = ?", (scope.id,))
-    return int(connection.execute("SELECT last_version FROM scopes WHERE id = ?", (scope.id,)).fetchone()[0])
+# A key exists while its last version is not older than its last deletion: `last_version >= first_version`.
+
+
+def find_key(connection: sqlite3.Connection, scope: Scope, folded: str) -> Key | None:
+    """What is known about a key, also when it was deleted; None when it never was."""
+    row = connection.execute(
+        "SELECT id, key, first_version, last_version FROM keys WHERE scope_id = ? AND folded = ?", (scope.id, folded)
+    ).fetchone()
+    return Key(*row) if row else None
 
 
 def find_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> SealedSecret | None:
-    """The secret under that key."""
+    """The version of a secret that is read."""
     row = connection.execute(
-        "SELECT key, version, record FROM secrets WHERE scope_id = ? AND folded = ?", (scope.id, folded)
+        "SELECT k.id, k.key, v.version, v.record FROM keys k"
+        " JOIN versions v ON v.key_id = k.id AND v.version = k.last_version"
+        " WHERE k.scope_id = ? AND k.folded = ? AND k.last_version >= k.first_version",
+        (scope.id, folded),
     ).fetchone()
     return SealedSecret(*row) if row else None
 
 
+def find_version(connection: sqlite3.Connection, key: Key, version: int) -> SealedSecret | None:
+    """A version of a secret, if it is kept."""
+    row = connection.execute(
+        "SELECT record FROM versions WHERE key_id = ? AND version = ?", (key.id, version)
+    ).fetchone()
+    return SealedSecret(key.id, key.name, version, row[0]) if row else None
+
+
+def versions(connection: sqlite3.Connection, key: Key) -> list[VersionInfo]:
+    """The versions of a secret that are kept, the newest first."""
+    rows = connection.execute(
+        "SELECT version, created_ms, EXISTS (SELECT 1 FROM holds h WHERE (h.key_id, h.version) = (v.key_id, v.version))"
+        " FROM versions v WHERE key_id = ? ORDER BY version DESC",
+        (key.id,),
+    )
+    return [
+        VersionInfo(
+            version,
+            created_ms,
+            is_current=version == key.current,
+            is_held=bool(is_held),
+            is_deleted=version < key.first_version,
+        )
+        for version, created_ms, is_held in rows
+    ]
+
+
 def secrets(connection: sqlite3.Connection, scope: Scope) -> list[SecretInfo]:
     """The keys of a scope, by name."""
-    rows = connection.execute("SELECT key, updated_ms FROM secrets WHERE scope_id = ? ORDER BY folded", (scope.id,))
+    rows = connection.execute(
+        "SELECT k.key, v.created_ms FROM keys k JOIN versions v ON v.key_id = k.id AND v.version = k.last_version"
+        " WHERE k.scope_id = ? AND k.last_version >= k.first_version ORDER BY k.folded",
+        (scope.id,),
+    )
     return [SecretInfo(*row) for row in rows]
 
 
 def count_secrets(connection: sqlite3.Connection, scope: Scope) -> int:
     """How many secrets a scope holds."""
-    return int(connection.execute("SELECT count(*) FROM secrets WHERE scope_id = ?", (scope.id,)).fetchone()[0])
+    row = connection.execute(
+        "SELECT count(*) FROM keys WHERE scope_id = ? AND last_version >= first_version", (scope.id,)
+    ).fetchone()
+    return int(row[0])
 
 
-def put_secret(
-    connection: sqlite3.Connection, scope: Scope, secret: SealedSecret, *, folded: str, updated_ms: int
-) -> None:
-    """Records a secret in place of an older one, whose spelling of the key stays."""
+def next_version(connection: sqlite3.Connection, scope: Scope, name: str, *, folded: str) -> tuple[int, int]:
+    """Counts a put: the key's id and the new version. A key that exists keeps its spelling."""
+    row = connection.execute(
+        "INSERT INTO keys (scope_id, key, folded, first_version, last_version) VALUES (?, ?, ?, 1, 1)"
+        " ON CONFLICT (scope_id, folded) DO UPDATE SET last_version = last_version + 1,"
+        " key = iif(last_version >= first_version, key, excluded.key) RETURNING id, last_version",
+        (scope.id, name, folded),
+    ).fetchone()
+    return row[0], row[1]
+
+
+def insert_version(connection: sqlite3.Connection, secret: SealedSecret, *, created_ms: int) -> None:
+    """Records the value of a version."""
     connection.execute(
-        "INSERT INTO secrets (scope_id, key, folded, version, record, updated_ms) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT (scope_id, folded) DO UPDATE"
-        " SET version = excluded.version, record = excluded.record, updated_ms = excluded.updated_ms",
-        (scope.id, secret.key, folded, secret.version, secret.record, updated_ms),
+        "INSERT INTO versions (key_id, version, created_ms, record) VALUES (?, ?, ?, ?)",
+        (secret.key_id, secret.version, created_ms, secret.record),
     )
 
 
-def delete_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> bool:
-    """Deletes a secret; False when there is none under that key."""
-    cursor = connection.execute("DELETE FROM secrets WHERE scope_id = ? AND folded = ?", (scope.id, folded))
-    return cursor.rowcount > 0
+def delete_key(connection: sqlite3.Connection, key: Key) -> None:
+    """Has all versions of a key count as put before its deletion."""
+    connection.execute("UPDATE keys SET first_version = last_version + 1 WHERE id = ?", (key.id,))
+
+
+def drop_versions(connection: sqlite3.Connection, key_id: int, *, keep: int) -> int:
+    """Destroys the versions of a key that are not held, but for the newest `keep` since its deletion; how many."""
+    cursor = connection.execute(
+        "DELETE FROM versions WHERE key_id = ?1"
+        " AND EXISTS (SELECT 1 FROM keys k WHERE k.id = ?1"
+        " AND (version <= k.last_version - ?2 OR version < k.first_version))"
+        " AND NOT EXISTS (SELECT 1 FROM holds h WHERE h.key_id = ?1 AND h.version = versions.version)",
+        (key_id, keep),
+    )
+    return cursor.rowcount
+
+
+def drop_all_versions(connection: sqlite3.Connection, key: Key) -> int:
+    """Destroys every version of a key, held or not; how many."""
+    return connection.execute("DELETE FROM versions WHERE key_id = ?", (key.id,)).rowcount
+
+
+def hold(connection: sqlite3.Connection, replica_id: str, secret: SealedSecret) -> None:
+    """Records that a replica is started with a version."""
+    connection.execute(
+        "INSERT INTO holds (replica_id, key_id, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+        (replica_id, secret.key_id, secret.version),
+    )
+
+
+def release(connection: sqlite3.Connection, replica_ids: Iterable[str]) -> set[int]:
+    """Forgets what replicas held; the ids of the keys concerned."""
+    rows = connection.execute(
+        "DELETE FROM holds WHERE replica_id IN (SELECT value FROM json_each(?)) RETURNING key_id",
+        (json.dumps(list(replica_ids)),),
+    )
+    return {row[0] for row in rows}
+
+
+def holders(connection: sqlite3.Connection) -> set[str]:
+    """The replicas that hold a version."""
+    return {row[0] for row in connection.execute("SELECT DISTINCT replica_id FROM holds")}
 
 
 # --- access control lists ---
@@ -305,8 +398,9 @@ def find_scope_standing_and_secret(
 ) -> tuple[Scope, Standing, SealedSecret | None] | None:
     """As `find_scope_and_standing`, with the secret under a key: one statement, because this is what is read most."""
     rows = connection.execute(
-        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission, x.key, x.version, x.record{_STANDING}"
-        " LEFT JOIN secrets x ON x.scope_id = s.id AND x.folded = ?3 WHERE s.folded = ?2",
+        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission, k.id, k.key, v.version, v.record{_STANDING}"
+        " LEFT JOIN keys k ON k.scope_id = s.id AND k.folded = ?3 AND k.last_version >= k.first_version"
+        " LEFT JOIN versions v ON v.key_id = k.id AND v.version = k.last_version WHERE s.folded = ?2",
         (principal_id, scope, key),
     ).fetchall()
     if not rows:
@@ -352,13 +446,12 @@ def grants(connection: sqlite3.Connection, scope: Scope) -> list[Grant]:
     return [Grant(name, Permission(permission)) for name, permission in rows]
 
 
-def delete_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> bool:
-    """Takes away what is granted to the principal of that name; False when nothing is."""
-    cursor = connection.execute(
+def delete_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> None:
+    """Takes away what is granted to the principal of that name."""
+    connection.execute(
         "DELETE FROM acls WHERE scope_id = ? AND principal_id = (SELECT id FROM principals WHERE folded = ?)",
         (scope.id, folded),
     )
-    return cursor.rowcount > 0
 
 
 def _new_id(cursor: sqlite3.Cursor) -> int:

@@ -23,6 +23,8 @@ A = TypeVar("A")
 
 ASSERTION = "x-tessera-assertion"
 REQUEST_ID = "x-tessera-request-id"
+WARNING = "x-tessera-warning"
+"""Trailing metadata of an answer: what the caller should know although all went well; once per warning."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 

@@ -58,9 +58,27 @@ class Database:
         """Runs a function as one transaction: all of it is on stable storage afterwards, or none when it raises."""
         return await _hop(self._writer, _transaction, "BEGIN IMMEDIATE", function, *args, **kwargs)
 
+    async def erase(self) -> None:
+        """Leaves nothing of what was deleted in the files: the log beside the database is moved into it and emptied.
+
+        Deleted content is overwritten in the database (`secure_delete`), but the log keeps older pages until then.
+        Waits for reads under way; one that lasts longer than that puts it off until the next time, or the next start.
+        """
+        try:
+            is_done = await _hop(self._writer, _emptied)
+        except sqlite3.Error:  # what was deleted stays deleted, so nobody is told that it was not
+            is_done = False
+        if not is_done:
+            log.warning("deleted content stays in the database's log for a while")
+
     async def ping(self) -> None:
         """Raises when the database does not answer."""
         await self.read(lambda connection: connection.execute("SELECT 1").fetchone())
+
+
+def _emptied(connection: sqlite3.Connection) -> bool:
+    is_busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    return not is_busy
 
 
 def _transaction(
@@ -164,3 +182,4 @@ def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable
         sql = script.read_text(encoding="utf-8")
         connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version={number};\nCOMMIT;")
         log.info("migration applied", extra={"database": path.name, "migration": script.name})
+    _emptied(connection)  # a process that was killed may have left deleted content there

@@ -98,7 +98,7 @@ class AlreadyExists(ServiceError):
 
 
 class Conflict(ServiceError):
-    """Another change of the same object is under way."""
+    """Another change of the same object is under way, or was made since the caller looked."""
 
     code = grpc.StatusCode.ABORTED
     reason = "RESOURCE_CONFLICT"

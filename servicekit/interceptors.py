@@ -105,6 +105,7 @@ class _Call:
                 await self._crash(rpc, error)
             else:
                 self._log_success()
+                _pass_warnings(rpc)
                 return answer
 
         return handle
@@ -168,6 +169,12 @@ async def _within_deadline(answer: Awaitable[Any], remaining: float | None) -> A
         if not limit.expired():  # a time-out inside the handler, which should have dealt with it
             raise
         raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+
+
+def _pass_warnings(rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+    request = context.current()
+    if request is not None and request.warnings:
+        rpc.set_trailing_metadata(tuple((channels.WARNING, text) for text in request.warnings))
 
 
 async def _no_such_method(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:

@@ -17,6 +17,7 @@ from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
+from serving_service.holds import SecretHolds
 from serving_service.launcher import Launcher, LocalLauncher
 from serving_service.launches import Launches
 from serving_service.query import Queries
@@ -62,7 +63,8 @@ async def running(
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
-        references = SecretReferences(secrets)
+        holds = SecretHolds(secrets, opened)
+        references = SecretReferences(secrets, holds)
         registry = registry or MlflowRegistry(
             settings.registry_uri, data / "models", service_environment=own_environment()
         )
@@ -74,7 +76,7 @@ async def running(
                 or LocalLauncher(
                     directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
                 ),
-                launches=Launches(registry, references),
+                launches=Launches(registry, references, holds),
                 routes=routes,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
@@ -103,7 +105,12 @@ async def running(
                 ],
                 readiness={"database": opened.ping},
                 # Routes last: its streams end with it, and would hold the service up if they did not.
-                jobs={"registry": registry.run, "controllers": controllers.run, "routes": routes.run},
+                jobs={
+                    "registry": registry.run,
+                    "controllers": controllers.run,
+                    "holds": holds.run,
+                    "routes": routes.run,
+                },
                 message_limit=MESSAGE_LIMIT,
             )
         )

@@ -290,6 +290,7 @@ class EndpointController:
                 self._retries.get(key), ready_seconds=0, message=message, now=time.monotonic()
             )
             if endpoint.pending is not None and endpoint.pending.version == replica.version:
+                self._doors.launches.ended(replica.id)
                 self._change(replica.id, phase=Phase.ENDED, message=message, is_final=True)
                 return
         else:
@@ -340,6 +341,7 @@ class EndpointController:
                 self._retries.get(key), ready_seconds=ready_seconds, message=message, now=now
             )
         self._change(replica_id, phase=Phase.ENDED, message=message, is_final=is_final)
+        self._doors.launches.ended(replica_id)
 
     async def _stop(self, replica_id: str, *, drain: float, keep_log: bool) -> None:
         launching = self._launching.get(replica_id)
@@ -353,6 +355,7 @@ class EndpointController:
                 await self._doors.routes.drained(replica_id, timeout=drain)
             await self._end(handle, dismiss=not keep_log)
         if keep_log:
+            self._doors.launches.ended(replica_id)
             self._change(replica_id, phase=Phase.ENDED, is_stopping=False)
         else:
             await self._forget(replica_id)
@@ -378,6 +381,7 @@ class EndpointController:
             except sqlite3.Error:
                 log.warning("replica cannot be forgotten yet", extra={"replica": replica_id})
                 await asyncio.sleep(UNREADABLE_SECONDS)
+        self._doors.launches.ended(replica_id)
         for memory in (self._replicas, self._handles, self._ready_since):
             memory.pop(replica_id, None)
 

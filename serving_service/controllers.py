@@ -82,6 +82,7 @@ class Controllers:
         records = {record.id: record for record in await database.read(store.all_replicas)}
         for replica_id in records.keys() - handles.keys():
             await database.write(store.remove_replica, replica_id)
+            self._doors.launches.ended(replica_id)
         for replica_id in handles.keys() - records.keys():
             log.warning("replica belongs to no endpoint and is stopped", extra={"replica": replica_id})
             orphans.create_task(_stop_orphan(handles[replica_id]))

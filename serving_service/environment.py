@@ -14,6 +14,7 @@ import grpc
 
 from servicekit import channels
 from servicekit.errors import InvalidParameter, PermissionDenied, ServiceError
+from serving_service.holds import SecretHolds
 from serving_service.launcher import is_reserved
 from serving_service.model import ServedEntity
 from tessera.identity.v1 import identity_pb2, identity_pb2_grpc
@@ -97,9 +98,10 @@ def check_declared(variables: Mapping[str, str], at: str) -> None:
 class SecretReferences:
     """Asks Secrets about references: may they be used, and what do they stand for."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, holds: SecretHolds) -> None:
         self._resolver = rpc.SecretResolverStub(channel)
         self._authority = identity_pb2_grpc.AuthorityStub(channel)
+        self._holds = holds
 
     async def check(
         self, entities: tuple[ServedEntity, ...], *, creator_id: str, known: Container[tuple[str, str]]
@@ -156,6 +158,7 @@ class SecretReferences:
         references = references_of([entity])
         values: dict[tuple[str, str], str] = {}
         if references:
+            await self._holds.reconciled()
             answer = await channels.call(
                 self._resolver.Resolve,
                 pb.ResolveRequest(

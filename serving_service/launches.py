@@ -12,6 +12,7 @@ import grpc
 
 from servicekit.errors import ServiceError
 from serving_service.environment import SecretReferences, UnresolvableError
+from serving_service.holds import SecretHolds
 from serving_service.launcher import Launch
 from serving_service.model import Endpoint, ServedEntity
 from serving_service.registry import Registry
@@ -30,9 +31,10 @@ class LaunchDelayed(Exception):
 class Launches:
     """Makes launches of what the registry and Secrets hold."""
 
-    def __init__(self, registry: Registry, references: SecretReferences) -> None:
+    def __init__(self, registry: Registry, references: SecretReferences, holds: SecretHolds) -> None:
         self._registry = registry
         self._references = references
+        self._holds = holds
 
     async def prepare(
         self, endpoint: Endpoint, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
@@ -62,3 +64,7 @@ class Launches:
             environment=resolved.variables,
             masked_values=resolved.secrets,
         )
+
+    def ended(self, replica_id: str) -> None:
+        """Lets go of what a launch held, once its process is over or there is never going to be one; idempotent."""
+        self._holds.ended(replica_id)

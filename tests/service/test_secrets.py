@@ -394,11 +394,12 @@ async def test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open(
                     await service.admin.put(scope, key, CANARY)
             admin_id = await _id_of(service.admin)
         with sqlite3.connect(directory / "secrets" / "secrets.db") as connection:
-            copy = "UPDATE secrets SET record = (SELECT record FROM secrets WHERE id = ?) WHERE id = ?"
+            copy = "UPDATE versions SET record = (SELECT record FROM versions WHERE key_id = ?) WHERE key_id = ?"
             connection.execute(copy, (2, 1))  # another key of the same scope
             connection.execute(copy, (6, 3))  # the same key of another scope
-            connection.execute("UPDATE secrets SET version = version + 1 WHERE id = 4")
-            connection.execute("UPDATE secrets SET record = substr(record, 1, 20) WHERE id = 5")
+            connection.execute("UPDATE versions SET version = version + 1 WHERE key_id = 4")
+            connection.execute("UPDATE keys SET last_version = last_version + 1 WHERE id = 4")
+            connection.execute("UPDATE versions SET record = substr(record, 1, 20) WHERE key_id = 5")
         connection.close()
         async with running_secrets(directory) as service:
             for scope, key in (("one", "a"), ("one", "c"), ("two", "a"), ("two", "b")):
@@ -423,13 +424,13 @@ async def test_old_ciphertext_of_a_key_does_not_open_again() -> None:
             await service.admin.create_scope("one")
             await service.admin.put("one", "a", "old")
         with sqlite3.connect(database) as connection:
-            [(old,)] = connection.execute("SELECT record FROM secrets").fetchall()
+            [(old,)] = connection.execute("SELECT record FROM versions").fetchall()
         connection.close()
         async with running_secrets(directory) as service:
             await service.admin.delete("one", "a")
             await service.admin.put("one", "a", "new")
         with sqlite3.connect(database) as connection:
-            connection.execute("UPDATE secrets SET record = ?", (old,))
+            connection.execute("UPDATE versions SET record = ?", (old,))
         connection.close()
         async with running_secrets(directory) as service:
             assert (await refusal(service.admin.get("one", "a"))).reason == "DATA_LOSS"

@@ -21,11 +21,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from servicekit import channels, context
 from serving_service import store
+from serving_service.environment import SecretReferences
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
 from tessera.identity.v1.identity_pb2 import (
     CreateServicePrincipalRequest,
     DeleteRequest,
+    GetMeRequest,
     ListRequest,
     PatchOperation,
     PatchRequest,
@@ -573,6 +575,114 @@ async def test_a_launch_waits_for_secrets_and_goes_on_when_it_is_back() -> None:
             await secrets.start()
             assert (await platform.admin.settled("demo")).state.ready == State.READY
             assert await environment_of(platform.admin, "demo") == {"A": CANARY}
+
+
+async def held(platform: Platform) -> list[int]:
+    """The versions of the secret that replicas hold, the newest first."""
+    versions = await platform.secrets.admin.versions("team", "api.key")
+    return [version.version for version in versions if version.held]
+
+
+async def test_a_replica_holds_the_versions_it_was_started_with_until_it_has_ended(platform: Platform) -> None:
+    await platform.put()
+    await platform.admin.create("demo", environment={"A": SECRET})
+    await platform.admin.settled("demo")
+    assert await held(platform) == [1]
+    await platform.secrets.admin.put("team", "api.key", "newer")
+    assert await held(platform) == [1]
+    (pid,) = (await platform.serving.replicas()).values()
+    os.kill(pid, signal.SIGKILL)
+
+    async def holds(*versions: int) -> bool:
+        return await held(platform) == list(versions)
+
+    await eventually(lambda: holds(2), what="its successor holds the newer version, and it holds nothing")
+    await platform.admin.settled("demo")
+    await platform.admin.delete("demo")
+    await eventually(holds, what="nothing is held")
+
+
+@pytest.mark.parametrize(("manner", "value"), [("failing", CANARY), ("ready", "x" * 131_072)])
+async def test_a_launch_that_fails_for_good_holds_nothing(platform: Platform, manner: str, value: str) -> None:
+    # Either the model fails with its environment, or the value is longer than a process may have it.
+    await platform.put(value)
+    await platform.admin.create("demo", manner, environment={"A": SECRET})
+    assert (await platform.admin.settled("demo")).state.config_update == State.UPDATE_FAILED
+
+    async def holds_nothing() -> bool:
+        return await held(platform) == []
+
+    await eventually(holds_nothing, what="nothing is held")
+
+
+async def test_a_launch_that_is_given_up_half_way_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = SecretReferences.resolve
+
+    async def endless(self: SecretReferences, *arguments: Any, **names: Any) -> Any:
+        await resolve(self, *arguments, **names)
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SecretReferences, "resolve", endless)
+    async with running_platform(deploy_deadline=1.0) as platform:
+        await platform.put()
+        await platform.admin.create("demo", environment={"A": SECRET})
+
+        async def holds(*versions: int) -> bool:
+            return await held(platform) == list(versions)
+
+        await eventually(lambda: holds(1), what="the launch has its values")
+        assert (await platform.admin.settled("demo")).state.config_update == State.UPDATE_FAILED
+        await eventually(holds, what="nothing is held")
+
+
+async def test_an_end_that_secrets_did_not_hear_of_is_told_when_it_is_back() -> None:
+    with data_directory() as directory:
+        async with switched_platform(directory) as (platform, secrets):
+            await platform.put()
+            await platform.admin.create("demo", environment={"A": SECRET})
+            await platform.admin.settled("demo")
+            await secrets.stop()
+            await platform.admin.delete("demo")
+
+            async def is_gone() -> bool:
+                return not await platform.serving.replicas()
+
+            await eventually(is_gone, what="the replica has ended")
+            platform = Platform(await secrets.start(), platform.serving)
+
+            async def holds_nothing() -> bool:
+                return await held(platform) == []
+
+            await eventually(holds_nothing, what="nothing is held")
+
+
+async def test_what_a_predecessor_left_is_released_at_the_start_and_what_lives_is_not() -> None:
+    with data_directory() as directory:
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(no_replicas(directory))
+            secrets = await stack.enter_async_context(running_secrets(directory))
+            async with running_serving(directory) as serving:
+                platform = Platform(secrets, serving)
+                await platform.put()
+                created = await platform.admin.create("demo", environment={"A": SECRET})
+                await platform.admin.settled("demo")
+            await secrets.admin.put("team", "api.key", "newer")
+            peer = secrets.peer("serving")
+            left = secrets_pb2.ResolveRequest(
+                endpoint_id=created.id,
+                replica_id="left-behind",
+                creator_id=(await secrets.admin(secrets.admin.scim.GetMe, GetMeRequest())).id,
+                references=[secrets_pb2.SecretReference(scope="team", key="api.key")],
+            )
+            await peer(peer.resolver.Resolve, left)
+            assert await held(platform) == [2, 1]
+            async with running_serving(directory) as serving:
+                platform = Platform(secrets, serving)
+
+                async def holds_one() -> bool:
+                    return await held(platform) == [1]
+
+                await eventually(holds_one, what="only the live replica holds its version")
 
 
 async def test_what_a_secret_lacks_at_a_restart_is_said_without_its_value(platform: Platform) -> None:

@@ -55,8 +55,14 @@ class Caller:
             secrets_pb2.CreateScopeRequest(scope=scope, initial_manage_principal=manager),
         )
 
-    async def put(self, scope: str, key: str, value: str | bytes) -> None:
-        request = secrets_pb2.PutSecretRequest(scope=scope, key=key)
+    async def warned(self, method: Callable[..., Any], message: Any) -> list[str]:
+        """The warnings that come with the answer to a call."""
+        answering = method(message, metadata=self.metadata, timeout=TIMEOUT)
+        await answering
+        return [value for name, value in await answering.trailing_metadata() or () if name == channels.WARNING]
+
+    async def put(self, scope: str, key: str, value: str | bytes, *, if_version: int | None = None) -> None:
+        request = secrets_pb2.PutSecretRequest(scope=scope, key=key, if_version=if_version)
         if isinstance(value, str):
             request.string_value = value
         else:
@@ -69,6 +75,17 @@ class Caller:
 
     async def delete(self, scope: str, key: str) -> None:
         await self(self.secrets.DeleteSecret, secrets_pb2.DeleteSecretRequest(scope=scope, key=key))
+
+    async def versions(self, scope: str, key: str) -> list[secrets_pb2.SecretVersion]:
+        request = secrets_pb2.ListSecretVersionsRequest(scope=scope, key=key)
+        return list((await self(self.secrets.ListSecretVersions, request)).versions)
+
+    async def restore(self, scope: str, key: str, version: int) -> int:
+        request = secrets_pb2.RestoreSecretRequest(scope=scope, key=key, version=version)
+        return int((await self(self.secrets.RestoreSecret, request)).version)
+
+    async def purge(self, scope: str, key: str) -> None:
+        await self(self.secrets.PurgeSecret, secrets_pb2.PurgeSecretRequest(scope=scope, key=key))
 
     async def keys(self, scope: str) -> list[str]:
         answer = await self(self.secrets.ListSecrets, secrets_pb2.ListSecretsRequest(scope=scope))

@@ -23,6 +23,7 @@ class Client:
     def __init__(self, server: EchoServer, routes: RouteTable) -> None:
         self.server = server
         self.asked_for_channel: list[str] = []
+        self.warnings: tuple[str, ...] = ()
         self._routes = routes
         self._transcoder = Transcoder(self._channel_for, routes)
 
@@ -38,7 +39,9 @@ class Client:
     ) -> Any:
         match = self._routes.match(verb, path)
         assert match is not None
-        return json.loads(await self._transcoder.handle(*match, query, body, metadata, timeout))
+        transcoded = await self._transcoder.handle(*match, query, body, metadata, timeout)
+        self.warnings = transcoded.warnings
+        return json.loads(transcoded.body)
 
     def _channel_for(self, method: Any) -> grpc.aio.Channel:
         self.asked_for_channel.append(method.full_name)
@@ -159,13 +162,25 @@ async def test_failed_call_raises_the_status_of_the_peer(client: Client) -> None
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+async def test_warnings_of_the_peer_come_with_the_answer(client: Client) -> None:
+    async def warn(request: Any, context: Any) -> Any:
+        context.set_trailing_metadata((("x-tessera-warning", "one"), ("other", "no"), ("x-tessera-warning", "two")))
+        return request
+
+    await client.send("GET", "/api/things/n")
+    assert list(client.warnings) == []
+    client.server.answer = warn
+    await client.send("GET", "/api/things/n")
+    assert list(client.warnings) == ["one", "two"]
+
+
 async def test_channel_is_asked_for_once_per_rpc(client: Client) -> None:
     for _ in range(2):
         await client.send("GET", "/api/things/n")
     assert len(client.asked_for_channel) == len(set(client.asked_for_channel)) == 7
 
 
-def test_binding_is_compiled_at_the_start_not_at_the_first_call() -> None:
+async def test_binding_is_compiled_at_the_start_not_at_the_first_call() -> None:
     file = ProtoFile()
     file.message("Timed", "google.protobuf.Timestamp at")
     file.rpc("Clock", "Get", "Timed", "Timed", http=[{"get": "/clock"}])

@@ -32,7 +32,7 @@ grants = st.lists(
 @contextmanager
 def a_store() -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(":memory:")) as connection:
-        for script in sorted(MIGRATIONS.iterdir(), key=str):
+        for script in sorted(MIGRATIONS.iterdir(), key=lambda entry: entry.name):
             connection.executescript(script.read_text())
         yield connection
 

@@ -19,6 +19,7 @@ from secrets_service.personal_tokens import Tokens
 from secrets_service.scopes import SecretScopes
 from secrets_service.throttle import Throttle
 from secrets_service.tokens import TokenMac
+from secrets_service.values import SecretValues
 from servicekit import database
 from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
@@ -50,7 +51,7 @@ async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_th
 @pytest.mark.parametrize("facts", [{"is_active": False}, {"is_there": False}])
 async def test_who_was_taken_away_meanwhile_makes_nothing(opened: RememberingDatabase, facts: dict[str, bool]) -> None:
     caller = await a_caller(opened, **facts)
-    scopes = SecretScopes(opened, Cipher(KEY, b"s" * 16), lambda: 0.0)
+    scopes = SecretScopes(opened, SecretValues(Cipher(KEY, b"s" * 16), keep=1, now=lambda: 0.0))
     tokens = Tokens(opened, TokenMac(KEY), Throttle(10, lambda: 0.0), lambda: 0.0)
     users = Accounts(Directory(opened), Kind.USER)
     for call in (
