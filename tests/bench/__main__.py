@@ -9,6 +9,7 @@ import argparse
 import datetime
 import os
 import platform
+import signal
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -42,14 +43,28 @@ def main() -> int:
         "--rounds", type=int, default=3, help="how often each figure is measured (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=int, default=3, help="length of each load (default: %(default)s)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=8,
+        metavar="SECONDS",
+        help="how long a figure may be waited for and repeated while others use the machine (default: %(default)s)",
+    )
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds < 1:
         parser.error("--rounds and --seconds are 1 at least")
     load.require_programs()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended
     _print(_machine())
     with ExitStack() as exits:
         directory = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
-        run = Run(rounds=options.rounds, seconds=options.seconds, directory=directory, exits=exits)
+        run = Run(
+            rounds=options.rounds,
+            seconds=options.seconds,
+            patience=options.patience,
+            directory=directory,
+            exits=exits,
+        )
         for name in options.only or TABLES:
             _print(f"\n{TABLES[name](run)}")
     return 0

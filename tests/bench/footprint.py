@@ -26,7 +26,8 @@ def measure(run: Run) -> Table:
         with services.running(name):
             pass
     starts = tables.interleaved(
-        {name: partial(programs.undisturbed, partial(_started, services, name)) for name in SERVICES}, run.rounds
+        {name: partial(programs.undisturbed, partial(_started, services, name), run.patience) for name in SERVICES},
+        run.rounds,
     )
     rows: list[Cells] = [["tessera up, all three at once", f"{run.platform.start_seconds:.2f}", "", "", "", _LIMIT]]
     for name, pid in stack.pids().items():

@@ -57,8 +57,7 @@ def _rows(run: Run, connections: int, targets: Mapping[str, _Target]) -> list[Ce
             measured,
             Http(url=target.url, authorization=f"Bearer {target.token}", connections=connections, body=QUESTION),
             target.subject,
-            run.seconds,
-            run.directory,
+            run,
         )
         for name, target in targets.items()
     }

@@ -50,7 +50,8 @@ def measure(run: Run) -> Table:
         with way(run):
             pass
     results = tables.interleaved(
-        {name: partial(programs.undisturbed, partial(_measured, way, run)) for name, way in ways.items()}, run.rounds
+        {name: partial(programs.undisturbed, partial(_measured, way, run), run.patience) for name, way in ways.items()},
+        run.rounds,
     )
     seconds = {name: [each[0] for each in rounds] for name, rounds in results.items()}
     bare, mlflow, _ = seconds.values()

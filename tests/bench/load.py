@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import quantiles
 
 from tests.bench import programs
+from tests.bench.run import Run
 
 PACKAGES = {"h2load": "nghttp2-client", "wrk": "wrk", "taskset": "util-linux"}
 """The programs, and the Debian packages that they are in."""
@@ -129,20 +130,20 @@ class Subject:
     """Whether it shares the core of the load, as it does when another subject has it behind itself."""
 
 
-def measured(load: Grpc | Http, subject: Subject, seconds: int, directory: Path) -> Result:
+def measured(load: Grpc | Http, subject: Subject, run: Run) -> Result:
     """One load, with what it cost the subject."""
 
     def once() -> tuple[Result, float]:
         others = programs.Bystanders([subject.pid, *subject.behind])
         before = programs.cpu_seconds([subject.pid])
-        result = load.run(seconds, directory)
+        result = load.run(run.seconds, run.directory)
         used = programs.cpu_seconds([subject.pid]) - before
         return replace(result, front_us=used / max(result.requests, 1) * 1e6), others.percent()
 
     beside = [subject.pid, *subject.behind] if subject.is_beside_load else subject.behind
     with programs.pinned([] if subject.is_beside_load else [subject.pid], beside):
-        load.run(_WARM_UP_SECONDS, directory)
-        result, foreign = programs.undisturbed(once)
+        load.run(_WARM_UP_SECONDS, run.directory)
+        result, foreign = programs.undisturbed(once, run.patience)
     return replace(result, foreign_percent=foreign)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from serving_service.launcher import model_environment
-from tessera.cli.rest import Rest
+from tessera.cli.rest import RefusedError, Rest
 from tests.bench import programs
 from tests.bench.programs import Started
 from tests.bench.servers import SECRET_VALUE
@@ -38,7 +38,6 @@ class Platform:
     stack: Stack
     start_seconds: float
     """From spawning `tessera up` to its saying that it is ready."""
-    admin: Rest
     model_path: Path
     """The folder that the model was registered from."""
     reader_token: str = field(repr=False)
@@ -47,14 +46,15 @@ class Platform:
     def create_endpoint(self) -> float:
         """Creates an endpoint for the model; returns the seconds until it was READY."""
         entity = {"entity_name": MODEL, "entity_version": "1", "workload_size": "Small", "scale_to_zero_enabled": False}
+        admin = self._admin()
         began = time.monotonic()
-        self.admin.call("POST", _ENDPOINTS, json.dumps({"name": ENDPOINT, "config": {"served_entities": [entity]}}))
-        until(lambda: self._state() == "READY", _READY_SECONDS, "the endpoint is READY", period=_LOOK_SECONDS)
+        admin.call("POST", _ENDPOINTS, json.dumps({"name": ENDPOINT, "config": {"served_entities": [entity]}}))
+        until(lambda: _is_ready(admin), _READY_SECONDS, "the endpoint is READY", period=_LOOK_SECONDS)
         return time.monotonic() - began
 
     def delete_endpoint(self) -> None:
         """Deletes the endpoint; returns when its replica has ended."""
-        self.admin.call("DELETE", f"{_ENDPOINTS}/{ENDPOINT}")
+        self._admin().call("DELETE", f"{_ENDPOINTS}/{ENDPOINT}")
         until(lambda: not self.replica_pids(), _READY_SECONDS, "the replica ends", period=_LOOK_SECONDS)
 
     def replica_pids(self) -> list[int]:
@@ -63,8 +63,9 @@ class Platform:
             pid for pid, arguments in self.stack.processes().items() if "-m serving_service.model_server" in arguments
         ]
 
-    def _state(self) -> str:
-        return str(self.admin.call("GET", f"{_ENDPOINTS}/{ENDPOINT}")["state"]["ready"])
+    def _admin(self) -> Rest:
+        # A new connection each time: the gateway closes one that is not used for a minute.
+        return Rest(self.stack.url.removeprefix("http://"), self.stack.token)
 
 
 @contextlib.contextmanager
@@ -74,10 +75,10 @@ def running(directory: Path) -> Iterator[Platform]:
     with running_stack() as stack:
         start_seconds = time.monotonic() - began
         admin = Rest(stack.url.removeprefix("http://"), stack.token)
+        until(lambda: _answers(admin), _READY_SECONDS, "the gateway has found Secrets", period=_LOOK_SECONDS)
         yield Platform(
             stack=stack,
             start_seconds=start_seconds,
-            admin=admin,
             reader_token=_secret_and_reader(stack),
             model_path=_registered(stack, directory),
         )
@@ -112,6 +113,18 @@ def until(claim: Callable[[], bool], within: float, what: str, *, period: float)
         time.sleep(period)
 
 
+def _is_ready(admin: Rest) -> bool:
+    return bool(admin.call("GET", f"{_ENDPOINTS}/{ENDPOINT}")["state"]["ready"] == "READY")
+
+
+def _answers(admin: Rest) -> bool:
+    try:
+        admin.call("GET", "/api/2.0/secrets/scopes/list")
+    except RefusedError:
+        return False
+    return True
+
+
 def _secret_and_reader(stack: Stack) -> str:
     """Puts the secret and makes a user who may read it; returns the user's token."""
 
@@ -141,4 +154,4 @@ def _registered(stack: Stack, directory: Path) -> Path:
         capture_output=True,
         check=True,
     )
-    return min(artifacts.rglob("MLmodel")).parent
+    return min(artifacts.rglob("MLmodel"), key=lambda file: file.stat().st_mtime_ns).parent

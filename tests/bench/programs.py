@@ -30,11 +30,10 @@ FRONT_CORE = _CORES[0]
 LOAD_CORE = _CORES[-1]
 """Where the load comes from, and where everything behind the process under measurement runs."""
 
-_ATTEMPTS = 2
 _FOREIGN_PERCENT = 10.0
 _STOP_SECONDS = 10.0
-_BUSY_PERCENT = 15.0
-_CALM_SECONDS = 4.0
+_LOOK_SECONDS = 0.4
+_CALM_PERCENT = 15.0
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,15 @@ class Bystanders:
         return total, used - ours - cpu_seconds([*self._pids, *newcomers])
 
 
-def undisturbed(measure: Callable[[], tuple[T, float]]) -> tuple[T, float]:
-    """Measures when the machine has little to do; again when others used much of it meanwhile (the second value)."""
-    for _ in range(_ATTEMPTS):
-        _wait_for_calm()
+def undisturbed(measure: Callable[[], tuple[T, float]], patience: float) -> tuple[T, float]:
+    """Measures while others, whose part is the second value, leave the machine alone.
+
+    Waits for that, and measures again, for `patience` seconds in all; then what was found last has to do.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        while psutil.cpu_percent(_LOOK_SECONDS) > _CALM_PERCENT and time.monotonic() < deadline:
+            pass
         found = measure()
-        if found[1] < _FOREIGN_PERCENT:
-            break
-    return found
-
-
-def _wait_for_calm() -> None:
-    deadline = time.monotonic() + _CALM_SECONDS
-    while psutil.cpu_percent(0.4) > _BUSY_PERCENT and time.monotonic() < deadline:
-        pass
+        if found[1] < _FOREIGN_PERCENT or time.monotonic() > deadline:
+            return found

@@ -37,7 +37,7 @@ def measure(run: Run) -> Table:
                 if Rest(address, token).call("GET", _PATH) != _ANSWER:
                     raise RuntimeError(f"the server at {address} answers something else than the secret")
                 load = Http(url=f"http://{address}{_PATH}", authorization=f"Bearer {token}", connections=connections)
-                loads[name] = partial(measured, load, subject, run.seconds, run.directory)
+                loads[name] = partial(measured, load, subject, run)
             rows += tables.load_rows(f"c{connections}", tables.interleaved(loads, run.rounds), {})
     return Table(
         title="REST secrets/get",

@@ -18,6 +18,8 @@ class Run:
     rounds: int
     seconds: int
     """Of one load."""
+    patience: float
+    """Seconds for one figure to be measured while nobody else uses the machine."""
     directory: Path
     """For files; removed at the end."""
     exits: ExitStack = field(repr=False)

@@ -43,7 +43,7 @@ def measure(run: Run) -> Table:
                     connections=connections,
                     streams=streams,
                 )
-                loads[name] = partial(measured, load, subject, run.seconds, run.directory)
+                loads[name] = partial(measured, load, subject, run)
             results = tables.interleaved(loads, run.rounds)
             rows += tables.load_rows(f"{connections}x{streams}", results, {"Secrets": "ratio >= 0.4"})
     return Table(
