@@ -23,11 +23,12 @@ from gateway.invocations import Invocations
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
-from servicekit import background, channels
+from servicekit import background, channels, tls
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import Identity, TokenExchange, token_from
 from servicekit.sockets import socket_address
+from servicekit.tls import Certificate
 from tessera.identity.v1 import identity_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -78,7 +79,9 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         listening = _listening(settings.listen)
-        url = f"http://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
+        certificate = await stack.enter_async_context(tls.followed(settings))
+        scheme = "http" if certificate is None else "https"
+        url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         gateway = Gateway(
             rules=rules,
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
@@ -96,7 +99,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 }
             )
         )
-        await stack.enter_async_context(_http_server(gateway, listening))
+        await stack.enter_async_context(_http_server(gateway, listening, certificate))
         yield url
 
 
@@ -275,7 +278,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _http_server(application: Gateway, listening: socket.socket) -> AsyncIterator[None]:
+async def _http_server(
+    application: Gateway, listening: socket.socket, certificate: Certificate | None
+) -> AsyncIterator[None]:
     # It tells of its start and end, which we do ourselves, in colours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
@@ -289,6 +294,7 @@ async def _http_server(application: Gateway, listening: socket.socket) -> AsyncI
         proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.http_context,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listening]), name="http server")

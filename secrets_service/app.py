@@ -18,7 +18,7 @@ from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
 from secrets_service.settings import SecretsSettings
-from servicekit import database, grpc_server, sockets
+from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from servicekit.identity import AssertionVerifier, by_assertion
 from tessera.identity.v1 import identity_pb2
@@ -62,7 +62,12 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
         by_peer = by_assertion(AssertionVerifier(authority.public_keys))
         listeners = [
-            Listener(address=settings.listen, identify=by_own_token(authority), reflection=settings.offers_reflection),
+            Listener(
+                address=settings.listen,
+                identify=by_own_token(authority),
+                certificate=await stack.enter_async_context(tls.followed(settings)),
+                reflection=settings.offers_reflection,
+            ),
             *(
                 Listener(
                     address=sockets.socket_address(settings.sockets, callee="secrets", caller=peer),

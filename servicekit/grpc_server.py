@@ -24,6 +24,7 @@ from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.exposure import exposure
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor
+from servicekit.tls import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ class Listener:
 
     peer: str | None = None
     """The one service that this listener is for; None: the public."""
+
+    certificate: Certificate | None = None
+    """What the listener proves itself with; None: no TLS."""
 
     reflection: bool = False
     """Whether callers may ask for descriptors."""
@@ -135,7 +139,10 @@ def _server(
     if listener.reflection:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listener.address)
+        if listener.certificate is None:
+            port = server.add_insecure_port(listener.address)
+        else:
+            port = server.add_secure_port(listener.address, listener.certificate.grpc_credentials())
     except RuntimeError:
         raise StartError(f"Cannot listen on {listener.address}: it is in use, or not an address of ours.") from None
     if listener.address.startswith("unix:"):

@@ -21,7 +21,8 @@ class ShopSettings(ServiceSettings):
     places: int = setting("SHOP_PLACES", settings.count, default=3, help="How many.")
 
     def __post_init__(self) -> None:
-        settings.refuse_plaintext("SHOP_LISTEN", self.listen, allowed=self.allow_plaintext)
+        super().__post_init__()
+        self.refuse_plaintext("SHOP_LISTEN", self.listen)
 
 
 def problems_of(cls: type[ServiceSettings] = ShopSettings, **environ: str) -> list[str]:
