@@ -78,8 +78,8 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
-        listening = _listening(settings.listen)
         certificate = await stack.enter_async_context(tls.followed(settings))
+        listening = _listening(settings.listen)
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         gateway = Gateway(

@@ -34,7 +34,7 @@ def reachable(address: str) -> str:
     return f"{_EVERYWHERE.get(host, host)}:{port}"
 
 
-def chosen(host: str, ports: Mapping[str, int], *, has_tls: bool) -> Addresses:
+def chosen(host: str, ports: Mapping[str, int], *, has_tls: bool = False) -> Addresses:
     """Checks that each port of `host` is free, and finds a free one where 0 is given.
 
     Raises StartError naming all that are not.
