@@ -66,6 +66,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 address=settings.listen,
                 identify=by_own_token(authority),
                 certificate=await stack.enter_async_context(tls.followed(settings)),
+                trusted_proxies=settings.trusted_proxies,
                 reflection=settings.offers_reflection,
             ),
             *(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from servicekit import sockets
+from servicekit.source import Network, networks
 
 S = TypeVar("S")
 
@@ -90,7 +91,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required"
     if field.default_factory is not dataclasses.MISSING:
         return f"default: {field.default_factory()}"
-    return "optional" if field.default in (None, "") else f"default: {field.default}"
+    return "optional" if field.default in (None, "", ()) else f"default: {field.default}"
 
 
 def default_data_dir() -> Path:
@@ -228,6 +229,14 @@ class ServiceSettings:
         file,
         default=None,
         help="PEM file with the certificate's key (RSA or ECDSA, not encrypted), mode 0600 or 0400.",
+    )
+
+    trusted_proxies: tuple[Network, ...] = setting(
+        "TESSERA_TRUSTED_PROXIES",
+        networks,
+        default=(),
+        help="Addresses and networks, with commas between, of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
+        " believed when a source is logged. Not set: nobody's are.",
     )
 
     def __post_init__(self) -> None:

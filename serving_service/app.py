@@ -90,6 +90,7 @@ async def running(
                         address=settings.listen,
                         identify=by_token(exchange, stale_methods=frozenset({QUERY})),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
+                        trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,
                     ),
                     Listener(
