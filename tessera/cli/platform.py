@@ -91,6 +91,8 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
             **config.environment,
             # Programs are started by fork and exec at once; without this gRPC says so in the log each time.
             "GRPC_ENABLE_FORK_SUPPORT": "0",
+            # A stranger's failed handshake would be a line that is no event.
+            "GRPC_VERBOSITY": "ERROR",
             "TESSERA_DATA_DIR": str(configured.data_dir),
             "TESSERA_SUPERVISED": "true",
             "TESSERA_SUPERVISOR_LOCK": str(up_lock.path),
