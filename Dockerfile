@@ -2,6 +2,7 @@
 FROM python:3.11-slim-bookworm
 
 ENV PATH=/opt/tessera/venv/bin:$PATH \
+    GRPC_VERBOSITY=ERROR \
     TESSERA_DATA_DIR=/data \
     TESSERA_SOCKET_DIR=/sockets
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,13 @@ from gateway.invocations import Invocations
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
-from servicekit import background, channels
+from servicekit import background, channels, tls
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
-from servicekit.identity import Identity, TokenExchange, token_from
+from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, token_from
 from servicekit.sockets import socket_address
+from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
+from servicekit.tls import Certificate
 from tessera.identity.v1 import identity_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -77,8 +79,10 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
+        certificate = await stack.enter_async_context(tls.followed(settings))
         listening = _listening(settings.listen)
-        url = f"http://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
+        scheme = "http" if certificate is None else "https"
+        url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         gateway = Gateway(
             rules=rules,
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
@@ -87,6 +91,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
             public_url=settings.public_url or url,
+            trusted_proxies=settings.trusted_proxies,
         )
         await stack.enter_async_context(
             background.running(
@@ -96,7 +101,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 }
             )
         )
-        await stack.enter_async_context(_http_server(gateway, listening))
+        await stack.enter_async_context(_http_server(gateway, listening, certificate))
         yield url
 
 
@@ -120,12 +125,14 @@ class Gateway:
         exchange: TokenExchange,
         invocations: Invocations,
         public_url: str,
+        trusted_proxies: Sequence[Network],
     ) -> None:
         self._rules = rules
         self._transcoder = transcoder
         self._exchange = exchange
         self._invocations = invocations
         self._public_url = public_url
+        self._trusted_proxies = trusted_proxies
         # Everything that is not one message in and one message out, each with its reason.
         self._special = (
             # The body belongs to the model and is streamed.
@@ -171,8 +178,25 @@ class Gateway:
                     extra={"request_id": request.id, "method": request.method, "path": request.path},
                     exc_info=(type(error), error, error.__traceback__),
                 )
+            if isinstance(error, CREDENTIAL_REFUSED):
+                facts = {"request_id": request.id, "reason": error.reason}
+                log.info("credential refused", extra=facts | self._source(scope).fields())
             if not is_started:
                 await answer(send, refusal.status, [*self._named(headers), *refusal.headers], refusal.body)
+
+    def _source(self, scope: Scope) -> Source:
+        """Where a request comes from; for the log alone."""
+
+        def values(name: str) -> list[str]:
+            return [value.decode("latin-1") for key, value in scope["headers"] if key == name.encode()]
+
+        return source(
+            scope["client"][0] if scope["client"] else "",
+            scope["scheme"],
+            forwarded_for=values(FORWARDED_FOR),
+            forwarded_proto=values(FORWARDED_PROTO),
+            trusted=self._trusted_proxies,
+        )
 
     async def _identify(self, request: Request, headers: Headers, *, may_be_stale: bool = False) -> Identity:
         """Who sent a request; the answer's headers name the workspace from here on."""
@@ -276,7 +300,9 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def _http_server(application: Gateway, listening: socket.socket) -> AsyncIterator[None]:
+async def _http_server(
+    application: Gateway, listening: socket.socket, certificate: Certificate | None
+) -> AsyncIterator[None]:
     # It tells of its start and end, which we do ourselves, in colours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
@@ -290,6 +316,7 @@ async def _http_server(application: Gateway, listening: socket.socket) -> AsyncI
         proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=DRAIN_SECONDS,
+        ssl_context_factory=None if certificate is None else lambda config, default: certificate.http_context,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listening]), name="http server")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servicekit.settings import ServiceSettings, address, count, refuse_plaintext, seconds, setting
+from servicekit.settings import ServiceSettings, address, count, seconds, setting
 
 
 def _origin(text: str) -> str:
@@ -24,7 +24,7 @@ class GatewaySettings(ServiceSettings):
         "TESSERA_PUBLIC_URL",
         _origin,
         default="",
-        help="The address that clients reach the REST API under; by default http:// and the listening address.",
+        help="The address that clients reach the REST API under; by default the one that it listens on.",
     )
     inference_deadline: float = setting(
         "TESSERA_INFERENCE_DEADLINE_SECONDS",
@@ -47,4 +47,5 @@ class GatewaySettings(ServiceSettings):
     )
 
     def __post_init__(self) -> None:
-        refuse_plaintext("TESSERA_GATEWAY_LISTEN", self.listen, allowed=self.allow_plaintext)
+        super().__post_init__()
+        self.refuse_plaintext("TESSERA_GATEWAY_LISTEN", self.listen)

@@ -24,7 +24,7 @@ from secrets_service.settings import SecretsSettings
 from secrets_service.throttle import Throttle
 from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
-from servicekit import database, grpc_server, sockets
+from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from tessera.identity.v1 import identity_pb2
 from tessera.secrets.v1 import secrets_pb2
@@ -70,7 +70,13 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
         by_peer = by_confirmed_assertion(authority)
         listeners = [
-            Listener(address=settings.listen, identify=by_own_token(authority), reflection=settings.offers_reflection),
+            Listener(
+                address=settings.listen,
+                identify=by_own_token(authority),
+                certificate=await stack.enter_async_context(tls.followed(settings)),
+                trusted_proxies=settings.trusted_proxies,
+                reflection=settings.offers_reflection,
+            ),
             *(
                 Listener(
                     address=sockets.socket_address(settings.sockets, callee="secrets", caller=peer),

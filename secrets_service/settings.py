@@ -9,11 +9,6 @@ from servicekit import settings
 from servicekit.settings import ServiceSettings, setting
 
 
-def _file(text: str) -> Path:
-    """An absolute path of a file; `~` is the home directory."""
-    return Path(text).expanduser().absolute()
-
-
 def _at_least_one(text: str) -> int:
     """A whole number, one or more."""
     if (number := settings.count(text)) < 1:
@@ -33,7 +28,7 @@ class SecretsSettings(ServiceSettings):
     )
     root_key_file: Path | None = setting(
         "TESSERA_ROOT_KEY_FILE",
-        _file,
+        settings.file,
         default=None,
         help="File with the 32 bytes of the root key, mode 0600 or 0400; root.key in the data directory by default.",
     )
@@ -57,7 +52,8 @@ class SecretsSettings(ServiceSettings):
     )
 
     def __post_init__(self) -> None:
-        settings.refuse_plaintext("TESSERA_SECRETS_LISTEN", self.listen, allowed=self.allow_plaintext)
+        super().__post_init__()
+        self.refuse_plaintext("TESSERA_SECRETS_LISTEN", self.listen)
 
     @property
     def database(self) -> Path:

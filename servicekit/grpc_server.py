@@ -23,7 +23,9 @@ from servicekit import background
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.exposure import exposure
 from servicekit.identity import Identify
-from servicekit.interceptors import RequestInterceptor
+from servicekit.interceptors import RequestInterceptor, SourceOf
+from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
+from servicekit.tls import Certificate
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,12 @@ class Listener:
 
     peer: str | None = None
     """The one service that this listener is for; None: the public."""
+
+    certificate: Certificate | None = None
+    """What the listener proves itself with; None: no TLS."""
+
+    trusted_proxies: Sequence[Network] = ()
+    """Whose forwarding metadata is believed when a source is logged."""
 
     reflection: bool = False
     """Whether callers may ask for descriptors."""
@@ -117,6 +125,7 @@ def _server(
                 listener.identify,
                 internal=frozenset(internal),
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
+                source=_source_on(listener) if listener.peer is None else None,
             )
         ],
         options=[
@@ -135,12 +144,31 @@ def _server(
     if listener.reflection:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     try:
-        port = server.add_insecure_port(listener.address)
+        if listener.certificate is None:
+            port = server.add_insecure_port(listener.address)
+        else:
+            port = server.add_secure_port(listener.address, listener.certificate.grpc_credentials())
     except RuntimeError:
         raise StartError(f"Cannot listen on {listener.address}: it is in use, or not an address of ours.") from None
     if listener.address.startswith("unix:"):
         return server, listener.address
     return server, f"{listener.address.rpartition(':')[0]}:{port}"
+
+
+def _source_on(listener: Listener) -> SourceOf:
+    scheme = "http" if listener.certificate is None else "https"
+
+    def of(rpc: grpc.aio.ServicerContext[Any, Any]) -> Source:
+        metadata = [(key, value) for key, value in rpc.invocation_metadata() or () if isinstance(value, str)]
+        return source(
+            grpc_peer(rpc.peer()),
+            scheme,
+            forwarded_for=[value for key, value in metadata if key == FORWARDED_FOR],
+            forwarded_proto=[value for key, value in metadata if key == FORWARDED_PROTO],
+            trusted=listener.trusted_proxies,
+        )
+
+    return of
 
 
 def _handler(method: MethodDescriptor, behavior: Any) -> grpc.RpcMethodHandler[Any, Any]:

@@ -59,6 +59,10 @@ class InvalidToken(PermissionDenied):
         super().__init__("Invalid access token.")
 
 
+CREDENTIAL_REFUSED = (Unauthenticated, InvalidToken)
+"""What is raised when a request's credential is missing, of a wrong kind, or not good (any more)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """A caller and, where one is at hand, the assertion that proves it to the next service."""

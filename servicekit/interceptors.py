@@ -17,7 +17,8 @@ from google.protobuf.message import DecodeError
 
 from servicekit import channels, context
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
-from servicekit.identity import Identify
+from servicekit.identity import CREDENTIAL_REFUSED, Identify
+from servicekit.source import Source
 
 log = logging.getLogger("servicekit.access")
 
@@ -32,18 +33,24 @@ OPEN_SERVICES = ("grpc.health.v1.Health",)
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
 
+SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
+"""Tells where a call comes from."""
+
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
     RPCs in `internal` may be called by the peer itself, on nobody's behalf; error messages are cut after
-    `longest_message` bytes.
+    `longest_message` bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
     """
 
-    def __init__(self, identify: Identify, *, internal: frozenset[str], longest_message: int) -> None:
+    def __init__(
+        self, identify: Identify, *, internal: frozenset[str], longest_message: int, source: SourceOf | None
+    ) -> None:
         self._identify = identify
         self._internal = internal
         self.longest_message = longest_message
+        self.source = source
 
     async def intercept_service(
         self,
@@ -136,7 +143,11 @@ class _Call:
         context.enter(await self._chain.authenticate(self._method, self._metadata))
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
-        log.info("call refused", extra={**self._facts(), "reason": error.reason})
+        facts = {**self._facts(), "reason": error.reason}
+        if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
+            log.info("credential refused", extra=facts | self._chain.source(rpc).fields())
+        else:
+            log.info("call refused", extra=facts)
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

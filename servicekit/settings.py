@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from servicekit import sockets
+from servicekit.source import Network, networks
 
 S = TypeVar("S")
 
@@ -90,7 +91,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required"
     if field.default_factory is not dataclasses.MISSING:
         return f"default: {field.default_factory()}"
-    return "optional" if field.default in (None, "") else f"default: {field.default}"
+    return "optional" if field.default in (None, "", ()) else f"default: {field.default}"
 
 
 def default_data_dir() -> Path:
@@ -140,6 +141,14 @@ def directory(text: str) -> Path:
         return Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError("expected a directory; the home directory that it begins with is not known") from None
+
+
+def file(text: str) -> Path:
+    """An absolute path of a file; `~` is the home directory."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("expected a file; the home directory that it begins with is not known") from None
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -208,18 +217,47 @@ class ServiceSettings:
         default=False,
         help="Whether a listener without TLS may listen beyond loopback. Only behind something that encrypts.",
     )
+    tls_cert: Path | None = setting(
+        "TESSERA_TLS_CERT",
+        file,
+        default=None,
+        help="PEM file with the certificate that the public listener shows, and those that lead to its root; followed"
+        " when it changes. Not set: no TLS.",
+    )
+    tls_key: Path | None = setting(
+        "TESSERA_TLS_KEY",
+        file,
+        default=None,
+        help="PEM file with the certificate's key (RSA or ECDSA, not encrypted), mode 0600 or 0400.",
+    )
+
+    trusted_proxies: tuple[Network, ...] = setting(
+        "TESSERA_TRUSTED_PROXIES",
+        networks,
+        default=(),
+        help="Addresses and networks, with commas between, of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
+        " believed when a source is logged. Not set: nobody's are.",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("TESSERA_TLS_CERT and TESSERA_TLS_KEY belong together: set both, or none.")
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the public listener speaks TLS."""
+        return self.tls_cert is not None
 
     @property
     def sockets(self) -> Path:
         """The directory of the internal sockets, made if need be; raises StartError when it is not ours alone."""
         return sockets.socket_directory(self.data_dir, self.socket_dir)
 
-
-def refuse_plaintext(variable: str, listen: str, *, allowed: bool) -> None:
-    """Raises ValueError when a listener without TLS would be reachable from other machines and nobody allowed that."""
-    if not allowed and not is_loopback(listen):
-        raise ValueError(
-            f"{variable} is {listen}, which other machines can reach, and this listener has no TLS: tokens would travel"
-            " in clear. Listen on 127.0.0.1, or set TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK=true if something in front"
-            " of it encrypts."
-        )
+    def refuse_plaintext(self, variable: str, listen: str) -> None:
+        """Raises ValueError when other machines can reach `listen` without TLS and nobody allowed that."""
+        if not (self.has_tls or self.allow_plaintext or is_loopback(listen)):
+            raise ValueError(
+                f"{variable} is {listen}, which other machines can reach, and this listener has no TLS: tokens would"
+                " travel in clear. Set TESSERA_TLS_CERT and TESSERA_TLS_KEY, or listen on 127.0.0.1, or set"
+                " TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK=true if something in front of it encrypts."
+            )

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 
-from servicekit import channels, database, grpc_server, sockets
+from servicekit import channels, database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
@@ -91,6 +91,8 @@ async def running(
                     Listener(
                         address=settings.listen,
                         identify=by_token(exchange, stale_methods=frozenset({QUERY})),
+                        certificate=await stack.enter_async_context(tls.followed(settings)),
+                        trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,
                     ),
                     Listener(

@@ -65,7 +65,8 @@ class ServingSettings(settings.ServiceSettings):
     )
 
     def __post_init__(self) -> None:
-        settings.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen, allowed=self.allow_plaintext)
+        super().__post_init__()
+        self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)
 
     @property
     def registry_uri(self) -> str:

@@ -20,11 +20,12 @@ class Addresses:
     gateway: str
     secrets: str
     serving: str
+    has_tls: bool = False
 
     @property
     def url(self) -> str:
         """The base URL of the REST API as seen from this machine."""
-        return f"http://{reachable(self.gateway)}"
+        return f"{'https' if self.has_tls else 'http'}://{reachable(self.gateway)}"
 
 
 def reachable(address: str) -> str:
@@ -33,7 +34,7 @@ def reachable(address: str) -> str:
     return f"{_EVERYWHERE.get(host, host)}:{port}"
 
 
-def chosen(host: str, ports: Mapping[str, int]) -> Addresses:
+def chosen(host: str, ports: Mapping[str, int], *, has_tls: bool = False) -> Addresses:
     """Checks that each port of `host` is free, and finds a free one where 0 is given.
 
     Raises StartError naming all that are not.
@@ -56,7 +57,7 @@ def chosen(host: str, ports: Mapping[str, int]) -> Addresses:
     if problems:
         raise StartError("; ".join(problems))
     name_of_host = f"[{host}]" if ":" in host else host
-    return Addresses(**{name: f"{name_of_host}:{number}" for name, number in numbers.items()})
+    return Addresses(**{name: f"{name_of_host}:{number}" for name, number in numbers.items()}, has_tls=has_tls)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from servicekit import settings
+from servicekit import settings, sockets, tls
 from servicekit.errors import StartError
 from tessera.cli import addresses, lock, readiness, replicas
 from tessera.cli.addresses import Addresses
@@ -59,6 +59,8 @@ class Platform:
 
     data_dir: Path
     addresses: Addresses
+    public_url: str
+    """The base URL of the REST API as clients are told it."""
     registry_uri: str
     """The MLflow registry that models are served from."""
     lives: Sequence[asyncio.Task[None]] = field(repr=False)
@@ -76,11 +78,12 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
     TESSERA_* variables.
     """
     configured = settings.load(settings.ServiceSettings, config.environment)
+    tls.configured(configured)  # in one line here, instead of in the logs of three services
     run = configured.data_dir / "run"
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
     async with lock.held(run) as up_lock:
         await _end_of_predecessor(run)
-        chosen = addresses.chosen(config.host, config.ports)
+        chosen = addresses.chosen(config.host, config.ports, has_tls=configured.has_tls)
         registry = (
             config.environment.get("TESSERA_MODEL_REGISTRY") or f"sqlite:///{configured.data_dir / 'registry.db'}"
         )
@@ -88,6 +91,8 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
             **config.environment,
             # Programs are started by fork and exec at once; without this gRPC says so in the log each time.
             "GRPC_ENABLE_FORK_SUPPORT": "0",
+            # A stranger's failed handshake would be a line that is no event.
+            "GRPC_VERBOSITY": "ERROR",
             "TESSERA_DATA_DIR": str(configured.data_dir),
             "TESSERA_SUPERVISED": "true",
             "TESSERA_SUPERVISOR_LOCK": str(up_lock.path),
@@ -103,8 +108,14 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
         lives = [asyncio.create_task(service.run()) for service in services.values()]
         rotation = asyncio.create_task(_rotated([service.log for service in services.values()]))
         try:
-            await _until_ready(services, chosen, lives, tell)
-            yield Platform(data_dir=configured.data_dir, addresses=chosen, registry_uri=registry, lives=lives)
+            await _until_ready(services, chosen, configured.sockets, lives, tell)
+            yield Platform(
+                data_dir=configured.data_dir,
+                addresses=chosen,
+                public_url=config.environment.get("TESSERA_PUBLIC_URL") or chosen.url,
+                registry_uri=registry,
+                lives=lives,
+            )
         finally:
             up_lock.say("stopping")
             await _to_the_end(_stopped(services, lives, configured.sockets, hurry, tell), hurry)
@@ -151,7 +162,11 @@ def _is_alive(pid_file: Path) -> bool:
 
 
 async def _until_ready(
-    services: Mapping[str, ServiceProcess], chosen: Addresses, lives: Sequence[asyncio.Task[None]], tell: Tell
+    services: Mapping[str, ServiceProcess],
+    chosen: Addresses,
+    directory: Path,
+    lives: Sequence[asyncio.Task[None]],
+    tell: Tell,
 ) -> None:
     began = time.monotonic()
 
@@ -162,9 +177,11 @@ async def _until_ready(
 
     async def all_ready() -> None:
         async with asyncio.TaskGroup() as group:
-            group.create_task(ready("secrets", readiness.until_grpc_is_ready(chosen.secrets)))
-            group.create_task(ready("serving", readiness.until_grpc_is_ready(chosen.serving)))
-            group.create_task(ready("gateway", readiness.until_http_is_ready(chosen.gateway)))
+            for name in ("secrets", "serving"):
+                # Every listener of a service tells the same, and this one needs no certificate.
+                address = sockets.socket_address(directory, callee=name, caller="gateway")
+                group.create_task(ready(name, readiness.until_grpc_is_ready(address)))
+            group.create_task(ready("gateway", readiness.until_http_is_ready(chosen.gateway, has_tls=chosen.has_tls)))
 
     probes = asyncio.create_task(all_ready())
     try:

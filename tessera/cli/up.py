@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -34,22 +35,32 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="allow a --host beyond loopback although nothing is encrypted: tokens and secrets travel in clear",
     )
+    parser.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM file: listen with TLS, as this certificate")
+    parser.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM file: the certificate's key, mode 0600")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the platform; 0 when it was stopped by a signal."""
-    if not arguments.allow_plaintext and not settings.is_loopback(f"{arguments.host}:0"):
-        raise StartError(
-            f"--host {arguments.host} can be reached by other machines, and nothing here encrypts: tokens and secrets "
-            "would travel in clear. Put something that does in front, and say so with --allow-plaintext."
-        )
     environment = {**os.environ, "TESSERA_DATA_DIR": str(arguments.data_dir)}
+    for variable, file in (("TESSERA_TLS_CERT", arguments.tls_cert), ("TESSERA_TLS_KEY", arguments.tls_key)):
+        if file is not None:
+            environment[variable] = str(file.absolute())
     if arguments.allow_plaintext:
         environment["TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK"] = "true"
+    elif not (_has_tls(environment) or settings.is_loopback(f"{arguments.host}:0")):
+        raise StartError(
+            f"--host {arguments.host} can be reached by other machines, and nothing here encrypts: tokens and secrets "
+            "would travel in clear. Name a certificate with --tls-cert and --tls-key, or put something that encrypts "
+            "in front and say so with --allow-plaintext."
+        )
     ports = {"gateway": arguments.port, "secrets": arguments.secrets_port, "serving": arguments.serving_port}
     config = Config(environment=environment, host=arguments.host, ports=ports)
     return interruptible.run(partial(_up, config), interrupted=0)
+
+
+def _has_tls(environment: Mapping[str, str]) -> bool:
+    return settings.load(settings.ServiceSettings, environment).has_tls
 
 
 async def _up(config: Config, hurry: asyncio.Event) -> int:
@@ -83,7 +94,7 @@ def summary(running: Platform) -> str:
             *lines,
             "",
             "For Databricks clients:",
-            f"  export DATABRICKS_HOST={running.addresses.url}",
+            f"  export DATABRICKS_HOST={running.public_url}",
             f"  export DATABRICKS_TOKEN=$(cat {token})",
             "To log and register models from here:",
             f"  export MLFLOW_TRACKING_URI={running.registry_uri} MLFLOW_REGISTRY_URI={running.registry_uri}",

@@ -29,7 +29,7 @@ def measure(run: Run) -> Table:
         if len(items) != _LENGTH:
             raise RuntimeError(f"{path} has {len(items)} items instead of {_LENGTH}")
         load = Http(url=f"http://{address}{path}", authorization=f"Bearer {token}", connections=1)
-        loads = {name: partial(measured, load, subject, run.seconds, run.directory)}
+        loads = {name: partial(measured, load, subject, run)}
         rows += tables.load_rows("c1", tables.interleaved(loads, run.rounds), {name: _LIMIT})
     return Table(
         title=f"REST lists of {_LENGTH}",

@@ -282,7 +282,7 @@ async def test_unknown_method_is_only_told_to_known_callers(platform: Platform, 
 
 async def test_name_of_an_unknown_method_is_not_logged(platform: Platform, logged: Callable[[], str]) -> None:
     await refusal(platform.raw("public", f"/{CANARY}/{CANARY}"))
-    await eventually(lambda: "call refused" in logged())
+    await eventually(lambda: "credential refused" in logged())
     assert CANARY not in logged()
 
 

@@ -12,6 +12,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from servicekit import sockets
 
 SERVICES = ("secrets", "serving", "gateway")
 CAUSE = "The root key is not the one that this database was made with."
@@ -31,11 +34,11 @@ def main(service: str, behaviour: str) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: os._exit(0))
     if not stubborn:
         threading.Thread(target=end_with_supervisor, daemon=True).start()
-    address = os.environ[f"TESSERA_{service.upper()}_LISTEN"]
     if service == "gateway":
-        serve_http(address)
+        serve_http(os.environ["TESSERA_GATEWAY_LISTEN"])
     else:
-        serve_grpc(address)
+        directory = sockets.socket_directory(Path(os.environ["TESSERA_DATA_DIR"]))
+        serve_grpc(sockets.socket_address(directory, callee=service, caller="gateway"))
 
 
 def log(**event: str) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,8 @@ class ShopSettings(ServiceSettings):
     places: int = setting("SHOP_PLACES", settings.count, default=3, help="How many.")
 
     def __post_init__(self) -> None:
-        settings.refuse_plaintext("SHOP_LISTEN", self.listen, allowed=self.allow_plaintext)
+        super().__post_init__()
+        self.refuse_plaintext("SHOP_LISTEN", self.listen)
 
 
 def problems_of(cls: type[ServiceSettings] = ShopSettings, **environ: str) -> list[str]:
@@ -160,3 +163,37 @@ def test_every_setting_of_every_service_is_described(cls: type[ServiceSettings])
         assert text[:1].isupper() or field.name in text or text.startswith("host:port"), field.name
         assert text.endswith("."), f"{field.name}: {text}"
         assert "\n" not in text
+
+
+def test_certificate_and_key_are_set_together_or_not_at_all(tmp_path: Path) -> None:
+    for variable in ("TESSERA_TLS_CERT", "TESSERA_TLS_KEY"):
+        with pytest.raises(SettingsError, match="belong together"):
+            loaded(**{variable: str(tmp_path / "file")})
+    both = loaded(TESSERA_TLS_CERT=str(tmp_path / "a"), TESSERA_TLS_KEY=str(tmp_path / "b"))
+    assert both.has_tls
+    assert not loaded().has_tls
+
+
+def test_listener_with_a_certificate_may_be_reached_by_other_machines(tmp_path: Path) -> None:
+    files = {"TESSERA_TLS_CERT": str(tmp_path / "a"), "TESSERA_TLS_KEY": str(tmp_path / "b")}
+    assert loaded(SHOP_LISTEN="0.0.0.0:0", **files).listen == "0.0.0.0:0"
+
+
+def test_every_service_may_listen_beyond_loopback_with_tls_and_not_without(tmp_path: Path) -> None:
+    files = {"tls_cert": tmp_path / "a", "tls_key": tmp_path / "b"}
+    classes: list[Any] = [cls for cls in settings_classes() if cls is not ServiceSettings]
+    for cls in classes:
+        listening = partial(cls, data_dir=tmp_path, listen="0.0.0.0:0")
+        assert listening(**files).has_tls
+        with pytest.raises(ValueError, match="TESSERA_TLS_CERT and TESSERA_TLS_KEY"):
+            listening()
+        with pytest.raises(ValueError, match="belong together"):
+            listening(tls_cert=tmp_path / "a")
+
+
+def test_trusted_proxies_are_addresses_and_networks() -> None:
+    assert [str(one) for one in loaded(TESSERA_TRUSTED_PROXIES="10.0.0.7, fd00::/8").trusted_proxies] == [
+        "10.0.0.7/32",
+        "fd00::/8",
+    ]
+    assert "TESSERA_TRUSTED_PROXIES" in problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_TRUSTED_PROXIES="everybody")[0]

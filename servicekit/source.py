@@ -1,0 +1,96 @@
+"""Where a request comes from, for the log: the peer's address, or what a trusted proxy says about it.
+
+The rule: anybody can write a forwarding header, so one is believed only as far as each hop that added to it is a proxy
+that the operator named. Nothing but the log depends on it: neither who calls nor the address that we are known under.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+FORWARDED_FOR = "x-forwarded-for"
+FORWARDED_PROTO = "x-forwarded-proto"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a request comes from."""
+
+    address: str
+    """An IP address, or `unknown`."""
+
+    scheme: str
+    """`https` or `http`: how it came over the first stretch that we know of."""
+
+    def fields(self) -> dict[str, str]:
+        """For an event in the log."""
+        return {"source": self.address, "scheme": self.scheme}
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Addresses and networks, separated by commas; raises ValueError for what is neither, and for everybody."""
+    found = []
+    for part in text.split(","):
+        try:
+            network = ipaddress.ip_network(part.strip())
+        except ValueError:
+            raise ValueError(
+                f"expected addresses or networks such as 10.0.0.7 or 10.0.0.0/8, with commas between, not {part!r}"
+            ) from None
+        if network.prefixlen == 0:
+            raise ValueError(f"{part.strip()} is everybody, and whoever is trusted may claim any address")
+        found.append(network)
+    return tuple(found)
+
+
+def source(
+    peer: str, scheme: str, *, forwarded_for: Sequence[str], forwarded_proto: Sequence[str], trusted: Sequence[Network]
+) -> Source:
+    """The source of a request that `peer`, an IP address, sent over `scheme`.
+
+    `forwarded_for` and `forwarded_proto` are the values of these headers in the order in which they came, `trusted` the
+    proxies that are believed.
+    """
+    address = _parsed(peer)
+    if address is None or not _is_in(address, trusted):
+        return Source("unknown" if address is None else str(address), scheme)
+    # Each proxy adds its own peer on the right, so what is further left was there before and may be made up.
+    hops = [hop for value in forwarded_for for hop in value.split(",")]
+    while hops and _is_in(address, trusted):
+        before = _parsed(hops.pop())
+        if before is None:
+            break
+        address = before
+    told = ",".join(forwarded_proto).rpartition(",")[2].strip().lower()
+    return Source(str(address), told if told in ("http", "https") else scheme)
+
+
+def grpc_peer(peer: str) -> str:
+    """The address in gRPC's name for a peer, such as `ipv6:%5B::1%5D:50051`."""
+    return unquote(peer).partition(":")[2]
+
+
+def _parsed(text: str) -> Address | None:
+    """An IP address, also with a port as some proxies write it; without its zone, which is any text."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    # How a listener for both families names a caller of the older one.
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def _is_in(address: Address, trusted: Sequence[Network]) -> bool:
+    return any(address in network for network in trusted)
