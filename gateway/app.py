@@ -20,6 +20,7 @@ from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, 
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
+from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
@@ -83,6 +84,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         listening = _listening(settings.listen)
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
+        public_url = settings.public_url or url
         gateway = Gateway(
             rules=rules,
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
@@ -90,7 +92,8 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             invocations=Invocations(
                 table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
-            public_url=settings.public_url or url,
+            document=Document(rules, public_url),
+            public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
         )
         await stack.enter_async_context(
@@ -124,6 +127,7 @@ class Gateway:
         transcoder: Transcoder,
         exchange: TokenExchange,
         invocations: Invocations,
+        document: Document,
         public_url: str,
         trusted_proxies: Sequence[Network],
     ) -> None:
@@ -131,9 +135,11 @@ class Gateway:
         self._transcoder = transcoder
         self._exchange = exchange
         self._invocations = invocations
+        self._document = document
         self._public_url = public_url
         self._trusted_proxies = trusted_proxies
-        # Everything that is not one message in and one message out, each with its reason.
+        # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
+        # them to users.
         self._special = (
             # The body belongs to the model and is streamed.
             _Special("POST", _INVOCATION, self._invoke),
@@ -145,6 +151,8 @@ class Gateway:
             _Special("GET", re.compile(r"/health"), self._health),
             # The command line waits for the count of what it sent; nothing is kept.
             _Special("POST", re.compile(r"/telemetry-ext"), self._telemetry),
+            # It describes the others.
+            _Special("GET", re.compile(r"/api/openapi\.json"), self._openapi),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -250,6 +258,10 @@ class Gateway:
 
     async def _health(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')
+
+    async def _openapi(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+        await self._identify(request, headers)
+        await answer(send, 200, [*headers, _JSON], self._document.text)
 
     async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         await self._identify(request, headers)

@@ -135,6 +135,10 @@ class Codec:
                         f"{other.descriptor.name} and {field.descriptor.name}."
                     )
 
+    def fields(self) -> dict[str, FieldDescriptor]:
+        """The fields by the names they are written under, as declared."""
+        return {field.json_name: field.descriptor for field in self._fields}
+
     def field(self, name: str) -> FieldDescriptor | None:
         """The field that is read under this JSON name or alias, if there is one."""
         field = self._named.get(name)
