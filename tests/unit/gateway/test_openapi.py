@@ -73,7 +73,13 @@ def test_every_route_that_is_a_message_is_described(rules: RouteTable, document:
 
 def test_every_special_route_is_described_and_nothing_else(rules: RouteTable, document: Any) -> None:
     specials = Gateway(
-        rules=rules, transcoder=Mock(), exchange=Mock(), invocations=Mock(), document=Mock(), public_url=""
+        rules=rules,
+        transcoder=Mock(),
+        exchange=Mock(),
+        invocations=Mock(),
+        document=Mock(),
+        public_url="",
+        trusted_proxies=(),
     )._special
     by_hand = {(verb, path) for verb, path, _ in operations(document)} - {(one.verb, one.template) for one in rules}
     taken = {
