@@ -80,7 +80,9 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
     configured = settings.load(settings.ServiceSettings, config.environment)
     tls.configured(configured)  # in one line here, instead of in the logs of three services
     run = configured.data_dir / "run"
-    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # By itself first: `parents` would make it with the mode that is usual, and registries in it are for nobody else.
+    configured.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    run.mkdir(mode=0o700, exist_ok=True)
     async with lock.held(run) as up_lock:
         await _end_of_predecessor(run)
         chosen = addresses.chosen(config.host, config.ports, has_tls=configured.has_tls)

@@ -110,6 +110,12 @@ async def test_interruption_of_the_end_leaves_nothing_either(directory: Path) ->
     assert processes.of_directory(directory) == {}
 
 
+async def test_data_directory_is_made_for_its_owner_alone(directory: Path) -> None:
+    made = directory / "below" / "data"
+    async with Rehearsal(made).running():
+        assert made.stat().st_mode & 0o777 == 0o700
+
+
 async def test_replicas_are_told_that_the_platform_runs_and_then_that_it_stops(directory: Path) -> None:
     word = directory / "run" / "up.lock"
     async with Rehearsal(directory).running():
