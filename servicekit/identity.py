@@ -41,6 +41,9 @@ therefore stops working within 10 s everywhere (S12)."""
 EXCHANGE_TIMEOUT = 1.0
 """Seconds that Secrets has for one exchange."""
 
+RESTART_SECONDS = 3.0
+"""How long the first request of a caller waits for Secrets while that is just being started."""
+
 REFETCH_SECONDS = 1.0
 """How long at least lies between two fetches of the platform's keys."""
 
@@ -199,6 +202,7 @@ class TokenExchange:
         stale_seconds: float,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._channel = channel
         self._authority = rpc.AuthorityStub(channel)
         self._stale_seconds = stale_seconds
         self._now = now
@@ -263,6 +267,9 @@ class TokenExchange:
         _heard(task)
 
     async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
+        if digest not in self._known:
+            # Nobody can go on with what was known before, so it can do no harm to wait out a restart of Secrets.
+            await channels.until_connected(self._channel, within=RESTART_SECONDS)
         asked_at = self._now()
         try:
             answer = await channels.call(

@@ -507,6 +507,19 @@ async def test_a_request_waits_for_a_service_that_is_just_being_restarted(direct
         assert [(await task).status for task in asked] == [501, 404]
 
 
+async def test_the_first_request_of_a_caller_waits_for_secrets_that_is_just_being_started(directory: Path) -> None:
+    authority, serving = ScriptedAuthority(), ScriptedServing()
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(neighbours(directory, authority, serving, only=("serving",)))
+        url = await stack.enter_async_context(app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")))
+        asked = asyncio.create_task(fetch(url, "GET", "/api/2.0/serving-endpoints", token="owner-token"))
+        for _ in range(5):  # after the first of these at the latest, the question has met nobody
+            assert (await fetch(url, "GET", "/health")).status == 200
+        assert not asked.done()
+        await stack.enter_async_context(neighbours(directory, authority, serving, only=("secrets",)))
+        assert (await asked).status == 501
+
+
 async def test_a_service_that_stays_away_is_a_503_that_asks_to_retry(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
