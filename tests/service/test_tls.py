@@ -116,6 +116,8 @@ async def test_gateway_proves_itself_to_who_trusts_the_authority_and_says_https(
 
 
 async def test_gateway_speaks_tls_1_2_and_nothing_older(files: Files) -> None:
+    # The library may refuse older ones by itself; that is not relied on.
+    assert Certificate(files.cert, files.key).http_context.minimum_version is ssl.TLSVersion.TLSv1_2
     async with platform(**files.settings()) as gateway:
         async with connected(gateway.url, AUTHORITY.client_context(ssl.TLSVersion.TLSv1_2)) as connection:
             assert await connection.status() == b"HTTP/1.1 200 OK"
@@ -194,7 +196,7 @@ async def test_broken_files_keep_the_old_certificate_and_the_log_says_why_withou
     before, after = AUTHORITY.issue(), AUTHORITY.issue()
     files.hold(before.cert, before.key)
     async with platform(**files.settings()) as gateway:
-        for cert, key in ((before.cert, after.key), (b"nonsense", after.key), (before.cert, b"nonsense")):
+        for cert, key in ((before.cert, after.key), (b"nonsense", after.key), (before.cert, after.key[:-40])):
             seen = len(_refusals(caplog))
             files.hold(cert, key)
             await eventually(partial(_more_refusals, caplog, seen), what="a refusal")
