@@ -24,9 +24,6 @@ from servicekit import channels
 
 MAX_QUERY_FIELDS = 1000
 
-RESTART_SECONDS = 3.0
-"""How long a request waits for a service that is just being restarted, before it is refused."""
-
 _TWICE = "given more than once in the query"
 
 
@@ -78,7 +75,7 @@ class Transcoder:
         """
         call = self._calls[binding.method.full_name]
         request = request_message(call.request, binding, path_params, query_string, body)
-        await channels.until_connected(call.channel, within=RESTART_SECONDS)
+        await channels.until_connected(call.channel, within=channels.RESTART_SECONDS)
         answering = call.invoke(request, metadata=tuple(metadata), timeout=timeout)
         response = await answering
         trailers = await answering.trailing_metadata()

@@ -28,6 +28,9 @@ WARNING = "x-tessera-warning"
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
+RESTART_SECONDS = 3.0
+"""How long a call waits for a peer that is just being started, before it is refused."""
+
 METADATA_LIMIT = 64 * 1024
 """Bytes of headers or trailers that we take from a peer: room for a long error message."""
 
@@ -99,11 +102,15 @@ async def call(
     *,
     peer: str,
     timeout: float,
+    waiting_for: grpc.aio.Channel | None = None,
 ) -> A:
     """Calls a stub's unary method for the current request; raises the ServiceError that the peer answered.
 
-    `peer` is the service's name for people, `timeout` is in seconds.
+    `peer` is the service's name for people, `timeout` is in seconds. With `waiting_for`, the channel of the stub, a
+    peer that is just being started is waited for first.
     """
+    if waiting_for is not None:
+        await until_connected(waiting_for, within=RESTART_SECONDS)
     try:
         return await method(message, timeout=timeout, metadata=outgoing_metadata())
     except grpc.aio.AioRpcError as error:

@@ -41,9 +41,6 @@ therefore stops working within 10 s everywhere (S12)."""
 EXCHANGE_TIMEOUT = 1.0
 """Seconds that Secrets has for one exchange."""
 
-RESTART_SECONDS = 3.0
-"""How long the first request of a caller waits for Secrets while that is just being started."""
-
 REFETCH_SECONDS = 1.0
 """How long at least lies between two fetches of the platform's keys."""
 
@@ -216,7 +213,11 @@ class TokenExchange:
     async def platform(self) -> pb.GetPlatformResponse:
         """What is the same for the whole platform; raises Unavailable while Secrets does not answer."""
         platform = await channels.call(
-            self._authority.GetPlatform, pb.GetPlatformRequest(), peer="Secrets", timeout=EXCHANGE_TIMEOUT
+            self._authority.GetPlatform,
+            pb.GetPlatformRequest(),
+            peer="Secrets",
+            timeout=EXCHANGE_TIMEOUT,
+            waiting_for=self._channel,
         )
         self.workspace_id = platform.workspace_id
         return platform
@@ -269,7 +270,7 @@ class TokenExchange:
     async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
         if digest not in self._known:
             # Nobody can go on with what was known before, so it can do no harm to wait out a restart of Secrets.
-            await channels.until_connected(self._channel, within=RESTART_SECONDS)
+            await channels.until_connected(self._channel, within=channels.RESTART_SECONDS)
         asked_at = self._now()
         try:
             answer = await channels.call(

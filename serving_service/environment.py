@@ -99,6 +99,7 @@ class SecretReferences:
     """Asks Secrets about references: may they be used, and what do they stand for."""
 
     def __init__(self, channel: grpc.aio.Channel, holds: SecretHolds) -> None:
+        self._channel = channel
         self._resolver = rpc.SecretResolverStub(channel)
         self._authority = identity_pb2_grpc.AuthorityStub(channel)
         self._holds = holds
@@ -127,6 +128,7 @@ class SecretReferences:
             ),
             peer="Secrets",
             timeout=CHECK_SECONDS,
+            waiting_for=self._channel,
         )
         if not answer.failures:
             return
@@ -142,6 +144,7 @@ class SecretReferences:
             identity_pb2.CheckPrincipalRequest(id=creator_id),
             peer="Secrets",
             timeout=CHECK_SECONDS,
+            waiting_for=self._channel,
         )
         if not answer.active:
             raise PermissionDenied(

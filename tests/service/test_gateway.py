@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gateway import app, http, invocations, transcoding
+from gateway import app, http, invocations
 from gateway.settings import GatewaySettings
-from servicekit import identity
+from servicekit import channels, identity
 from servicekit.http_client import ConnectionLost
 from tests.support.eventually import eventually
 from tests.support.gateway import (
@@ -523,7 +523,7 @@ async def test_the_first_request_of_a_caller_waits_for_secrets_that_is_just_bein
 async def test_a_service_that_stays_away_is_a_503_that_asks_to_retry(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transcoding, "RESTART_SECONDS", 0.1)
+    monkeypatch.setattr(channels, "RESTART_SECONDS", 0.1)
     monkeypatch.setattr(invocations, "FIRST_TABLE_SECONDS", 0.1)
     async with (
         neighbours(directory, ScriptedAuthority(), ScriptedServing(), only=("secrets",)),
