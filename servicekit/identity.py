@@ -268,9 +268,6 @@ class TokenExchange:
         _heard(task)
 
     async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
-        if digest not in self._known:
-            # Nobody can go on with what was known before, so it can do no harm to wait out a restart of Secrets.
-            await channels.until_connected(self._channel, within=channels.RESTART_SECONDS)
         asked_at = self._now()
         try:
             answer = await channels.call(
@@ -278,6 +275,8 @@ class TokenExchange:
                 pb.ExchangeTokenRequest(token=token),
                 peer="Secrets",
                 timeout=EXCHANGE_TIMEOUT,
+                # Whoever is known may be able to go on without an answer; for others a start is worth waiting for.
+                waiting_for=None if digest in self._known else self._channel,
             )
             principal = await self.verifier.verify(answer.assertion)
         except ServiceError as error:
