@@ -25,13 +25,14 @@ from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
 from servicekit import background, channels, tls
+from servicekit.access import AccessTable
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, token_from
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from servicekit.tls import Certificate
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 
@@ -47,7 +48,7 @@ DRAIN_SECONDS = 5
 """How long requests under way may take to finish when the gateway stops."""
 
 _OWNED = {
-    "secrets": (identity_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
+    "secrets": (identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
     "serving": (serving_pb2.DESCRIPTOR,),
 }
 """Which service answers the RPCs of which proto files."""
@@ -80,6 +81,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
+        access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
         listening = _listening(settings.listen)
         scheme = "http" if certificate is None else "https"
@@ -90,7 +92,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
             exchange=exchange,
             invocations=Invocations(
-                table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
+                table, access, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
             document=Document(rules, public_url),
             public_url=public_url,
@@ -100,6 +102,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             background.running(
                 {
                     "routes": partial(table.follow, open_channel["serving"]),
+                    "access": partial(access.follow, open_channel["secrets"]),
                     "workspace": partial(_learn_workspace, exchange),
                 }
             )

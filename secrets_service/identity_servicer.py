@@ -95,9 +95,6 @@ class AuthorityServicer(rpc.AuthorityServicer):
             keys=[pb.VerificationKey(key_id=key_id, public_key=key.public_bytes_raw()) for key_id, key in keys.items()],
         )
 
-    async def CheckPrincipal(self, request: pb.CheckPrincipalRequest, context: Any) -> pb.CheckPrincipalResponse:
-        return pb.CheckPrincipalResponse(active=await self._authority.is_active(request.id))
-
     async def RenewAdminToken(self, request: pb.RenewAdminTokenRequest, context: Any) -> pb.RenewAdminTokenResponse:
         path, expires_ms = await self._admin_token.renew()
         return pb.RenewAdminTokenResponse(path=str(path), expiry_time=expires_ms)

@@ -13,6 +13,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from secrets_service import grant_store
+from secrets_service.feed import AccessFeed
+from secrets_service.model import AccessChange
 from servicekit.database import Database
 
 P = ParamSpec("P")
@@ -23,10 +26,14 @@ CAPACITY = 10_000
 
 
 class RememberingDatabase:
-    """A database with a memory; all writes of the service go through here."""
+    """A database with a memory; all writes of the service go through here.
 
-    def __init__(self, database: Database) -> None:
+    So this is also where `feed` hears of every change of a right; a write returns when it is in force everywhere.
+    """
+
+    def __init__(self, database: Database, feed: AccessFeed) -> None:
         self._database = database
+        self._feed = feed
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self._writes_under_way = 0
         self._changes = 0
@@ -41,7 +48,13 @@ class RememberingDatabase:
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """As `Database.write`; the transaction ends as it will even if the caller is cancelled."""
-        return await self._writing(self._database.write(function, *args, **kwargs))
+
+        async def write() -> tuple[T, int]:
+            return await self._published(lambda connection: function(connection, *args, **kwargs))
+
+        result, revision = await self._writing(write())
+        await self._feed.followed(revision)
+        return result
 
     async def destroy(self, function: Callable[[sqlite3.Connection], tuple[T, int]]) -> T:
         """As `write`, for a function that returns its result and how many values it destroyed.
@@ -49,13 +62,24 @@ class RememberingDatabase:
         If any, nothing is left of them in the database's files either.
         """
 
-        async def destroy() -> T:
-            result, destroyed = await self._database.write(function)
+        async def destroy() -> tuple[T, int]:
+            (result, destroyed), revision = await self._published(function)
             if destroyed:
                 await self._database.erase()
-            return result
+            return result, revision
 
-        return await self._writing(destroy())
+        result, revision = await self._writing(destroy())
+        await self._feed.followed(revision)
+        return result
+
+    async def _published(self, function: Callable[[sqlite3.Connection], T]) -> tuple[T, int]:
+        """What a transaction results in, and the revision of the feed that tells what it changed about rights."""
+
+        def changed(connection: sqlite3.Connection) -> tuple[T, AccessChange | None]:
+            return function(connection), grant_store.take_access_changes(connection)
+
+        result, change = await self._database.write(changed)
+        return result, 0 if change is None else self._feed.publish(change)
 
     async def remembered(
         self,

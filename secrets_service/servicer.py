@@ -1,4 +1,4 @@
-"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py, versions.py, resolver.py."""
+"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py, versions.py, grants.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from secrets_service.errors import ValueNotGiven
+from secrets_service.grants import Existing, LaunchGrants, Wanted
 from secrets_service.model import Grant, Permission, Reference, ReferenceFailure, SecretBytes, VersionInfo
-from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.versions import SecretVersions
 from servicekit.context import current, current_caller
@@ -112,39 +112,51 @@ class SecretsServicer(rpc.SecretsServicer):
 class SecretResolverServicer(rpc.SecretResolverServicer):
     """The internal service: Serving alone can reach it."""
 
-    def __init__(self, resolution: SecretResolution) -> None:
-        self._resolution = resolution
+    def __init__(self, grants: LaunchGrants) -> None:
+        self._grants = grants
 
-    async def CheckReferences(self, request: pb.CheckReferencesRequest, context: Any) -> pb.CheckReferencesResponse:
+    async def GrantLaunches(self, request: pb.GrantLaunchesRequest, context: Any) -> pb.GrantLaunchesResponse:
         served = current()
         if served is None or served.caller is None:  # the peer may call this, but only on somebody's behalf
             raise Unauthenticated
-        failures = await self._resolution.check_references(
-            creator_id=request.creator_id,
-            references=_references(request.references),
-            introduced=_references(request.introduced),
+        outcome = await self._grants.grant(
+            endpoint_id=request.endpoint_id,
+            is_new=request.is_new,
+            version=request.version,
+            wanted=[Wanted(each.digest, tuple(_references(each.references))) for each in request.entities],
             author=served.caller,
         )
-        return pb.CheckReferencesResponse(failures=[_failure(failure) for failure in failures])
+        return pb.GrantLaunchesResponse(
+            failures=[_failure(failure) for failure in outcome.failures],
+            creator_is_inactive=outcome.is_creator_inactive,
+        )
 
     async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.ResolveResponse:
-        values, failures = await self._resolution.resolve(
+        values, failures = await self._grants.resolve(
             endpoint_id=request.endpoint_id,
+            version=request.version,
+            digest=request.digest,
             replica_id=request.replica_id,
-            creator_id=request.creator_id,
             references=_references(request.references),
         )
         return pb.ResolveResponse(
             values=[value.reveal() for value in values], failures=[_failure(failure) for failure in failures]
         )
 
-    async def EndLaunches(self, request: pb.EndLaunchesRequest, context: Any) -> pb.EndLaunchesResponse:
-        await self._resolution.end_launches(request.replica_ids)
-        return pb.EndLaunchesResponse()
+    async def Settle(self, request: pb.SettleRequest, context: Any) -> pb.SettleResponse:
+        await self._grants.settle(
+            ended=request.ended_replica_ids,
+            dropped=[(each.endpoint_id, each.versions) for each in request.dropped_configs],
+            deleted=request.deleted_endpoint_ids,
+        )
+        return pb.SettleResponse()
 
-    async def KeepLaunches(self, request: pb.KeepLaunchesRequest, context: Any) -> pb.KeepLaunchesResponse:
-        await self._resolution.keep_launches(request.replica_ids)
-        return pb.KeepLaunchesResponse()
+    async def Reconcile(self, request: pb.ReconcileRequest, context: Any) -> pb.ReconcileResponse:
+        await self._grants.reconcile(
+            replica_ids=request.replica_ids,
+            endpoints=[Existing(each.endpoint_id, each.creator_id, tuple(each.versions)) for each in request.endpoints],
+        )
+        return pb.ReconcileResponse()
 
 
 def _value(request: pb.PutSecretRequest) -> SecretBytes:

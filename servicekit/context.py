@@ -7,8 +7,17 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 ADMINS = "admins"
+
+
+class Level(IntEnum):
+    """What a principal may do with an endpoint; each level includes those below it (contract 3.4)."""
+
+    CAN_VIEW = 1
+    CAN_QUERY = 2
+    CAN_MANAGE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,9 @@ class Principal:
 
     kind: str = "user"
     """`user` or `service_principal`."""
+
+    group_ids: frozenset[str] = frozenset()
+    """Ids of the same groups: what permissions are granted to."""
 
     @property
     def is_admin(self) -> bool:

@@ -68,9 +68,6 @@ class Authority(identity_rpc.AuthorityServicer):
         caller = request_context.caller
         return identity_pb.GetPlatformResponse(workspace_id="nobody" if caller is None else caller.name)
 
-    async def CheckPrincipal(self, request: Any, rpc: Any) -> identity_pb.CheckPrincipalResponse:
-        return identity_pb.CheckPrincipalResponse(active=True)
-
     async def RenewAdminToken(self, request: Any, rpc: Any) -> identity_pb.RenewAdminTokenResponse:
         return identity_pb.RenewAdminTokenResponse(path="/admin.token")
 

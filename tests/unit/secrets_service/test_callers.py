@@ -13,6 +13,7 @@ from secrets_service.app import MIGRATIONS
 from secrets_service.cipher import Cipher
 from secrets_service.directory import Accounts, Directory
 from secrets_service.errors import AdminsOnly
+from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Kind, Profile, SecretBytes
 from secrets_service.personal_tokens import Tokens
@@ -30,7 +31,7 @@ KEY = SecretBytes(b"k" * 32)
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
-        yield RememberingDatabase(opened)
+        yield RememberingDatabase(opened, AccessFeed())
 
 
 async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_there: bool = True) -> Principal:
