@@ -196,8 +196,13 @@ async def test_basic_credentials_with_user_token_are_taken(stack: Platform) -> N
 
 
 async def test_discovery_and_health_need_no_credential(stack: Platform) -> None:
-    discovery = await fetch(stack.url, "GET", "/.well-known/databricks-config", headers={"host": "evil.example"})
-    assert discovery.json() == {"oidc_endpoint": f"{stack.url}/oidc", "workspace_id": WORKSPACE_ID}
+    async def discovered() -> bool:
+        path = "/.well-known/databricks-config"
+        discovery = (await fetch(stack.url, "GET", path, headers={"host": "evil.example"})).json()
+        assert discovery["oidc_endpoint"] == f"{stack.url}/oidc"
+        return discovery.get("workspace_id") == WORKSPACE_ID
+
+    await eventually(discovered, what="the gateway has asked Secrets for the workspace")
     assert (await fetch(stack.url, "GET", "/health")).status == 200
 
 
