@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from servicekit.database import Database
+from servicekit.once import Answered, Answers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,10 +24,11 @@ CAPACITY = 10_000
 
 
 class RememberingDatabase:
-    """A database with a memory; all writes of the service go through here."""
+    """A database with a memory; all writes of the service go through here, so each is made once."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, answers: Answers) -> None:
         self._database = database
+        self._answers = answers
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self._writes_under_way = 0
         self._changes = 0
@@ -40,8 +42,8 @@ class RememberingDatabase:
     async def write(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """As `Database.write`; the transaction ends as it will even if the caller is cancelled."""
-        return await self._writing(self._database.write(function, *args, **kwargs))
+        """As `Database.write`, once; the transaction ends as it will even if the caller is cancelled."""
+        return await self._writing(self._database.write(self._answers.once, function, *args, **kwargs))
 
     async def destroy(self, function: Callable[[sqlite3.Connection], tuple[T, int]]) -> T:
         """As `write`, for a function that returns its result and how many values it destroyed.
@@ -49,8 +51,19 @@ class RememberingDatabase:
         If any, nothing is left of them in the database's files either.
         """
 
+        destroyed = 0
+
+        def change(connection: sqlite3.Connection) -> T:
+            nonlocal destroyed
+            result, destroyed = function(connection)
+            return result
+
         async def destroy() -> T:
-            result, destroyed = await self._database.write(function)
+            try:
+                result = await self._database.write(self._answers.once, change)
+            except Answered:  # perhaps between the first call's transaction and its end
+                await self._database.erase()
+                raise
             if destroyed:
                 await self._database.erase()
             return result

@@ -13,6 +13,7 @@ import pytest
 from secrets_service import memory
 from secrets_service.memory import RememberingDatabase
 from servicekit import database
+from tests.support.answers import plain_answers
 from tests.support.eventually import eventually
 
 SCRIPTS = "CREATE TABLE t (name TEXT PRIMARY KEY, value INTEGER) STRICT; INSERT INTO t VALUES ('a', 1), ('b', 1);"
@@ -23,7 +24,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     (tmp_path / "migrations").mkdir()
     (tmp_path / "migrations" / "0001_t.sql").write_text(SCRIPTS)
     async with database.opened(tmp_path / "t.db", tmp_path / "migrations") as opened:
-        yield RememberingDatabase(opened)
+        yield RememberingDatabase(opened, plain_answers())
 
 
 class Reading:
