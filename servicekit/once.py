@@ -45,7 +45,7 @@ KEPT_SECONDS = 24 * 3600
 """How long a retry gives the first answer."""
 
 MOST_BYTES = 8 * 1024 * 1024
-"""Of the records of one principal, the newest; an answer without content takes some 170 of them. One record may be
+"""Of the records of one principal, the newest; an answer without content takes some 130 of them. One record may be
 larger, and is then the only one."""
 
 DROPPED_AT_ONCE = 100
