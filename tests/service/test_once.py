@@ -344,6 +344,14 @@ async def test_damaged_answer_is_said_and_changes_nothing(service: RunningSecret
     assert content(service) == before
 
 
+async def test_answer_that_was_moved_to_another_id_is_not_given(service: RunningSecrets, fresh: str) -> None:
+    await create_token(under(fresh, service.admin))
+    with closing(sqlite3.connect(service.settings.database)) as connection:
+        connection.execute("UPDATE answers SET request_id = ? WHERE request_id = ?", (f"{fresh}-moved", fresh))
+        connection.commit()
+    assert (await refusal(create_token(under(f"{fresh}-moved", service.admin)))).reason == "DATA_LOSS"
+
+
 # --- what else changed meanwhile
 
 
