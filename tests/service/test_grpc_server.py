@@ -541,11 +541,11 @@ async def test_request_may_be_repeated_when_its_caller_chose_the_id(platform: Pl
 
     platform.scim.answer = answer
     given, chosen = (channels.REQUEST_ID, "r-1"), (channels.CHOSEN, "true")
-    for metadata in ((), (given,), (chosen,)):
-        await platform.me(metadata=(*TOKEN, *metadata))
+    for sent in ((), (given,), (chosen,)):
+        await platform.me(metadata=(*TOKEN, *sent))
     assert found == [False, True, False]
-    for metadata in ((), (given,), (given, chosen)):
-        await platform.me("gateway", (*platform.assertion(), *metadata))
+    for passed_on in ((), (given,), (given, chosen)):
+        await platform.me("gateway", (*platform.assertion(), *passed_on))
     assert found[3:] == [False, False, True]
 
 

@@ -395,7 +395,7 @@ async def test_admin_can_delete_itself_under_an_id(service: RunningSecrets, fres
         await service.admin(service.admin.scim.ListGroups, identity.ListRequest(filter='displayName eq "admins"'))
     ).resources[0]
     request = identity.PatchRequest(id=admins.id)
-    request.operations.add(op="add", path="members").value.list_value.append({"value": me.id})
+    request.operations.add(op="add", path="members").value.list_value.add_struct().update({"value": me.id})
     await service.admin(service.admin.scim.PatchGroup, request)
     chosen = under(fresh, user)
     await chosen(chosen.scim.DeleteUser, identity.DeleteRequest(id=me.id))
