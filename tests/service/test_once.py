@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import logging
 import sqlite3
@@ -320,17 +321,20 @@ async def test_retry_after_a_restart_gives_the_first_answer(fresh: str) -> None:
         assert made[0] == made[1]
 
 
-async def test_nothing_of_an_answer_or_of_its_request_can_be_read_in_the_files(
-    service: RunningSecrets, fresh: str
-) -> None:
-    admin = under(fresh, service.admin)
-    made = await create_token(admin)
-    stored = b"".join(
-        path.read_bytes() for path in service.settings.database.parent.iterdir() if path.name.startswith("secrets.db")
-    )
-    assert made.token_value.encode() not in stored
-    [record] = [row[5] for row in content(service, answers=True)["answers"] if row[2] == fresh]
-    assert made.token_info.token_id.encode() not in record
+async def test_nothing_of_an_answer_or_of_its_request_can_be_read_in_the_files(fresh: str) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            made = await create_token(under(fresh, service.admin))
+            await under(f"{fresh}-scope", service.admin).create_scope(fresh)
+            await under(f"{fresh}-put", service.admin).put(fresh, "key", "canary-value")
+            records = b"".join(row[5] for row in content(service, answers=True)["answers"])
+        stored = b"".join(path.read_bytes() for path in service.settings.database.parent.iterdir())
+    fingerprint = pb.PutSecretRequest(scope=fresh, key="key", string_value="canary-value").SerializeToString()
+    told = hashlib.sha256(b"/tessera.secrets.v1.Secrets/PutSecret\n" + fingerprint)
+    for canary in (made.token_value.encode(), b"canary-value", told.digest(), told.hexdigest().encode()):
+        assert canary not in stored
+    assert made.token_info.token_id.encode() in stored
+    assert made.token_info.token_id.encode() not in records
 
 
 async def test_damaged_answer_is_said_and_changes_nothing(service: RunningSecrets, fresh: str) -> None:
