@@ -234,10 +234,13 @@ class Gateway:
         if found is None:
             raise errors.no_such_route(request.method, request.path)
         binding, parameters = found
+        request.service = binding.service
         metadata = [(channels.REQUEST_ID, request.id)]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
-        request.service = binding.service
+        if (chosen := request.header(b"x-tessera-request-id")) is not None:
+            channels.check_request_id(chosen)
+            metadata.append((channels.CHOSEN, "true"))
         body = await read_body(request, CONTROL_BODY_LIMIT)
         transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE

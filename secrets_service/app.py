@@ -10,6 +10,7 @@ from importlib import resources
 
 from secrets_service import foundation
 from secrets_service.admin import AdminToken
+from secrets_service.answers import AnswerSeal
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.directory import Accounts, Directory, Groups
 from secrets_service.feed import AccessFeed
@@ -30,6 +31,7 @@ from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
+from servicekit.once import Answers
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2
 
@@ -61,7 +63,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         file = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
         base = await foundation.opened(settings, file, now)
         feed = AccessFeed()
-        opened = RememberingDatabase(file, feed)
+        opened = RememberingDatabase(file, Answers(AnswerSeal(base.cipher), now), feed)
         authority = Authority(
             opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
         )

@@ -239,6 +239,13 @@ class LastAdmin(NotChangeable):
         super().__init__("The group admins would have no active member any more. Add another one first.")
 
 
+class AnswerDamaged(DataLoss):
+    """The first answer to a request that is retried failed its integrity check."""
+
+    def __init__(self) -> None:
+        super().__init__("The request was done before, but its answer is damaged. See what it changed.")
+
+
 class TokenNotFound(NotFound):
     """There is no token of that id, or the caller may not know of it."""
 

@@ -95,17 +95,11 @@ class EndpointPermissions:
                 grant_store.put_level(connection, endpoint.id, principal_id, level)
             if grant_store.count_levels(connection, endpoint.id) > MOST_PERMISSIONS:
                 raise TooManyPermissions(endpoint.id, MOST_PERMISSIONS)
-            return grant_store.endpoint_grants(connection, endpoint.id)
+            granted = grant_store.endpoint_grants(connection, endpoint.id)
+            _warn_if_abandoned(endpoint, granted)
+            return granted
 
-        granted = await self._database.write(change)
-        if not any(each.level is Level.CAN_MANAGE for each in granted):
-            warn(
-                "last CAN_MANAGE of an endpoint is gone",
-                f"Nobody but admins can manage endpoint {endpoint_id} any more: no CAN_MANAGE permission is left on it."
-                " Ask an admin to grant it again if that was not meant.",
-                endpoint=endpoint_id,
-            )
-        return granted
+        return await self._database.write(change)
 
 
 def permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principal, needed: Level) -> Endpoint:
@@ -127,6 +121,16 @@ def endpoint_id(text: str) -> str:
     if not _ID.fullmatch(text):
         raise InvalidParameter("endpoint_id: 32 hexadecimal digits.")
     return text
+
+
+def _warn_if_abandoned(endpoint: Endpoint, granted: Sequence[EndpointGrant]) -> None:
+    if not any(each.level is Level.CAN_MANAGE for each in granted):
+        warn(
+            "last CAN_MANAGE of an endpoint is gone",
+            f"Nobody but admins can manage endpoint {endpoint.id} any more: no CAN_MANAGE permission is left on it."
+            " Ask an admin to grant it again if that was not meant.",
+            endpoint=endpoint.id,
+        )
 
 
 def _principal(connection: sqlite3.Connection, entry: Entry, folded: str) -> int:

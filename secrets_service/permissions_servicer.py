@@ -11,6 +11,7 @@ from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import EndpointGrant, Kind
 from secrets_service.permissions import EndpointPermissions, Entry
+from servicekit import once
 from servicekit.context import ADMINS, Level, current_caller
 from servicekit.errors import InvalidParameter
 from tessera.identity.v1 import permissions_pb2 as pb
@@ -37,16 +38,20 @@ class PermissionsServicer(rpc.PermissionsServicer):
         return _permissions(request.serving_endpoint_id, granted)
 
     async def SetPermissions(self, request: pb.SetPermissionsRequest, context: Any) -> pb.ObjectPermissions:
-        granted = await self._permissions.set(
-            request.serving_endpoint_id, _entries(request.access_control_list), caller=current_caller()
+        return await once.answer(
+            self._permissions.set(
+                request.serving_endpoint_id, _entries(request.access_control_list), caller=current_caller()
+            ),
+            partial(_permissions, request.serving_endpoint_id),
         )
-        return _permissions(request.serving_endpoint_id, granted)
 
     async def UpdatePermissions(self, request: pb.UpdatePermissionsRequest, context: Any) -> pb.ObjectPermissions:
-        granted = await self._permissions.update(
-            request.serving_endpoint_id, _entries(request.access_control_list), caller=current_caller()
+        return await once.answer(
+            self._permissions.update(
+                request.serving_endpoint_id, _entries(request.access_control_list), caller=current_caller()
+            ),
+            partial(_permissions, request.serving_endpoint_id),
         )
-        return _permissions(request.serving_endpoint_id, granted)
 
     async def GetPermissionLevels(
         self, request: pb.GetPermissionLevelsRequest, context: Any

@@ -10,6 +10,7 @@ from secrets_service.grants import Existing, LaunchGrants, Wanted
 from secrets_service.model import Grant, Permission, Reference, ReferenceFailure, SecretBytes, VersionInfo
 from secrets_service.scopes import SecretScopes
 from secrets_service.versions import SecretVersions
+from servicekit import once
 from servicekit.context import current, current_caller
 from servicekit.errors import BadRequest, InvalidParameter, Unauthenticated
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -99,10 +100,12 @@ class SecretsServicer(rpc.SecretsServicer):
         return pb.ListSecretVersionsResponse(key=key, versions=map(_version, versions))
 
     async def RestoreSecret(self, request: pb.RestoreSecretRequest, context: Any) -> pb.RestoreSecretResponse:
-        version = await self._versions.restore(
-            scope=request.scope, key=request.key, version=request.version, caller=current_caller()
+        return await once.answer(
+            self._versions.restore(
+                scope=request.scope, key=request.key, version=request.version, caller=current_caller()
+            ),
+            lambda version: pb.RestoreSecretResponse(version=version),
         )
-        return pb.RestoreSecretResponse(version=version)
 
     async def PurgeSecret(self, request: pb.PurgeSecretRequest, context: Any) -> pb.PurgeSecretResponse:
         await self._versions.purge(scope=request.scope, key=request.key, caller=current_caller())

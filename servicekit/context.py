@@ -59,6 +59,9 @@ class RequestContext:
     assertion: str | None = field(default=None, repr=False)
     """The signed statement about `caller`, passed on with calls to other services."""
 
+    may_be_repeated: bool = False
+    """Whether the caller chose the id, so that the same request under the same id is a retry (`servicekit.once`)."""
+
     warnings: list[str] = field(default_factory=list, compare=False)
     """What the caller is going to be told beside the answer; `servicekit.warnings.warn` adds to it."""
 

@@ -200,7 +200,7 @@ async def test_discovery_and_health_need_no_credential(stack: Platform) -> None:
         path = "/.well-known/databricks-config"
         discovery = (await fetch(stack.url, "GET", path, headers={"host": "evil.example"})).json()
         assert discovery["oidc_endpoint"] == f"{stack.url}/oidc"
-        return discovery.get("workspace_id") == WORKSPACE_ID
+        return bool(discovery.get("workspace_id") == WORKSPACE_ID)
 
     await eventually(discovered, what="the gateway has asked Secrets for the workspace")
     assert (await fetch(stack.url, "GET", "/health")).status == 200
@@ -247,6 +247,29 @@ async def test_a_call_reaches_its_service_as_the_caller_and_foreign_texts_stay_t
     assert stack.serving.seen == [("GetServingEndpoint", OWNER.name)]
     assert answer.status == 501
     assert "canary" not in answer.body.decode()
+
+
+async def test_a_service_is_told_which_request_ids_the_caller_chose(stack: Platform) -> None:
+    for headers in (
+        {},
+        {"x-tessera-request-id": "mine-1"},
+        {"x-tessera-request-id-chosen": "true"},  # between our own services, a caller's word for it counts nothing
+    ):
+        await fetch(stack.url, "DELETE", "/api/2.0/serving-endpoints/ep", token="owner-token", headers=headers)
+    assert stack.serving.chosen_ids == [None, "mine-1", None]
+
+
+@pytest.mark.parametrize("odd", ["", "a" * 65, "a b", "\xe9"])
+async def test_an_odd_request_id_is_refused_in_the_shape_of_the_service(stack: Platform, odd: str) -> None:
+    headers = {"x-tessera-request-id": odd}
+    for path in ("/api/2.0/secrets/scopes/list", "/api/2.0/preview/scim/v2/Me"):
+        answer = await fetch(stack.url, "GET", path, token="owner-token", headers=headers)
+        assert answer.status == 400
+        document = answer.json()
+        assert ("error_code" in document) is ("scim" not in path)
+        assert "X-Tessera-Request-Id" in (document.get("message") or document["detail"])
+        assert len(answer.headers["x-tessera-request-id"]) == 32
+    assert (await fetch(stack.url, "GET", path, headers=headers)).status == 401
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b'"x"'])

@@ -81,6 +81,7 @@ class ScriptedServing:
         self.reports: list[pb.RouteReport] = []
         self.reported = asyncio.Condition()
         self.seen: list[tuple[str, str | None]] = []
+        self.chosen_ids: list[str | None] = []
         self._streams: set[asyncio.Queue[pb.RouteTable | None]] = set()
 
     async def Watch(self, requests: Any, context: Any) -> AsyncIterator[pb.RouteTable]:
@@ -108,6 +109,7 @@ class ScriptedServing:
             request_context = current()
             assert request_context is not None
             self.seen.append((name, request_context.caller.name if request_context.caller else None))
+            self.chosen_ids.append(request_context.request_id if request_context.may_be_repeated else None)
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "canary text of a foreign server")
 
         return refuse

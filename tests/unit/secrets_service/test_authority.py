@@ -21,6 +21,7 @@ from secrets_service.tokens import TokenMac
 from servicekit import database, identity
 from servicekit.context import Principal
 from servicekit.identity import InvalidToken
+from tests.support.answers import plain_answers
 
 MAC = TokenMac(SecretBytes(b"m" * 32))
 
@@ -28,7 +29,7 @@ MAC = TokenMac(SecretBytes(b"m" * 32))
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
-        yield RememberingDatabase(opened, AccessFeed())
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 async def test_remembered_token_is_refused_the_moment_it_expires(opened: RememberingDatabase) -> None:

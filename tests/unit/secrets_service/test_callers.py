@@ -24,6 +24,7 @@ from secrets_service.values import SecretValues
 from servicekit import database
 from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
+from tests.support.answers import plain_answers
 
 KEY = SecretBytes(b"k" * 32)
 
@@ -31,7 +32,7 @@ KEY = SecretBytes(b"k" * 32)
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
-        yield RememberingDatabase(opened, AccessFeed())
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_there: bool = True) -> Principal:

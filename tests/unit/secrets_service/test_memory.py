@@ -15,6 +15,7 @@ from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import AccessChange
 from servicekit import database
+from tests.support.answers import plain_answers
 from tests.support.eventually import eventually
 
 SCRIPTS = """
@@ -29,7 +30,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     (tmp_path / "migrations").mkdir()
     (tmp_path / "migrations" / "0001_t.sql").write_text(SCRIPTS)
     async with database.opened(tmp_path / "t.db", tmp_path / "migrations") as opened:
-        yield RememberingDatabase(opened, AccessFeed())
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 class Reading:
