@@ -62,7 +62,7 @@ class Answered(Exception):
 
 
 class Seal(Protocol):
-    """How records are kept from whoever reads the database's files."""
+    """How records are kept from whoever reads the database's files, where that matters."""
 
     def seal(self, text: bytes, *, place: str) -> bytes:
         """The record of a text, which opens at that place only."""
@@ -108,6 +108,12 @@ def enter(method: str, message: Message) -> None:
     )
 
 
+def chosen_id() -> tuple[int, str] | None:
+    """The caller of the request being served and the id that it chose; None when it chose none."""
+    request = _current.get()
+    return None if request is None else (request.caller, request.id)
+
+
 async def answer(work: Awaitable[T], as_message: Callable[[T], M]) -> M:
     """The answer of a use case that makes a change and whose result has something to tell.
 
@@ -117,6 +123,18 @@ async def answer(work: Awaitable[T], as_message: Callable[[T], M]) -> M:
     if request is not None:
         request.as_message = as_message
     return as_message(await work)
+
+
+class Unsealed:
+    """For a service whose answers hold nothing that its database does not hold in clear."""
+
+    def seal(self, text: bytes, *, place: str) -> bytes:
+        """The text itself."""
+        return text
+
+    def open(self, record: bytes, *, place: str) -> bytes:
+        """The text itself."""
+        return record
 
 
 class Answers:

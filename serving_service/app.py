@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.once import Answers, Unsealed
 from serving_service import store
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
@@ -87,7 +89,15 @@ async def running(
                 deploy_deadline=settings.deploy_deadline,
             )
         )
-        endpoints = Endpoints(opened, registry, references, controllers, access=access, settlement=settlement)
+        endpoints = Endpoints(
+            opened,
+            registry,
+            references,
+            controllers,
+            access=access,
+            settlement=settlement,
+            answers=Answers(Unsealed(), time.time),
+        )
         queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(

@@ -8,18 +8,22 @@ without any permission an endpoint does not exist.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
+from servicekit import once
 from servicekit.access import AccessTable
 from servicekit.context import Level, Principal
 from servicekit.database import Database
 from servicekit.errors import ServiceError
+from servicekit.once import Answers
 from serving_service import configs, store
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
@@ -35,6 +39,8 @@ from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, Entity
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
 from tessera.serving.v1 import serving_pb2 as pb
+
+T = TypeVar("T")
 
 LOG_BYTES = 1 << 20
 """How much of a log is handed out: its end."""
@@ -75,6 +81,7 @@ class Endpoints:
         *,
         access: AccessTable,
         settlement: Settlement,
+        answers: Answers,
     ) -> None:
         self._database = database
         self._registry = registry
@@ -82,10 +89,51 @@ class Endpoints:
         self._controllers = controllers
         self._access = access
         self._settlement = settlement
-        self._changes: set[asyncio.Task[None]] = set()
+        self._answers = answers
+        self._changes: set[asyncio.Task[Any]] = set()
+        self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
+        """Changes under way whose callers chose their ids."""
 
     async def create(self, request: pb.CreateServingEndpointRequest, *, caller: Principal) -> View:
         """Creates an endpoint; nothing of it is there when this raises."""
+        return await self._to_its_end(lambda: self._create(request, caller))
+
+    async def update_config(self, name: str, config: pb.EndpointCoreConfigInput, *, caller: Principal) -> View:
+        """Records a new pending configuration; the active one goes on."""
+        return await self._to_its_end(lambda: self._update_config(name, config, caller))
+
+    async def get(self, name: str, *, caller: Principal) -> View:
+        """The endpoint of that name."""
+        return self._view(*await self._found(name, caller, Level.CAN_VIEW))
+
+    async def list_visible(self, *, caller: Principal) -> list[View]:
+        """Every endpoint that the caller may see, by name."""
+        await self._access.known()
+        endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
+        return [self._view(endpoint, level) for endpoint, level in zip(endpoints, levels, strict=True) if level]
+
+    async def delete(self, name: str, *, caller: Principal) -> None:
+        """Deletes an endpoint at once; its replicas are stopped afterwards."""
+        await self._to_its_end(lambda: self._delete(name, caller))
+
+    async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
+        """The latest output of a served entity: the pending configuration's when it has one of that name."""
+        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+        config = _config_with(endpoint, entity, None)
+        return await self._controllers.logs(endpoint.id, config.version, entity, LOG_BYTES)
+
+    async def build_logs(self, name: str, entity: str, version: int | None, *, caller: Principal) -> str:
+        """How the environment of a served entity came about."""
+        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+        config = _config_with(endpoint, entity, version)
+        return (
+            f"Served entity '{entity}' of configuration version {config.version}: "
+            f"The model runs in the service's own Python environment; nothing was built.\n"
+        )
+
+    async def _create(self, request: pb.CreateServingEndpointRequest, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
         configs.check_create(request)
         now = _now()
         pending = None
@@ -109,11 +157,25 @@ class Endpoints:
             pending=pending,
             config_update=ConfigUpdate.IN_PROGRESS if pending else ConfigUpdate.NOT_UPDATING,
         )
-        await self._to_its_end(self._create(endpoint))
-        return self._view(endpoint, Level.CAN_MANAGE)
+        view = self._view(endpoint, Level.CAN_MANAGE)
 
-    async def update_config(self, name: str, config: pb.EndpointCoreConfigInput, *, caller: Principal) -> View:
-        """Records a new pending configuration; the active one goes on."""
+        def commit(connection: sqlite3.Connection) -> View:
+            store.commit_endpoint(connection, endpoint)
+            return view
+
+        await self._database.write(store.reserve_endpoint, endpoint)
+        try:
+            await self._references.grant(endpoint.id, pending, is_new=True)
+            await self._database.write(self._answers.once, commit)
+        except BaseException:
+            self._settlement.deleted(endpoint.id)
+            await self._database.write(store.release_endpoint, endpoint.id)
+            raise
+        self._controllers.created(endpoint.id)
+        return view
+
+    async def _update_config(self, name: str, config: pb.EndpointCoreConfigInput, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
         endpoint, level = await self._found(name, caller, Level.CAN_MANAGE)
         if endpoint.is_updating:
             raise UpdateInProgress(name)
@@ -121,69 +183,24 @@ class Endpoints:
             config, at="", version=endpoint.latest_version + 1, author=caller.name, now=_now()
         )
         pending = await self._with_models(pending)
-        await self._to_its_end(self._update(endpoint, pending))
-        return self._view(
-            replace(
-                endpoint,
-                pending=pending,
-                latest_version=pending.version,
-                updated_at=pending.created_at,
-                config_update=ConfigUpdate.IN_PROGRESS,
-                failures={},
-            ),
-            level,
+        updated = replace(
+            endpoint,
+            pending=pending,
+            latest_version=pending.version,
+            updated_at=pending.created_at,
+            config_update=ConfigUpdate.IN_PROGRESS,
+            failures={},
         )
+        view = self._view(updated, level)
 
-    async def get(self, name: str, *, caller: Principal) -> View:
-        """The endpoint of that name."""
-        return self._view(*await self._found(name, caller, Level.CAN_VIEW))
+        def commit(connection: sqlite3.Connection) -> View:
+            store.propose_config(connection, endpoint, pending)
+            return view
 
-    async def list_visible(self, *, caller: Principal) -> list[View]:
-        """Every endpoint that the caller may see, by name."""
-        await self._access.known()
-        endpoints = await self._database.read(store.all_endpoints, deleted=False)
-        levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
-        return [self._view(endpoint, level) for endpoint, level in zip(endpoints, levels, strict=True) if level]
-
-    async def delete(self, name: str, *, caller: Principal) -> None:
-        """Deletes an endpoint at once; its replicas are stopped afterwards."""
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
-        if not await self._database.write(store.mark_deleted, endpoint.id):
-            raise EndpointNotFound(name)
-        self._controllers.deleted(endpoint.id)
-        self._settlement.deleted(endpoint.id)
-
-    async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
-        """The latest output of a served entity: the pending configuration's when it has one of that name."""
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
-        config = _config_with(endpoint, entity, None)
-        return await self._controllers.logs(endpoint.id, config.version, entity, LOG_BYTES)
-
-    async def build_logs(self, name: str, entity: str, version: int | None, *, caller: Principal) -> str:
-        """How the environment of a served entity came about."""
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
-        config = _config_with(endpoint, entity, version)
-        return (
-            f"Served entity '{entity}' of configuration version {config.version}: "
-            f"The model runs in the service's own Python environment; nothing was built.\n"
-        )
-
-    async def _create(self, endpoint: Endpoint) -> None:
-        await self._database.write(store.reserve_endpoint, endpoint)
-        try:
-            await self._references.grant(endpoint.id, endpoint.pending, is_new=True)
-            await self._database.write(store.commit_endpoint, endpoint)
-        except BaseException:
-            self._settlement.deleted(endpoint.id)
-            await self._database.write(store.release_endpoint, endpoint.id)
-            raise
-        self._controllers.created(endpoint.id)
-
-    async def _update(self, endpoint: Endpoint, pending: EndpointConfig) -> None:
         await self._database.write(store.reserve_version, endpoint, pending.version)
         try:
             await self._references.grant(endpoint.id, pending, is_new=False)
-            await self._database.write(store.propose_config, endpoint, pending)
+            await self._database.write(self._answers.once, commit)
         except BaseException as error:
             is_verdict = isinstance(error, ServiceError) and error.code in _VERDICTS
             if not is_verdict:
@@ -193,16 +210,36 @@ class Endpoints:
         if endpoint.pending is not None:
             self._settlement.dropped(endpoint.id, endpoint.pending.version)
         self._controllers.wake(endpoint.id)
+        return view
 
-    async def _to_its_end(self, change: Coroutine[Any, Any, None]) -> None:
-        """Makes a change that ends as it will, also when whoever asked for it is gone."""
-        task = asyncio.create_task(change, name="endpoint change")
+    async def _delete(self, name: str, caller: Principal) -> None:
+        await self._database.read(self._answers.look)
+        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+
+        def delete(connection: sqlite3.Connection) -> None:
+            if not store.mark_deleted(connection, endpoint.id):
+                raise EndpointNotFound(name)
+
+        await self._database.write(self._answers.once, delete)
+        self._controllers.deleted(endpoint.id)
+        self._settlement.deleted(endpoint.id)
+
+    async def _to_its_end(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Makes a change that ends as it will, also when whoever asked for it is gone; retries of it wait for it."""
+        asked = once.chosen_id()
+        while asked is not None and asked in self._asked:
+            await asyncio.wait([self._asked[asked]])
+        task = asyncio.create_task(change(), name="endpoint change")
         self._changes.add(task)
-        task.add_done_callback(self._changed)
-        await asyncio.shield(task)
+        if asked is not None:
+            self._asked[asked] = task
+        task.add_done_callback(partial(self._changed, asked))
+        return await asyncio.shield(task)
 
-    def _changed(self, task: asyncio.Task[None]) -> None:
+    def _changed(self, asked: tuple[int, str] | None, task: asyncio.Task[Any]) -> None:
         self._changes.discard(task)
+        if asked is not None:
+            del self._asked[asked]
         if not task.cancelled():
             task.exception()  # whoever waited has it; nobody need hear of it when the caller is gone
 
