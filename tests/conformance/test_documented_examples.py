@@ -29,7 +29,7 @@ from typing import Any
 import pytest
 
 from gateway.http_rules import bindings
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 from tests.conformance.conftest import Live
@@ -78,7 +78,7 @@ def test_documented_example(live: Live, steps: list[Step]) -> None:
 
 
 def test_every_public_rpc_has_a_case_that_succeeds_and_one_that_is_refused() -> None:
-    files = (identity_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR, serving_pb2.DESCRIPTOR)
+    files = (identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR, serving_pb2.DESCRIPTOR)
     table = bindings([service for file in files for service in file.services_by_name.values()])
     seen = set()
     for _, steps in cases():

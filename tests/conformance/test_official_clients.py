@@ -365,6 +365,42 @@ def test_sdk_manages_users_groups_and_service_principals(sdk: SimpleNamespace, c
             manager.get(each.id)
 
 
+def test_sdk_manages_permissions_of_an_endpoint(sdk: SimpleNamespace, client: Any, live: Live) -> None:
+    serving = sdk.serving
+    levels, entry = serving.ServingEndpointPermissionLevel, serving.ServingEndpointAccessControlRequest
+    made = client.serving_endpoints.create("sdk-shared").response
+    robot = client.service_principals.create(display_name="sdk-caller")
+    token = client.token_management.create_obo_token(robot.application_id, lifetime_seconds=600).token_value
+    own = sdk.WorkspaceClient(host=live.url, token=token)
+    with pytest.raises(sdk.errors.NotFound):
+        own.serving_endpoints.get("sdk-shared")
+    granted = client.serving_endpoints.update_permissions(
+        made.id,
+        access_control_list=[
+            entry(service_principal_name=robot.application_id, permission_level=levels.CAN_QUERY),
+            entry(group_name="users", permission_level=levels.CAN_VIEW),
+        ],
+    )
+    assert (granted.object_id, granted.object_type) == (f"/serving-endpoints/{made.id}", "serving-endpoint")
+    assert own.serving_endpoints.get("sdk-shared").permission_level.value == "CAN_QUERY"
+    with pytest.raises(sdk.errors.PermissionDenied, match="CAN_MANAGE"):
+        own.serving_endpoints.delete("sdk-shared")
+    named = client.serving_endpoints.get_permission_levels(made.id).permission_levels
+    assert {each.permission_level for each in named} == set(levels)
+    # As Terraform does: the caller under `user_name`, whatever it is.
+    me = client.current_user.me().user_name
+    client.serving_endpoints.set_permissions(
+        made.id, access_control_list=[entry(user_name=me, permission_level=levels.CAN_MANAGE)]
+    )
+    found = client.serving_endpoints.get_permissions(made.id).access_control_list
+    assert [(each.user_name, each.group_name) for each in found] == [(me, None), (None, "admins")]
+    assert [held.inherited for each in found for held in each.all_permissions] == [False, True]
+    with pytest.raises(sdk.errors.NotFound):
+        own.serving_endpoints.get("sdk-shared")
+    client.serving_endpoints.delete("sdk-shared")
+    client.service_principals.delete(robot.id)
+
+
 def test_sdk_manages_tokens(sdk: SimpleNamespace, client: Any, live: Live) -> None:
     with quiet():
         from databricks.sdk.common.types.fieldmask import FieldMask

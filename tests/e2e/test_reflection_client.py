@@ -13,7 +13,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from servicekit.exposure import exposure
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 from tests.support.stack import Stack, running_stack
@@ -24,7 +24,7 @@ PUBLIC = {
     "serving": {"tessera.serving.v1.ServingEndpoints"},
 }
 FILES = {
-    "secrets": (secrets_pb2.DESCRIPTOR, identity_pb2.DESCRIPTOR),
+    "secrets": (secrets_pb2.DESCRIPTOR, identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR),
     "serving": (serving_pb2.DESCRIPTOR,),
 }
 

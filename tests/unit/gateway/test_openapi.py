@@ -19,7 +19,7 @@ from gateway.http_rules import RouteTable, bindings
 from gateway.openapi.document import Document, examples
 from gateway.openapi.schemas import Schemas
 from tessera.errors.v1 import errors_pb2
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.options.v1 import options_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -31,7 +31,7 @@ VARIABLE = re.compile(r"{([a-z_]+)}")
 
 @pytest.fixture(scope="module")
 def rules() -> RouteTable:
-    modules = (secrets_pb2, identity_pb2, serving_pb2)
+    modules = (secrets_pb2, identity_pb2, permissions_pb2, serving_pb2)
     return bindings([service for module in modules for service in module.DESCRIPTOR.services_by_name.values()])
 
 
@@ -151,7 +151,7 @@ def test_changes_that_are_made_once_take_a_request_id(document: Any) -> None:
         for parameter in operation.get("parameters", ())
         if (parameter["name"], parameter["in"]) == ("X-Tessera-Request-Id", "header")
     }
-    services = {"Secrets", "Scim", "Tokens"}
+    services = {"Secrets", "Scim", "Tokens", "Permissions", "ServingEndpoints"}
     changes = {(operation["tags"][0], verb) for verb, _, operation in operations(document) if verb != "GET"}
     assert taking == {(tag, verb) for tag, verb in changes if tag in services}
     assert {tag for tag, _ in taking} == services

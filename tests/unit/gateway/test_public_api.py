@@ -9,14 +9,14 @@ import pytest
 from gateway.http_rules import RouteTable, bindings
 from gateway.json_codec import CodecError, codec_for
 from gateway.transcoding import request_message
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 
 
 @pytest.fixture(scope="module")
 def routes() -> RouteTable:
-    modules = (secrets_pb2, identity_pb2, serving_pb2)
+    modules = (secrets_pb2, identity_pb2, permissions_pb2, serving_pb2)
     return bindings([service for module in modules for service in module.DESCRIPTOR.services_by_name.values()])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from servicekit.exposure import exposure
 from tessera.errors.v1 import errors_pb2
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.options.v1 import options_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -18,7 +18,7 @@ PROTOS = Path(__file__).parents[3] / "protos"
 FILES = sorted(PROTOS.rglob("*.proto"))
 SERVICES = [
     service
-    for module in (identity_pb2, secrets_pb2, serving_pb2)
+    for module in (identity_pb2, permissions_pb2, secrets_pb2, serving_pb2)
     for service in module.DESCRIPTOR.services_by_name.values()
 ]
 
