@@ -15,9 +15,10 @@ import orjson
 
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.routes import Endpoint, Entity, RoutingTable
-from servicekit.context import Principal
+from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from tessera import policy
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +97,11 @@ class Invocations:
     async def _visible(self, name: str, caller: Principal) -> Endpoint:
         if not self._table.known.is_set():
             await self._first_table()
+        decision = current_decision(policy.ENDPOINT)
         endpoint = self._table.endpoint(name)
         if endpoint is None or not (caller.is_admin or caller.id == endpoint.creator_id) or not endpoint.entities:
             raise EndpointNotFound
+        decision.allow()
         return endpoint
 
     async def _first_table(self) -> None:

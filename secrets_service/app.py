@@ -27,6 +27,7 @@ from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from tessera.identity.v1 import identity_pb2
+from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 
 MIGRATIONS = resources.files("secrets_service") / "migrations"
@@ -98,6 +99,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                 ],
+                table=POLICY,
                 readiness={"database": file.ping},
                 message_limit=MESSAGE_LIMIT,
             )

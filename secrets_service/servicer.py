@@ -10,8 +10,8 @@ from secrets_service.model import Grant, Permission, Reference, ReferenceFailure
 from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.versions import SecretVersions
-from servicekit.context import current, current_caller
-from servicekit.errors import BadRequest, InvalidParameter, Unauthenticated
+from servicekit.context import current_caller
+from servicekit.errors import BadRequest, InvalidParameter
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 
@@ -116,14 +116,11 @@ class SecretResolverServicer(rpc.SecretResolverServicer):
         self._resolution = resolution
 
     async def CheckReferences(self, request: pb.CheckReferencesRequest, context: Any) -> pb.CheckReferencesResponse:
-        served = current()
-        if served is None or served.caller is None:  # the peer may call this, but only on somebody's behalf
-            raise Unauthenticated
         failures = await self._resolution.check_references(
             creator_id=request.creator_id,
             references=_references(request.references),
             introduced=_references(request.introduced),
-            author=served.caller,
+            author=current_caller(),
         )
         return pb.CheckReferencesResponse(failures=[_failure(failure) for failure in failures])
 

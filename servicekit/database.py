@@ -9,6 +9,7 @@ the WAL-reset bug of SQLite before 3.51.3.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import fcntl
 import logging
 import os
@@ -108,7 +109,9 @@ async def _hop(
 ) -> T:
     # aiosqlite has no public call for "run this function in your thread"; its own methods are all made of this one.
     # The thread finishes a function whose caller was cancelled, so a transaction is never left open.
-    result: T = await connection._execute(function, connection._conn, *args, **kwargs)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    # The function finds the request that it serves there too: its caller's permission is decided within transactions.
+    run = contextvars.copy_context().run
+    result: T = await connection._execute(run, function, connection._conn, *args, **kwargs)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return result
 
 

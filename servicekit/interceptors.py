@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from servicekit import channels, context
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.identity import CREDENTIAL_REFUSED, Identify
+from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.source import Source
 
 log = logging.getLogger("servicekit.access")
@@ -26,9 +27,6 @@ DEFAULT_DEADLINE = 10.0
 """Seconds for a call that came without a deadline; Python servers see none at all."""
 
 LONGEST_DEADLINE = 60.0
-
-OPEN_SERVICES = ("grpc.health.v1.Health",)
-"""Services that answer without a credential."""
 
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
@@ -40,15 +38,15 @@ SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
-    RPCs in `internal` may be called by the peer itself, on nobody's behalf; error messages are cut after
-    `longest_message` bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
+    `rows` holds the policy's row for each method there is, by its path; error messages are cut after `longest_message`
+    bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
     """
 
     def __init__(
-        self, identify: Identify, *, internal: frozenset[str], longest_message: int, source: SourceOf | None
+        self, identify: Identify, *, rows: Mapping[str, Row], longest_message: int, source: SourceOf | None
     ) -> None:
         self._identify = identify
-        self._internal = internal
+        self._rows = rows
         self.longest_message = longest_message
         self.source = source
 
@@ -58,6 +56,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
+        if handler_call_details.method not in self._rows:
+            handler = None  # what nobody said anything about is not there
         method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
         metadata = {
             key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
@@ -79,14 +79,16 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     async def authenticate(self, method: str, metadata: dict[str, str]) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
         request_id = _request_id(metadata)
-        if method.startswith(tuple(f"/{service}/" for service in OPEN_SERVICES)):
-            return context.RequestContext(request_id)
+        row = self._rows.get(method)
+        decision = None if row is None else Decision(row)
+        if row == OPEN:
+            return context.RequestContext(request_id, decision=decision)
         identity = await self._identify(metadata, method)
         if identity is None:
-            if method not in self._internal:
+            if row is None or row.needs_caller:
                 raise Unauthenticated
-            return context.RequestContext(request_id)
-        return context.RequestContext(request_id, identity.principal, identity.assertion)
+            return context.RequestContext(request_id, decision=decision)
+        return context.RequestContext(request_id, identity.principal, identity.assertion, decision=decision)
 
 
 class _Call:
@@ -96,6 +98,7 @@ class _Call:
         self._chain = chain
         self._method = method
         self._metadata = metadata
+        self._decision: Decision | None = None
         self._started = time.perf_counter()
 
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
@@ -104,6 +107,7 @@ class _Call:
                 await self._begin()
                 message = _decoded(request, read)
                 answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
+                self._require_decision()
             except ServiceError as error:
                 await self._refuse(rpc, error)
             except (grpc.aio.AbortError, asyncio.CancelledError):
@@ -124,8 +128,10 @@ class _Call:
                 answers = behavior(request if read is None else _decoded(request, read), rpc)
                 if hasattr(answers, "__aiter__"):
                     async for answer in answers:
+                        self._require_decision()
                         yield answer
                 else:  # health and reflection write through the context
+                    self._require_decision()
                     await answers
             except ServiceError as error:
                 await self._refuse(rpc, error)
@@ -140,7 +146,14 @@ class _Call:
 
     async def _begin(self) -> None:
         context.enter(context.RequestContext(_request_id(self._metadata)))
-        context.enter(await self._chain.authenticate(self._method, self._metadata))
+        request = await self._chain.authenticate(self._method, self._metadata)
+        self._decision = request.decision
+        context.enter(request)
+
+    def _require_decision(self) -> None:
+        """Keeps an answer back for which nobody asked whether the caller may have it."""
+        if self._decision is not None and not self._decision.is_allowed:
+            raise Undecided
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
         facts = {**self._facts(), "reason": error.reason}

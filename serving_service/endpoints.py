@@ -10,7 +10,7 @@ import time
 import uuid
 from dataclasses import dataclass, replace
 
-from servicekit.context import Principal
+from servicekit.context import Principal, current_decision
 from servicekit.database import Database
 from serving_service import configs, store
 from serving_service.controllers import Controllers
@@ -24,6 +24,7 @@ from serving_service.errors import (
 )
 from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState
 from serving_service.registry import Registry
+from tessera import policy
 from tessera.serving.v1 import serving_pb2 as pb
 
 LOG_BYTES = 1 << 20
@@ -41,7 +42,11 @@ class View:
 
 def may_manage(caller: Principal, creator_id: str) -> bool:
     """Whether the caller may do anything at all with an endpoint."""
-    return caller.is_admin or caller.id == creator_id
+    decision = current_decision(policy.ENDPOINT)
+    if not (caller.is_admin or caller.id == creator_id):
+        return False
+    decision.allow()
+    return True
 
 
 class Endpoints:
@@ -117,6 +122,7 @@ class Endpoints:
     async def list_visible(self, *, caller: Principal) -> list[View]:
         """Every endpoint that the caller may see, by name."""
         endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        current_decision(policy.ENDPOINT).allow()  # everybody may ask; what is shown is decided for each
         return [self._view(endpoint) for endpoint in endpoints if may_manage(caller, endpoint.creator_id)]
 
     async def delete(self, name: str, *, caller: Principal) -> None:

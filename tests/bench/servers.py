@@ -29,6 +29,7 @@ from servicekit.grpc_server import Listener
 from servicekit.identity import AssertionVerifier, by_assertion
 from servicekit.sockets import socket_address, socket_directory
 from tessera.identity.v1 import identity_pb2
+from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 from tessera.serving.v1 import serving_pb2
@@ -129,7 +130,9 @@ async def neighbours(ready: Ready, data_dir: str, replica: str) -> None:
             address = socket_address(directory, callee=callee, caller="gateway")
             listener = Listener(address=address, identify=identify, peer="gateway")
             await stack.enter_async_context(
-                grpc_server.serving([listener], services=[(service, servicer)], readiness={}, message_limit=2**20)
+                grpc_server.serving(
+                    [listener], services=[(service, servicer)], table=POLICY, readiness={}, message_limit=2**20
+                )
             )
         ready(address)
         await asyncio.Event().wait()

@@ -28,6 +28,7 @@ from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.sockets import socket_address
 from tessera.identity.v1 import identity_pb2 as identity_pb
 from tessera.identity.v1 import identity_pb2_grpc as identity_rpc
+from tessera.policy import ENDPOINT, POLICY
 from tessera.serving.v1 import serving_pb2 as serving_pb
 from tessera.serving.v1 import serving_pb2_grpc as serving_rpc
 from tests.support.authority import ADA, GRACE, ScriptedAuthority, authority_server
@@ -84,6 +85,7 @@ class Endpoints(serving_rpc.ServingEndpointsServicer):
         self.hold: asyncio.Event | None = None
 
     async def Query(self, request: serving_pb.QueryRequest, rpc: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        context.current_decision(ENDPOINT).allow()
         try:
             yield httpbody_pb2.HttpBody(data=context.current_caller().name.encode())
             if self.hold is not None:
@@ -161,6 +163,7 @@ async def running(
                     (serving_services["ServingEndpoints"], platform.endpoints),
                     (serving_services["Routes"], Routes()),
                 ],
+                table=POLICY,
                 readiness=readiness or {},
                 message_limit=LIMIT,
             ) as addresses:
@@ -601,7 +604,7 @@ async def start(address: str) -> None:
         return None
 
     listener = Listener(address=address, identify=identify)
-    async with grpc_server.serving([listener], services=[], readiness={}, message_limit=LIMIT):
+    async with grpc_server.serving([listener], services=[], table=POLICY, readiness={}, message_limit=LIMIT):
         pass
 
 
@@ -629,7 +632,7 @@ async def test_listener_that_fails_closes_the_ones_before_it(platform: Platform)
 
     listeners = [Listener(address=at, identify=identify) for at in (f"127.0.0.1:{port}", platform.addresses[0])]
     with pytest.raises(StartError):
-        async with grpc_server.serving(listeners, services=[], readiness={}, message_limit=LIMIT):
+        async with grpc_server.serving(listeners, services=[], table=POLICY, readiness={}, message_limit=LIMIT):
             pass
     with socket.create_server(("127.0.0.1", port)):
         pass
