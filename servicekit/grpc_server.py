@@ -109,7 +109,8 @@ def _server(
     statuses: object,
     message_limit: int,
 ) -> tuple[grpc.aio.Server, str]:
-    rows = {f"/{name}": table[name] for each in (HEALTH, REFLECTION) for name in map(policy.rpc_name, each.methods)}
+    standard = [policy.rpc_name(method) for service in (HEALTH, REFLECTION) for method in service.methods]
+    rows = {f"/{name}": table[name] for name in standard if name in table}
     handlers = []
     names = []
     for service, servicer in services:

@@ -91,19 +91,20 @@ def check(
 ) -> None:
     """Raises StartError, which names everything that is wrong, unless rows and what a process serves are the same.
 
-    `standard` are services of gRPC's own, which do not say how they are exposed; `routes` are the routes that are no
-    RPCs, None for a process that has none to do with.
+    `standard` are services of gRPC's own: they do not say how they are exposed, and what has no row is not served.
+    `routes` are the routes that are no RPCs, None for a process that has none to do with.
     """
     own, foreign = list(services), list(standard)
     problems = [problem for service in own for method in service.methods for problem in _problems(table, method)]
+    needed = {rpc_name(method) for service in own for method in service.methods} | set(routes or ())
+    problems += [f"{name} has no row" for name in needed - table.keys()]
     served = {service.full_name for service in (*own, *foreign)}
-    names = {rpc_name(method) for service in (*own, *foreign) for method in service.methods}
-    problems += [f"{name} has no row" for name in sorted((names | set(routes or ())) - table.keys())]
-    for name in table.keys() - names:
+    known = {rpc_name(method) for service in foreign for method in service.methods} | needed
+    for name in table.keys() - known:
         service, _, _ = name.partition("/")
         if service in served:
             problems.append(f"the row {name} is for no RPC")
-        if " " in service and routes is not None and name not in routes:
+        if " " in service and routes is not None:
             problems.append(f"the row {name} is for no route")
     if problems:
         raise StartError(f"The policy does not fit what is served: {'; '.join(sorted(problems))}.")

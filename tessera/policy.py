@@ -107,9 +107,9 @@ POLICY: Table = {
     "GET /health": OPEN,
     "GET /api/openapi.json": AUTHENTICATED,
     "POST /telemetry-ext": AUTHENTICATED,
-    # gRPC's own services, at every listener. Reflection shows public services only, and only where it is switched on.
+    # gRPC's own services, at every listener; what is not named is not there. Reflection, where it is switched on, shows
+    # public services only.
     "grpc.health.v1.Health/Check": OPEN,
-    "grpc.health.v1.Health/List": OPEN,
     "grpc.health.v1.Health/Watch": OPEN,
     "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": AUTHENTICATED,
 }
