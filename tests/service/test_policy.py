@@ -276,11 +276,11 @@ async def world() -> AsyncIterator[World]:
         yield World(platform, itertools.count())
 
 
-async def code_of(channel: grpc.aio.Channel, name: str, request: Message, metadata: Any) -> grpc.StatusCode:
+async def code_of(channel: grpc.aio.Channel, name: str, request: Message, metadata: Any) -> Any:
     """How a call begins: OK once the first answer is there."""
     method = METHODS[name]
     kind = {(False, False): "unary_unary", (False, True): "unary_stream", (True, True): "stream_stream"}
-    open_call = getattr(channel, kind[method.client_streaming, method.server_streaming])
+    open_call: Any = getattr(channel, kind[method.client_streaming, method.server_streaming])
     write = type(request).SerializeToString
     read = GetMessageClass(method.output_type).FromString
     stub = open_call(f"/{name}", request_serializer=write, response_deserializer=read)
@@ -299,10 +299,12 @@ async def code_of(channel: grpc.aio.Channel, name: str, request: Message, metada
     return Code.OK
 
 
-async def outcome(world: World, name: str, where: str, metadata: Any) -> grpc.StatusCode:
+async def outcome(world: World, name: str, where: str, metadata: Any) -> Any:
     """How a call about new things is answered at one listener of the RPC's service."""
-    request_of = REQUESTS.get(name.rpartition("/")[2], lambda _: GetMessageClass(METHODS[name].input_type)())
-    return await code_of(channel_to(world, name, where), name, request_of(await world.things(name)), metadata)
+    things = await world.things(name)
+    request_of = REQUESTS.get(name.rpartition("/")[2])
+    request: Message = GetMessageClass(METHODS[name].input_type)() if request_of is None else request_of(things)
+    return await code_of(channel_to(world, name, where), name, request, metadata)
 
 
 def channel_to(world: World, name: str, where: str) -> grpc.aio.Channel:
@@ -382,8 +384,9 @@ async def test_method_that_is_not_there_is_only_told_to_known_callers(world: Wor
             ((), Code.UNAUTHENTICATED),
             (bearer(world.platform.tokens["admin"]), Code.UNIMPLEMENTED),
         ):
+            call: Any = channel.unary_unary(method)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary(method)(b"", metadata=metadata, timeout=10)
+                await call(b"", metadata=metadata, timeout=10)
             assert caught.value.code() is code
 
 
