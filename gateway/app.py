@@ -83,11 +83,12 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
-        listening = _listening(settings.listen)
+        listening = stack.enter_context(_listening(settings.listen))
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         public_url = settings.public_url or url
         gateway = Gateway(
+            table=POLICY,
             rules=rules,
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
             exchange=exchange,
@@ -124,21 +125,23 @@ class _Special:
     is_inference: bool
 
 
-def _special(name: str, handle: _Handle, *, is_inference: bool = False) -> _Special:
-    """The route that a row of the policy names. One slash at the end is tolerated, as with routes that are messages;
-    but what is open is open in one spelling only."""
+def _special(name: str, row: Row, handle: _Handle, *, is_inference: bool = False) -> _Special:
+    """The route that the policy names so.
+
+    One slash at the end is tolerated, as with routes that are messages; but what is open is open in one spelling only.
+    """
     method, _, template = name.partition(" ")
-    row = POLICY[name]
     path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
     return _Special(method, re.compile(f"{path}/?" if row.needs_caller else path), row, handle, is_inference)
 
 
 class Gateway:
-    """The ASGI application."""
+    """The ASGI application. Raises StartError when the policy does not fit its routes."""
 
     def __init__(
         self,
         *,
+        table: policy.Table,
         rules: RouteTable,
         transcoder: Transcoder,
         exchange: TokenExchange,
@@ -177,10 +180,10 @@ class Gateway:
             "POST /serving-endpoints/responses": self._invoke_openai_style,
         }
         services = {binding.service.full_name: binding.service for binding in rules}
-        policy.check(POLICY, services.values(), routes={*specials, *inference})
+        policy.check(table, services.values(), routes={*specials, *inference})
         self._special = (
-            *(_special(name, handle, is_inference=True) for name, handle in inference.items()),
-            *(_special(name, handle) for name, handle in specials.items()),
+            *(_special(name, table[name], handle, is_inference=True) for name, handle in inference.items()),
+            *(_special(name, table[name], handle) for name, handle in specials.items()),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -382,4 +385,3 @@ async def _http_server(
     finally:
         server.should_exit = True
         await task
-        listening.close()

@@ -1,7 +1,7 @@
 """Who may do what: the one table, read from top to bottom. It is what is enforced, and it is complete.
 
-A row stands for one RPC, or for one route of the gateway that is no RPC. No service starts with an RPC or a route that
-has no row here, with a row that is for nothing, or with one that contradicts how its RPC is exposed. The words:
+A row stands for one RPC, or for one route of the gateway that is no RPC. A service does not start with an RPC or route
+that has no row here, with a row for one that it does not have, or with one that contradicts how its RPC is exposed.
 
 | Row | Who may |
 |---|---|
