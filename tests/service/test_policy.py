@@ -413,6 +413,13 @@ def canonical(name: str) -> tuple[str, str]:
     return verb, re.sub(r"\{[a-z_]+\}", "x", template)
 
 
+AS_GOOD = ("slash at the end", "encoded letter", "whole address")
+"""Spellings that mean the path itself."""
+
+WITHIN = ("semicolon", "encoded zero", "encoded question mark")
+"""What a value at the end of a path may hold; it is another value then."""
+
+
 def variants(path: str) -> dict[str, str]:
     """Other spellings of a path, some of which a careless server takes for the same."""
     first, _, rest = path[1:].partition("/")
@@ -469,8 +476,11 @@ async def test_another_spelling_of_a_path_never_gives_more_than_the_path(world: 
         status = (await fetch(verb, path, token=token)).status
         for what, spelling in variants(path).items():
             answer = await fetch(verb, spelling, token=token)
-            if answer.status not in (404, status):
-                more.append(f"{what}: {verb} {spelling} is answered {answer.status}, not {status}")
+            is_no_route = answer.status == 404 and answer.json().get("message", "").startswith("No API found")
+            if what in AS_GOOD or (what in WITHIN and name.endswith("}")):
+                is_no_route |= answer.status in (404, status)
+            if not is_no_route:
+                more.append(f"{what}: {verb} {spelling} is answered {answer.status}")
         upgraded = await fetch(verb, path, token=token, headers=WEBSOCKET)
         if upgraded.status not in (404, status):
             more.append(f"websocket: {verb} {path} is answered {upgraded.status}, not {status}")
