@@ -25,6 +25,7 @@ from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
 from servicekit import background, channels, context, policy, tls
+from servicekit.access import AccessTable
 from servicekit.context import RequestContext
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
@@ -33,7 +34,7 @@ from servicekit.policy import Decision, Row, Undecided
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from servicekit.tls import Certificate
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -50,7 +51,7 @@ DRAIN_SECONDS = 5
 """How long requests under way may take to finish when the gateway stops."""
 
 _OWNED = {
-    "secrets": (identity_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
+    "secrets": (identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
     "serving": (serving_pb2.DESCRIPTOR,),
 }
 """Which service answers the RPCs of which proto files."""
@@ -82,6 +83,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         table = RoutingTable()
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
+        access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
         listening = stack.enter_context(_listening(settings.listen))
         scheme = "http" if certificate is None else "https"
@@ -93,7 +95,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
             exchange=exchange,
             invocations=Invocations(
-                table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
+                table, access, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
             document=Document(rules, public_url),
             public_url=public_url,
@@ -103,6 +105,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             background.running(
                 {
                     "routes": partial(table.follow, open_channel["serving"]),
+                    "access": partial(access.follow, open_channel["secrets"]),
                     "workspace": partial(_learn_workspace, exchange),
                 }
             )
@@ -262,10 +265,13 @@ class Gateway:
         if found is None:
             raise errors.no_such_route(request.method, request.path)
         binding, parameters = found
+        request.service = binding.service
         metadata = [(channels.REQUEST_ID, request.id)]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
-        request.service = binding.service
+        if (chosen := request.header(b"x-tessera-request-id")) is not None:
+            channels.check_request_id(chosen)
+            metadata.append((channels.CHOSEN, "true"))
         body = await read_body(request, CONTROL_BODY_LIMIT)
         transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE

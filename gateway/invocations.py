@@ -15,8 +15,9 @@ import orjson
 
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.routes import Endpoint, Entity, RoutingTable
-from servicekit.context import Principal, current_decision
-from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
+from servicekit.access import AccessTable
+from servicekit.context import Level, Principal, current_decision
+from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, PermissionDenied, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from tessera import policy
 
@@ -59,8 +60,11 @@ class ModelServerFailed(ServiceError):
 class Invocations:
     """Answers inference requests. `deadline` is in seconds, `body_limit` in bytes."""
 
-    def __init__(self, table: RoutingTable, pool: HttpPool, *, deadline: float, body_limit: int) -> None:
+    def __init__(
+        self, table: RoutingTable, access: AccessTable, pool: HttpPool, *, deadline: float, body_limit: int
+    ) -> None:
         self._table = table
+        self._access = access
         self._pool = pool
         self._deadline = deadline
         self._body_limit = body_limit
@@ -72,7 +76,7 @@ class Invocations:
 
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
-        endpoint = await self._visible(name, caller)
+        endpoint = await self._permitted(name, caller)
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
         message = await request.receive()
@@ -92,14 +96,24 @@ class Invocations:
             name = None
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
-        await self._forward(request, send, headers, await self._visible(name, caller), None, body)
+        await self._forward(request, send, headers, await self._permitted(name, caller), None, body)
 
-    async def _visible(self, name: str, caller: Principal) -> Endpoint:
+    async def _permitted(self, name: str, caller: Principal) -> Endpoint:
+        """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
+        await self._access.known()
         if not self._table.known.is_set():
             await self._first_table()
-        decision = current_decision(policy.ENDPOINT)
         endpoint = self._table.endpoint(name)
-        if endpoint is None or not (caller.is_admin or caller.id == endpoint.creator_id) or not endpoint.entities:
+        level = self._access.level(caller, endpoint.id if endpoint else "", may_be_stale=True)
+        if endpoint is None or level is None:
+            raise EndpointNotFound
+        if level < needed:
+            raise PermissionDenied(
+                f"User {caller.name} does not have {needed.name} permission on serving endpoint '{name}'."
+            )
+        if not endpoint.entities:
             raise EndpointNotFound
         decision.allow()
         return endpoint

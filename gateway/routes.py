@@ -50,7 +50,6 @@ class Endpoint:
 
     id: str
     name: str
-    creator_id: str
     entities: tuple[Entity, ...]
 
     def entity(self, name: str) -> Entity | None:
@@ -145,7 +144,7 @@ class RoutingTable:
             Entity(entity.name, entity.traffic_percentage, tuple(self._replica(route) for route in entity.replicas))
             for entity in routes.entities
         ]
-        return Endpoint(routes.endpoint_id, routes.name, routes.creator_id, tuple(entities))
+        return Endpoint(routes.endpoint_id, routes.name, tuple(entities))
 
     def _replica(self, route: pb.ReplicaRoute) -> Replica:
         replica = self._replicas.get(route.replica_id)

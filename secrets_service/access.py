@@ -1,13 +1,15 @@
-"""Who may do what in a scope: pure functions over what was granted.
+"""Who may do what in a scope and with an endpoint: pure functions over what was granted.
 
-The rule: a principal has the strongest of what is granted to it and to its groups; admins have MANAGE everywhere.
+The rule: a principal has the strongest of what is granted to it and to its groups; admins have the highest everywhere.
 Nothing granted is no permission.
 """
 
 from __future__ import annotations
 
-from secrets_service.model import Permission, Standing
-from servicekit.context import ADMINS
+from collections.abc import Iterable
+
+from secrets_service.model import Permission, Standing, User
+from servicekit.context import ADMINS, Level
 
 
 def effective(standing: Standing) -> Permission | None:
@@ -21,3 +23,8 @@ def allows(standing: Standing, needed: Permission) -> bool:
     """Whether a principal may do what needs a permission."""
     held = effective(standing)
     return held is not None and held >= needed
+
+
+def endpoint_level(user: User, granted: Iterable[Level]) -> Level | None:
+    """The level that a user or service principal has on an endpoint; None when it has none."""
+    return Level.CAN_MANAGE if user.is_admin else max(granted, default=None)

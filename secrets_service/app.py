@@ -10,13 +10,18 @@ from importlib import resources
 
 from secrets_service import foundation
 from secrets_service.admin import AdminToken
+from secrets_service.answers import AnswerSeal
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.directory import Accounts, Directory, Groups
+from secrets_service.feed import AccessFeed
+from secrets_service.grants import LaunchGrants
 from secrets_service.identity_servicer import AuthorityServicer, TokensServicer
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Kind
+from secrets_service.permissions import EndpointPermissions
+from secrets_service.permissions_servicer import AccessFeedServicer, PermissionsServicer
 from secrets_service.personal_tokens import Tokens
-from secrets_service.resolver import SecretResolution
+from secrets_service.resolver import References
 from secrets_service.scim_servicer import ScimServicer
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
@@ -26,7 +31,8 @@ from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
-from tessera.identity.v1 import identity_pb2
+from servicekit.once import Answers
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 
@@ -57,14 +63,15 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
         base = await foundation.opened(settings, file, now)
-        opened = RememberingDatabase(file)
+        feed = AccessFeed()
+        opened = RememberingDatabase(file, Answers(AnswerSeal(base.cipher), now), feed)
         authority = Authority(
             opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
         )
         values = SecretValues(base.cipher, keep=settings.secret_versions, now=now)
         scopes = SecretScopes(opened, values)
         versions = SecretVersions(opened, values)
-        resolution = SecretResolution(opened, values)
+        grants = LaunchGrants(opened, values, References(values), authors_need_read=settings.authors_need_read)
         directory = Directory(opened)
         users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
         tokens = Tokens(opened, base.token_mac, Throttle(settings.tokens_per_minute, now), now)
@@ -89,18 +96,22 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         ]
         secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
         identity_services = identity_pb2.DESCRIPTOR.services_by_name
+        permission_services = permissions_pb2.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
                 listeners,
                 services=[
                     (secrets_services["Secrets"], SecretsServicer(scopes, versions)),
-                    (secrets_services["SecretResolver"], SecretResolverServicer(resolution)),
+                    (secrets_services["SecretResolver"], SecretResolverServicer(grants)),
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
+                    (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
+                    (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
                 ],
                 table=POLICY,
                 readiness={"database": file.ping},
+                jobs={"access feed": feed.run},
                 message_limit=MESSAGE_LIMIT,
             )
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from secrets_service import names, store, tokens
+from secrets_service import store, tokens
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import StoredToken
 from servicekit import identity
@@ -69,11 +69,6 @@ class Authority:
         if stored is None or not stored.owner.profile.is_active:
             raise InvalidToken
 
-    async def is_active(self, principal_id: str) -> bool:
-        """Whether a user or service principal exists and may act."""
-        found = await self._database.read(store.find_user, int(principal_id)) if names.is_id(principal_id) else None
-        return found is not None and found.profile.is_active
-
     async def exchange(self, text: str) -> str:
         """An assertion about the owner of a token; raises InvalidToken."""
         return self._keys.assertion(await self.authenticate(text), issued_at=self._now())
@@ -118,6 +113,7 @@ def _principal(token: StoredToken) -> Principal:
         id=str(token.owner.id),
         name=token.owner.profile.name,
         groups=frozenset(group.name for group in token.owner.groups),
+        group_ids=frozenset(str(group.id) for group in token.owner.groups),
         token_id=token.info.id,
         token_expires_at=token.info.expires_ms / 1000,
         kind=token.owner.kind,

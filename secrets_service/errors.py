@@ -8,6 +8,7 @@ from typing import ClassVar
 import grpc
 
 from secrets_service.model import Kind, Permission
+from servicekit.context import Level
 from servicekit.errors import (
     AlreadyExists,
     Conflict,
@@ -77,6 +78,29 @@ class ScopePermissionDenied(PermissionDenied):
 
     def __init__(self, user: str, permission: Permission, scope: str) -> None:
         super().__init__(f"User {user} does not have {permission.name} permission on scope {scope}")
+
+
+class EndpointNotFound(NotFound):
+    """There is no such endpoint, or the caller may not know that there is."""
+
+    def __init__(self, endpoint_id: str) -> None:
+        super().__init__(f"Serving endpoint with id '{endpoint_id[:64]}' does not exist.")
+
+
+class EndpointPermissionDenied(PermissionDenied):
+    """The caller has too little permission on the endpoint."""
+
+    def __init__(self, user: str, level: Level, endpoint_id: str) -> None:
+        super().__init__(f"User {user} does not have {level.name} permission on serving endpoint '{endpoint_id}'.")
+
+
+class TooManyPermissions(LimitExceeded):
+    """The endpoint's access control list is full."""
+
+    def __init__(self, endpoint_id: str, limit: int) -> None:
+        super().__init__(
+            f"Serving endpoint '{endpoint_id}' cannot have more than {limit} permissions. Grant to a group instead."
+        )
 
 
 class AdminsOnly(PermissionDenied):
@@ -213,6 +237,13 @@ class LastAdmin(NotChangeable):
 
     def __init__(self) -> None:
         super().__init__("The group admins would have no active member any more. Add another one first.")
+
+
+class AnswerDamaged(DataLoss):
+    """The first answer to a request that is retried failed its integrity check."""
+
+    def __init__(self) -> None:
+        super().__init__("The request was done before, but its answer is damaged. See what it changed.")
 
 
 class TokenNotFound(NotFound):

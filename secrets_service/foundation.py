@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secrets_service import admin, directory_store, names, rootkey, store
+from secrets_service import admin, directory_store, grant_store, names, rootkey, store
 from secrets_service.authority import SigningKeys
 from secrets_service.cipher import Cipher, Damaged, Place
 from secrets_service.directory import FIRST_ENTITLEMENTS
@@ -92,6 +92,7 @@ async def _founded(settings: SecretsSettings, database: Database, now: Callable[
         workspace_id = str(10**15 + secrets.randbelow(9 * 10**15))
         platform = Platform(store_id, workspace_id, cipher.seal(_CHECK, _CHECK_PLACE), user.id, token.id)
         store.insert_platform(connection, platform)
+        grant_store.older_endpoints_are_known(connection)  # there are none
         return platform
 
     platform = await database.write(found)

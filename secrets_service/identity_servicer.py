@@ -8,6 +8,7 @@ from secrets_service.admin import AdminToken
 from secrets_service.authority import Authority
 from secrets_service.model import ManagedToken, NewToken, TokenInfo
 from secrets_service.personal_tokens import Tokens
+from servicekit import once
 from servicekit.context import current_caller
 from servicekit.errors import InvalidParameter
 from tessera.identity.v1 import identity_pb2 as pb
@@ -21,12 +22,13 @@ class TokensServicer(rpc.TokensServicer):
         self._tokens = tokens
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Any) -> pb.CreateTokenResponse:
-        return _new_token(
-            await self._tokens.create_token(
+        return await once.answer(
+            self._tokens.create_token(
                 comment=request.comment,
                 lifetime=request.lifetime_seconds if request.HasField("lifetime_seconds") else None,
                 caller=current_caller(),
-            )
+            ),
+            _new_token,
         )
 
     async def ListTokens(self, request: pb.ListTokensRequest, context: Any) -> pb.ListTokensResponse:
@@ -38,19 +40,20 @@ class TokensServicer(rpc.TokensServicer):
         return pb.DeleteTokenResponse()
 
     async def UpdateToken(self, request: pb.UpdateTokenRequest, context: Any) -> pb.TokenInfo:
-        changed = await self._tokens.update_token(
-            token_id=request.token_id, comment=_comment(request), caller=current_caller()
+        return await once.answer(
+            self._tokens.update_token(token_id=request.token_id, comment=_comment(request), caller=current_caller()),
+            _token_info,
         )
-        return _token_info(changed)
 
     async def CreateOboToken(self, request: pb.CreateOboTokenRequest, context: Any) -> pb.CreateTokenResponse:
-        return _new_token(
-            await self._tokens.create_obo_token(
+        return await once.answer(
+            self._tokens.create_obo_token(
                 application_id=request.application_id,
                 comment=request.comment,
                 lifetime=request.lifetime_seconds if request.HasField("lifetime_seconds") else None,
                 caller=current_caller(),
-            )
+            ),
+            _new_token,
         )
 
     async def ListManagedTokens(
@@ -68,10 +71,10 @@ class TokensServicer(rpc.TokensServicer):
         return pb.GetManagedTokenResponse(token_info=_managed_token(token))
 
     async def UpdateManagedToken(self, request: pb.UpdateTokenRequest, context: Any) -> pb.ManagedToken:
-        changed = await self._tokens.update_managed_token(
+        changing = self._tokens.update_managed_token(
             token_id=request.token_id, comment=_comment(request), caller=current_caller()
         )
-        return _managed_token(changed)
+        return await once.answer(changing, _managed_token)
 
     async def DeleteManagedToken(self, request: pb.DeleteManagedTokenRequest, context: Any) -> pb.DeleteTokenResponse:
         await self._tokens.delete_managed_token(token_id=request.token_id, caller=current_caller())
@@ -94,9 +97,6 @@ class AuthorityServicer(rpc.AuthorityServicer):
             workspace_id=self._authority.workspace_id,
             keys=[pb.VerificationKey(key_id=key_id, public_key=key.public_bytes_raw()) for key_id, key in keys.items()],
         )
-
-    async def CheckPrincipal(self, request: pb.CheckPrincipalRequest, context: Any) -> pb.CheckPrincipalResponse:
-        return pb.CheckPrincipalResponse(active=await self._authority.is_active(request.id))
 
     async def RenewAdminToken(self, request: pb.RenewAdminTokenRequest, context: Any) -> pb.RenewAdminTokenResponse:
         path, expires_ms = await self._admin_token.renew()

@@ -13,7 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from secrets_service import grant_store
+from secrets_service.feed import AccessFeed
+from secrets_service.model import AccessChange
 from servicekit.database import Database
+from servicekit.once import Answered, Answers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,10 +27,16 @@ CAPACITY = 10_000
 
 
 class RememberingDatabase:
-    """A database with a memory; all writes of the service go through here."""
+    """A database with a memory; all writes of the service go through here.
 
-    def __init__(self, database: Database) -> None:
+    So each is made once, and this is where `feed` hears of every change of a right: a write returns when it is in force
+    everywhere.
+    """
+
+    def __init__(self, database: Database, answers: Answers, feed: AccessFeed) -> None:
         self._database = database
+        self._answers = answers
+        self._feed = feed
         self._memory: OrderedDict[Hashable, Any] = OrderedDict()
         self._writes_under_way = 0
         self._changes = 0
@@ -40,8 +50,10 @@ class RememberingDatabase:
     async def write(
         self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """As `Database.write`; the transaction ends as it will even if the caller is cancelled."""
-        return await self._writing(self._database.write(function, *args, **kwargs))
+        """As `Database.write`, once; the transaction ends as it will even if the caller is cancelled."""
+        result, revision = await self._writing(self._published(function, *args, **kwargs))
+        await self._feed.followed(revision)
+        return result
 
     async def destroy(self, function: Callable[[sqlite3.Connection], tuple[T, int]]) -> T:
         """As `write`, for a function that returns its result and how many values it destroyed.
@@ -49,13 +61,38 @@ class RememberingDatabase:
         If any, nothing is left of them in the database's files either.
         """
 
-        async def destroy() -> T:
-            result, destroyed = await self._database.write(function)
-            if destroyed:
-                await self._database.erase()
+        destroyed = 0
+
+        def change(connection: sqlite3.Connection) -> T:
+            nonlocal destroyed
+            result, destroyed = function(connection)
             return result
 
-        return await self._writing(destroy())
+        async def destroy() -> tuple[T, int]:
+            try:
+                written = await self._published(change)
+            except Answered:  # perhaps between the first call's transaction and its end
+                await self._database.erase()
+                raise
+            if destroyed:
+                await self._database.erase()
+            return written
+
+        result, revision = await self._writing(destroy())
+        await self._feed.followed(revision)
+        return result
+
+    async def _published(
+        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[T, int]:
+        """What a transaction results in, and the revision of the feed that tells what it changed about rights."""
+
+        def changed(connection: sqlite3.Connection) -> tuple[T, AccessChange | None]:
+            result = self._answers.once(connection, function, *args, **kwargs)
+            return result, grant_store.take_access_changes(connection)
+
+        result, change = await self._database.write(changed)
+        return result, 0 if change is None else self._feed.publish(change)
 
     async def remembered(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Generic, NoReturn, TypeVar
 
-from servicekit.context import ADMINS
+from servicekit.context import ADMINS, Level
 
 USERS = "users"
 
@@ -296,6 +297,7 @@ class FailureKind(StrEnum):
     CREATOR_INACTIVE = "CREATOR_INACTIVE"
     NOT_TEXT = "NOT_TEXT"
     DAMAGED = "DAMAGED"
+    NOT_GRANTED = "NOT_GRANTED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,3 +307,57 @@ class ReferenceFailure:
     reference: Reference
     kind: FailureKind
     principal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A serving endpoint, as far as rights are concerned. It is remembered when it is deleted."""
+
+    id: str
+    creator_id: int
+    """Whose READ counts at each launch; never given to another principal, so it may be nobody's any more."""
+    is_inherited: bool = False
+    """Whether it is older than grants and gets its first ones with its launches."""
+    is_deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointGrant:
+    """A level on an endpoint, granted to the principal of that kind and name."""
+
+    kind: Kind
+    principal: str
+    display_name: str
+    level: Level
+
+
+@dataclass(frozen=True, slots=True)
+class GrantedReference:
+    """A reference as it was granted: by names, folded, and which scope had that name then."""
+
+    scope: str
+    key: str
+    scope_uuid: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchGrant:
+    """What may be launched with secrets: whatever `digest` stands for, in one configuration of one endpoint."""
+
+    version: int
+    digest: bytes
+    author_id: int
+    references: tuple[GrantedReference, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessChange:
+    """What one transaction changed about who may do what."""
+
+    endpoints: Mapping[str, Mapping[int, Level]] = field(default_factory=dict)
+    """All that is granted now on the endpoints on which anything changed, by principal id."""
+    removed_endpoints: frozenset[str] = frozenset()
+    principals: frozenset[str] = frozenset()
+    """Ids of users and service principals whose identity is to be asked for again."""
+    tokens: frozenset[str] = frozenset()
+    """Public ids of credentials that are no good any more."""

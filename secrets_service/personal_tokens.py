@@ -73,10 +73,10 @@ class Tokens:
     async def update_token(self, *, token_id: str, comment: str, caller: Principal) -> TokenInfo:
         """Changes the comment of one of the caller's tokens."""
 
-        def update(connection: sqlite3.Connection) -> ManagedToken:
-            return self._commented(connection, self._own(connection, token_id, caller), comment)
+        def update(connection: sqlite3.Connection) -> TokenInfo:
+            return self._commented(connection, self._own(connection, token_id, caller), comment).info
 
-        return (await self._database.write(update)).info
+        return await self._database.write(update)
 
     async def delete_token(self, *, token_id: str, caller: Principal) -> None:
         """Revokes one of the caller's tokens."""
@@ -131,20 +131,20 @@ class Tokens:
             lifetime = LONGEST_LIFETIME
         if not 1 <= lifetime <= LONGEST_LIFETIME:
             raise InvalidParameter(f"lifetime_seconds: 1 to {LONGEST_LIFETIME} (730 days).")
-        self._throttle.admit(await self._database.read(find_owner))
         token = tokens.make()
         created_ms = self._now_ms()
         info = TokenInfo(token.id, created_ms, created_ms + lifetime * 1000, comment)
 
-        def create(connection: sqlite3.Connection) -> None:
-            owner_id = find_owner(connection)  # once more: it may have gone meanwhile
+        def create(connection: sqlite3.Connection) -> NewToken:
+            owner_id = find_owner(connection)
+            self._throttle.admit(owner_id)
             store.delete_expired_tokens(connection, owner_id, now_ms=created_ms)
             if len(store.tokens_of(connection, owner_id, now_ms=created_ms)) >= MOST_TOKENS:
                 raise TooManyTokens(MOST_TOKENS)
             store.insert_token(connection, info, owner_id=owner_id, creator_id=int(caller.id), mac=self._mac.of(token))
+            return NewToken(info, token.text)
 
-        await self._database.write(create)
-        return NewToken(info, token.text)
+        return await self._database.write(create)
 
     async def _revoke(self, find: Callable[[sqlite3.Connection], ManagedToken]) -> None:
         await self._database.write(lambda connection: store.delete_token(connection, find(connection).info.id))

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from secrets_service.directory import Accounts, Groups, Query
 from secrets_service.model import DetailedGroup, Email, Group, GroupProfile, Kind, Profile, User
 from secrets_service.scim_patch import Operation
+from servicekit import once
 from servicekit.context import current_caller
 from servicekit.errors import InvalidParameter
 from tessera.identity.v1 import identity_pb2 as pb
@@ -39,7 +40,7 @@ class ScimServicer(rpc.ScimServicer):
         self._service_principals = service_principals
 
     async def CreateUser(self, request: pb.CreateUserRequest, context: Any) -> pb.User:
-        return _user(await self._users.create(_user_profile(request), caller=current_caller()))
+        return await once.answer(self._users.create(_user_profile(request), caller=current_caller()), _user)
 
     async def ListUsers(self, request: pb.ListRequest, context: Any) -> pb.ListUsersResponse:
         page = await self._users.list_page(_query(request))
@@ -55,20 +56,20 @@ class ScimServicer(rpc.ScimServicer):
         return _shown_one(_user(await self._users.get(request.id)), request)
 
     async def PatchUser(self, request: pb.PatchRequest, context: Any) -> pb.User:
-        return _user(await self._users.patch(request.id, _operations(request), caller=current_caller()))
+        return await once.answer(self._users.patch(request.id, _operations(request), caller=current_caller()), _user)
 
     async def ReplaceUser(self, request: pb.ReplaceUserRequest, context: Any) -> pb.User:
-        user = await self._users.replace(
+        replacing = self._users.replace(
             request.id, _user_profile(request), is_active=_is_active(request), caller=current_caller()
         )
-        return _user(user)
+        return await once.answer(replacing, _user)
 
     async def DeleteUser(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteResponse:
         await self._users.delete(request.id, caller=current_caller())
         return pb.DeleteResponse()
 
     async def CreateGroup(self, request: pb.CreateGroupRequest, context: Any) -> pb.Group:
-        return _group(await self._groups.create(_group_profile(request), caller=current_caller()))
+        return await once.answer(self._groups.create(_group_profile(request), caller=current_caller()), _group)
 
     async def ListGroups(self, request: pb.ListRequest, context: Any) -> pb.ListGroupsResponse:
         page = await self._groups.list_page(_query(request), with_members=_is_shown("members", request))
@@ -85,10 +86,11 @@ class ScimServicer(rpc.ScimServicer):
         return _shown_one(_group(group), request)
 
     async def PatchGroup(self, request: pb.PatchRequest, context: Any) -> pb.Group:
-        return _group(await self._groups.patch(request.id, _operations(request), caller=current_caller()))
+        return await once.answer(self._groups.patch(request.id, _operations(request), caller=current_caller()), _group)
 
     async def ReplaceGroup(self, request: pb.ReplaceGroupRequest, context: Any) -> pb.Group:
-        return _group(await self._groups.replace(request.id, _group_profile(request), caller=current_caller()))
+        replacing = self._groups.replace(request.id, _group_profile(request), caller=current_caller())
+        return await once.answer(replacing, _group)
 
     async def DeleteGroup(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteResponse:
         await self._groups.delete(request.id, caller=current_caller())
@@ -97,8 +99,8 @@ class ScimServicer(rpc.ScimServicer):
     async def CreateServicePrincipal(
         self, request: pb.CreateServicePrincipalRequest, context: Any
     ) -> pb.ServicePrincipal:
-        made = await self._service_principals.create(_profile(request), caller=current_caller())
-        return _service_principal(made)
+        creating = self._service_principals.create(_profile(request), caller=current_caller())
+        return await once.answer(creating, _service_principal)
 
     async def ListServicePrincipals(self, request: pb.ListRequest, context: Any) -> pb.ListServicePrincipalsResponse:
         page = await self._service_principals.list_page(_query(request))
@@ -114,17 +116,16 @@ class ScimServicer(rpc.ScimServicer):
         return _shown_one(_service_principal(await self._service_principals.get(request.id)), request)
 
     async def PatchServicePrincipal(self, request: pb.PatchRequest, context: Any) -> pb.ServicePrincipal:
-        operations = _operations(request)
-        changed = await self._service_principals.patch(request.id, operations, caller=current_caller())
-        return _service_principal(changed)
+        patching = self._service_principals.patch(request.id, _operations(request), caller=current_caller())
+        return await once.answer(patching, _service_principal)
 
     async def ReplaceServicePrincipal(
         self, request: pb.ReplaceServicePrincipalRequest, context: Any
     ) -> pb.ServicePrincipal:
-        changed = await self._service_principals.replace(
+        replacing = self._service_principals.replace(
             request.id, _profile(request), is_active=_is_active(request), caller=current_caller()
         )
-        return _service_principal(changed)
+        return await once.answer(replacing, _service_principal)
 
     async def DeleteServicePrincipal(self, request: pb.DeleteRequest, context: Any) -> pb.DeleteResponse:
         await self._service_principals.delete(request.id, caller=current_caller())

@@ -96,7 +96,7 @@ class SecretScopes:
         if if_version is not None and if_version < 0:
             raise InvalidParameter("if_version: a version, or 0 for a key that must not exist.")
 
-        def put(connection: sqlite3.Connection) -> tuple[Scope, int]:
+        def put(connection: sqlite3.Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
@@ -105,17 +105,17 @@ class SecretScopes:
             if not current and store.count_secrets(connection, found) >= MOST_SECRETS:
                 raise TooManySecrets(found.name, MOST_SECRETS)
             _, destroyed = self._values.add(connection, found, key, value)
-            return found, destroyed
+            if value.reveal()[-1:].isspace():
+                warn(
+                    "secret ends with white space",
+                    f"The value of key {key} in scope {found.name} ends with white space, which is kept as part of it."
+                    " If that was not meant, put it again without.",
+                    scope=found.name,
+                    key=key,
+                )
+            return None, destroyed
 
-        found = await self._database.destroy(put)
-        if value.reveal()[-1:].isspace():
-            warn(
-                "secret ends with white space",
-                f"The value of key {key} in scope {found.name} ends with white space, which is kept as part of it."
-                " If that was not meant, put it again without.",
-                scope=found.name,
-                key=key,
-            )
+        await self._database.destroy(put)
 
     async def delete_secret(self, *, scope: str, key: str, caller: Principal) -> None:
         """Deletes a secret; values that replicas hold go with them."""
@@ -160,7 +160,7 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def put(connection: sqlite3.Connection) -> Scope | None:
+        def put(connection: sqlite3.Connection) -> None:
             found = permitted(connection, scope, caller)
             principal_id = store.find_principal(connection, folded)
             if principal_id is None:
@@ -169,9 +169,9 @@ class SecretScopes:
             if before is None and len(store.grants(connection, found)) >= MOST_ACLS:
                 raise TooManyAcls(found.name, MOST_ACLS)
             store.put_grant(connection, found, principal_id, permission)
-            return _abandoned(connection, found, before)
+            _warn_if_abandoned(connection, found, before)
 
-        _warn_if_abandoned(await self._database.write(put))
+        await self._database.write(put)
 
     async def get_acl(self, *, scope: str, principal: str, caller: Principal) -> Grant:
         """What is granted to one principal itself."""
@@ -201,15 +201,15 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def delete(connection: sqlite3.Connection) -> Scope | None:
+        def delete(connection: sqlite3.Connection) -> None:
             found = permitted(connection, scope, caller)
             before = store.find_grant(connection, found, folded)
             if before is None:
                 raise AclNotFound(found.name, principal)
             store.delete_grant(connection, found, folded)
-            return _abandoned(connection, found, before)
+            _warn_if_abandoned(connection, found, before)
 
-        _warn_if_abandoned(await self._database.write(delete))
+        await self._database.write(delete)
 
 
 def permitted(connection: sqlite3.Connection, scope: str, caller: Principal) -> Scope:
@@ -234,16 +234,11 @@ def _require(standing: Standing, scope: Scope, caller: Principal) -> None:
     decision.allow()
 
 
-def _abandoned(connection: sqlite3.Connection, scope: Scope, before: Grant | None) -> Scope | None:
-    """The scope, when the permission that was `before` was its last MANAGE."""
+def _warn_if_abandoned(connection: sqlite3.Connection, scope: Scope, before: Grant | None) -> None:
+    """Warns when the permission that was `before` was the scope's last MANAGE."""
     if before is None or before.permission is not Permission.MANAGE:
-        return None
-    is_managed = any(grant.permission is Permission.MANAGE for grant in store.grants(connection, scope))
-    return None if is_managed else scope
-
-
-def _warn_if_abandoned(scope: Scope | None) -> None:
-    if scope is not None:
+        return
+    if not any(grant.permission is Permission.MANAGE for grant in store.grants(connection, scope)):
         warn(
             "last MANAGE of a scope is gone",
             f"Nobody but admins can manage scope {scope.name} any more: its last MANAGE permission is gone."

@@ -1,4 +1,4 @@
-"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py, versions.py, resolver.py."""
+"""Secrets and SecretResolver: messages to calls and back. Decisions are made in scopes.py, versions.py, grants.py."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from secrets_service.errors import ValueNotGiven
+from secrets_service.grants import Existing, LaunchGrants, Wanted
 from secrets_service.model import Grant, Permission, Reference, ReferenceFailure, SecretBytes, VersionInfo
-from secrets_service.resolver import SecretResolution
 from secrets_service.scopes import SecretScopes
 from secrets_service.versions import SecretVersions
+from servicekit import once
 from servicekit.context import current_caller
 from servicekit.errors import BadRequest, InvalidParameter
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -99,10 +100,12 @@ class SecretsServicer(rpc.SecretsServicer):
         return pb.ListSecretVersionsResponse(key=key, versions=map(_version, versions))
 
     async def RestoreSecret(self, request: pb.RestoreSecretRequest, context: Any) -> pb.RestoreSecretResponse:
-        version = await self._versions.restore(
-            scope=request.scope, key=request.key, version=request.version, caller=current_caller()
+        return await once.answer(
+            self._versions.restore(
+                scope=request.scope, key=request.key, version=request.version, caller=current_caller()
+            ),
+            lambda version: pb.RestoreSecretResponse(version=version),
         )
-        return pb.RestoreSecretResponse(version=version)
 
     async def PurgeSecret(self, request: pb.PurgeSecretRequest, context: Any) -> pb.PurgeSecretResponse:
         await self._versions.purge(scope=request.scope, key=request.key, caller=current_caller())
@@ -112,36 +115,48 @@ class SecretsServicer(rpc.SecretsServicer):
 class SecretResolverServicer(rpc.SecretResolverServicer):
     """The internal service: Serving alone can reach it."""
 
-    def __init__(self, resolution: SecretResolution) -> None:
-        self._resolution = resolution
+    def __init__(self, grants: LaunchGrants) -> None:
+        self._grants = grants
 
-    async def CheckReferences(self, request: pb.CheckReferencesRequest, context: Any) -> pb.CheckReferencesResponse:
-        failures = await self._resolution.check_references(
-            creator_id=request.creator_id,
-            references=_references(request.references),
-            introduced=_references(request.introduced),
+    async def GrantLaunches(self, request: pb.GrantLaunchesRequest, context: Any) -> pb.GrantLaunchesResponse:
+        outcome = await self._grants.grant(
+            endpoint_id=request.endpoint_id,
+            is_new=request.is_new,
+            version=request.version,
+            wanted=[Wanted(each.digest, tuple(_references(each.references))) for each in request.entities],
             author=current_caller(),
         )
-        return pb.CheckReferencesResponse(failures=[_failure(failure) for failure in failures])
+        return pb.GrantLaunchesResponse(
+            failures=[_failure(failure) for failure in outcome.failures],
+            creator_is_inactive=outcome.is_creator_inactive,
+        )
 
     async def Resolve(self, request: pb.ResolveRequest, context: Any) -> pb.ResolveResponse:
-        values, failures = await self._resolution.resolve(
+        values, failures = await self._grants.resolve(
             endpoint_id=request.endpoint_id,
+            version=request.version,
+            digest=request.digest,
             replica_id=request.replica_id,
-            creator_id=request.creator_id,
             references=_references(request.references),
         )
         return pb.ResolveResponse(
             values=[value.reveal() for value in values], failures=[_failure(failure) for failure in failures]
         )
 
-    async def EndLaunches(self, request: pb.EndLaunchesRequest, context: Any) -> pb.EndLaunchesResponse:
-        await self._resolution.end_launches(request.replica_ids)
-        return pb.EndLaunchesResponse()
+    async def Settle(self, request: pb.SettleRequest, context: Any) -> pb.SettleResponse:
+        await self._grants.settle(
+            ended=request.ended_replica_ids,
+            dropped=[(each.endpoint_id, each.versions) for each in request.dropped_configs],
+            deleted=request.deleted_endpoint_ids,
+        )
+        return pb.SettleResponse()
 
-    async def KeepLaunches(self, request: pb.KeepLaunchesRequest, context: Any) -> pb.KeepLaunchesResponse:
-        await self._resolution.keep_launches(request.replica_ids)
-        return pb.KeepLaunchesResponse()
+    async def Reconcile(self, request: pb.ReconcileRequest, context: Any) -> pb.ReconcileResponse:
+        await self._grants.reconcile(
+            replica_ids=request.replica_ids,
+            endpoints=[Existing(each.endpoint_id, each.creator_id, tuple(each.versions)) for each in request.endpoints],
+        )
+        return pb.ReconcileResponse()
 
 
 def _value(request: pb.PutSecretRequest) -> SecretBytes:

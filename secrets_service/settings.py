@@ -44,6 +44,13 @@ class SecretsSettings(ServiceSettings):
         default=5,
         help="How many versions of each secret are kept, the one that is read included; those in use stay besides.",
     )
+    authors_need_read: bool = setting(
+        "TESSERA_AUTHORS_NEED_READ",
+        settings.boolean,
+        default=True,
+        help="Whether whoever changes what an endpoint runs needs READ on the secrets that it refers to already; no:"
+        " its creator's READ is enough.",
+    )
     reflection: bool | None = setting(
         "TESSERA_REFLECTION",
         settings.boolean,

@@ -16,13 +16,16 @@ from typing import Any, TypeVar
 import grpc
 
 from servicekit import context
-from servicekit.errors import from_rpc_error
+from servicekit.errors import InvalidParameter, from_rpc_error
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 
 ASSERTION = "x-tessera-assertion"
 REQUEST_ID = "x-tessera-request-id"
+CHOSEN = "x-tessera-request-id-chosen"
+"""Says, on internal listeners alone, that the caller chose the request's id and may use it for a retry."""
+
 WARNING = "x-tessera-warning"
 """Trailing metadata of an answer: what the caller should know although all went well; once per warning."""
 
@@ -36,7 +39,8 @@ METADATA_LIMIT = 64 * 1024
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # How long one attempt may take, whatever its name: on a busy machine, longer than between two that are refused.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     # A peer on this machine costs nothing to ask again, and while a channel backs off its calls fail.
     ("grpc.max_reconnect_backoff_ms", 200),
     ("grpc.keepalive_time_ms", 30_000),
@@ -79,6 +83,12 @@ async def until_connected(channel: grpc.aio.Channel, *, within: float) -> None:
 def is_request_id(text: str) -> bool:
     """Whether a caller's request id is taken over: 1 to 64 letters, digits, `.`, `_` or `-`."""
     return _REQUEST_ID.fullmatch(text) is not None
+
+
+def check_request_id(given: str) -> None:
+    """Raises InvalidParameter for an id that is not taken over: whoever chose one must not be deceived about it."""
+    if not is_request_id(given):
+        raise InvalidParameter("X-Tessera-Request-Id: 1 to 64 letters, digits, `.`, `_` or `-`, or leave it out.")
 
 
 def new_request_id() -> str:

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import IntEnum
 
 from servicekit.policy import Decision
 
 ADMINS = "admins"
+
+
+class Level(IntEnum):
+    """What a principal may do with an endpoint; each level includes those below it (contract 3.4)."""
+
+    CAN_VIEW = 1
+    CAN_QUERY = 2
+    CAN_MANAGE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +44,9 @@ class Principal:
     kind: str = "user"
     """`user` or `service_principal`."""
 
+    group_ids: frozenset[str] = frozenset()
+    """Ids of the same groups: what permissions are granted to."""
+
     @property
     def is_admin(self) -> bool:
         return ADMINS in self.groups
@@ -48,6 +60,9 @@ class RequestContext:
     caller: Principal | None = None
     assertion: str | None = field(default=None, repr=False)
     """The signed statement about `caller`, passed on with calls to other services."""
+
+    may_be_repeated: bool = False
+    """Whether the caller chose the id, so that the same request under the same id is a retry (`servicekit.once`)."""
 
     warnings: list[str] = field(default_factory=list, compare=False)
     """What the caller is going to be told beside the answer; `servicekit.warnings.warn` adds to it."""

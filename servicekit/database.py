@@ -108,8 +108,8 @@ async def _hop(
     **kwargs: P.kwargs,
 ) -> T:
     # aiosqlite has no public call for "run this function in your thread"; its own methods are all made of this one.
-    # The thread finishes a function whose caller was cancelled, so a transaction is never left open.
-    # The function finds the request that it serves there too: its caller's permission is decided within transactions.
+    # The thread finishes a function whose caller was cancelled, so a transaction is never left open. It runs in the
+    # caller's context, so that it knows the request being served.
     run = contextvars.copy_context().run
     result: T = await connection._execute(run, function, connection._conn, *args, **kwargs)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return result

@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +153,7 @@ def claims_of(principal: Principal, *, issued_at: float) -> dict[str, Any]:
         "name": principal.name,
         "kind": principal.kind,
         "groups": sorted(principal.groups),
+        "gids": sorted(principal.group_ids),
         "tid": principal.token_id,
         "iat": int(issued_at),
         "exp": int(issued_at) + ASSERTION_SECONDS,
@@ -172,6 +173,7 @@ def principal_of(claims: Mapping[str, Any]) -> Principal:
         token_id=str(claims["tid"]),
         token_expires_at=None if expires is None else float(expires),
         kind=str(claims["kind"]),
+        group_ids=frozenset(str(group) for group in claims["gids"]),
     )
 
 
@@ -205,6 +207,7 @@ class TokenExchange:
         self._now = now
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         self._exchanges: dict[bytes, asyncio.Task[Identity]] = {}
+        self._forgotten = 0
         self.verifier = AssertionVerifier(self._fetch_keys)
         """Verifies assertions with the same platform's keys."""
         self.workspace_id: str | None = None
@@ -251,6 +254,17 @@ class TokenExchange:
                 return known.identity
             raise
 
+    def forget(self, principal_ids: Iterable[str], token_ids: Iterable[str]) -> None:
+        """Has whatever is known of these principals and credentials asked for again; answers under way count as old."""
+        changed, gone = frozenset(principal_ids), frozenset(token_ids)
+        if not changed and not gone:
+            return
+        self._forgotten += 1
+        for digest, known in list(self._known.items()):
+            principal = known.identity.principal
+            if principal.id in changed or principal.token_id in gone:
+                del self._known[digest]
+
     async def _exchanged(self, digest: bytes, token: str) -> Identity:
         return await asyncio.shield(self._exchange(digest, token))
 
@@ -268,7 +282,7 @@ class TokenExchange:
         _heard(task)
 
     async def _ask_secrets(self, digest: bytes, token: str) -> Identity:
-        asked_at = self._now()
+        asked_at, forgotten = self._now(), self._forgotten
         try:
             answer = await channels.call(
                 self._authority.ExchangeToken,
@@ -288,6 +302,10 @@ class TokenExchange:
                 self._known[digest].unanswered_at = self._now()
             raise Unavailable("The Secrets service does not answer just now.", retry_after=1) from None
         identity = Identity(principal, answer.assertion)
+        if (
+            forgotten != self._forgotten
+        ):  # something changed meanwhile, maybe this: good for now, and asked again next time
+            asked_at -= REFRESH_SECONDS
         _remember(self._known, digest, _Known(identity, asked_at))
         return identity
 

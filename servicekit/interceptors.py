@@ -1,4 +1,4 @@
-"""What happens around every RPC, in this order: request context, access log, errors, identity, deadline.
+"""What happens around every RPC, in this order: request context, access log, errors, identity, first answer, deadline.
 
 The log comes first so that refused calls are seen too; errors wrap identity because a refusal is an error like any
 other. Whatever a handler raises that is no ServiceError reaches the caller as a fixed text and a request id.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from servicekit import channels, context
+from servicekit import channels, context, once
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.identity import CREDENTIAL_REFUSED, Identify
 from servicekit.policy import OPEN, Decision, Row, Undecided
@@ -27,6 +27,9 @@ DEFAULT_DEADLINE = 10.0
 """Seconds for a call that came without a deadline; Python servers see none at all."""
 
 LONGEST_DEADLINE = 60.0
+
+_MADE_UP = "our own request id"
+"""Where it stands among a call's metadata; no name that a caller could use."""
 
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
@@ -88,7 +91,20 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if row is None or row.needs_caller:
                 raise Unauthenticated
             return context.RequestContext(request_id, decision=decision)
-        return context.RequestContext(request_id, identity.principal, identity.assertion, decision=decision)
+        may_be_repeated = self._may_be_repeated(row, metadata)
+        return context.RequestContext(
+            request_id, identity.principal, identity.assertion, may_be_repeated, decision=decision
+        )
+
+    def _may_be_repeated(self, row: Row | None, metadata: dict[str, str]) -> bool:
+        """Whether the caller chose the request's id; raises InvalidParameter when what it chose is none.
+
+        A peer says so of its own caller's id, which it passes on with further calls that are no retries.
+        """
+        if (channels.REQUEST_ID if self.source is not None else channels.CHOSEN) not in metadata:
+            return False
+        channels.check_request_id(metadata.get(channels.REQUEST_ID, ""))
+        return row is not None and not row.peers
 
 
 class _Call:
@@ -106,8 +122,13 @@ class _Call:
             try:
                 await self._begin()
                 message = _decoded(request, read)
+                once.enter(self._method, message)
                 answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
                 self._require_decision()
+            except once.Answered as first:  # which was decided about at the time
+                log.info("first answer given again", extra=self._facts())
+                _pass_warnings(rpc, first.warnings)
+                return first.answer
             except ServiceError as error:
                 await self._refuse(rpc, error)
             except (grpc.aio.AbortError, asyncio.CancelledError):
@@ -116,7 +137,8 @@ class _Call:
                 await self._crash(rpc, error)
             else:
                 self._log_success()
-                _pass_warnings(rpc)
+                request_context = context.current()
+                _pass_warnings(rpc, request_context.warnings if request_context else ())
                 return answer
 
         return handle
@@ -195,10 +217,9 @@ async def _within_deadline(answer: Awaitable[Any], remaining: float | None) -> A
         raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
 
 
-def _pass_warnings(rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
-    request = context.current()
-    if request is not None and request.warnings:
-        rpc.set_trailing_metadata(tuple((channels.WARNING, text) for text in request.warnings))
+def _pass_warnings(rpc: grpc.aio.ServicerContext[Any, Any], warnings: Sequence[str]) -> None:
+    if warnings:
+        rpc.set_trailing_metadata(tuple((channels.WARNING, text) for text in warnings))
 
 
 async def _no_such_method(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
@@ -208,6 +229,4 @@ async def _no_such_method(request: Any, rpc: grpc.aio.ServicerContext[Any, Any])
 
 def _request_id(metadata: dict[str, str]) -> str:
     given = metadata.get(channels.REQUEST_ID, "")
-    if not channels.is_request_id(given):
-        given = metadata[channels.REQUEST_ID] = channels.new_request_id()
-    return given
+    return given if channels.is_request_id(given) else metadata.setdefault(_MADE_UP, channels.new_request_id())

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 
 from servicekit import channels, database, grpc_server, sockets, tls
+from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.once import Answers, Unsealed
+from serving_service import store
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
-from serving_service.holds import SecretHolds
 from serving_service.launcher import Launcher, LocalLauncher
 from serving_service.launches import Launches
 from serving_service.query import Queries
@@ -25,6 +29,7 @@ from serving_service.registry import MlflowRegistry, Registry
 from serving_service.routes import RouteTable
 from serving_service.servicer import RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
+from serving_service.settlement import Settlement
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -58,14 +63,16 @@ async def running(
     data = settings.data_dir / "serving"
     async with AsyncExitStack() as stack:
         opened = await stack.enter_async_context(database.opened(data / "serving.db", MIGRATIONS))
+        await opened.write(store.clear_reservations)
         secrets = await stack.enter_async_context(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
-        holds = SecretHolds(secrets, opened)
-        references = SecretReferences(secrets, holds)
+        access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
+        settlement = Settlement(secrets, opened)
+        references = SecretReferences(secrets, settlement)
         registry = registry or MlflowRegistry(
             settings.registry_uri, data / "models", service_environment=own_environment()
         )
@@ -77,14 +84,22 @@ async def running(
                 or LocalLauncher(
                     directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
                 ),
-                launches=Launches(registry, references, holds),
+                launches=Launches(registry, references, settlement),
                 routes=routes,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
             )
         )
-        endpoints = Endpoints(opened, registry, references, controllers)
-        queries = Queries(routes, pool, deadline=settings.inference_deadline)
+        endpoints = Endpoints(
+            opened,
+            registry,
+            references,
+            controllers,
+            access=access,
+            settlement=settlement,
+            answers=Answers(Unsealed(), time.time),
+        )
+        queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
@@ -112,7 +127,8 @@ async def running(
                 jobs={
                     "registry": registry.run,
                     "controllers": controllers.run,
-                    "holds": holds.run,
+                    "access": partial(access.follow, secrets),
+                    "settlement": settlement.run,
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,

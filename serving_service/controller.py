@@ -102,7 +102,6 @@ class EndpointController:
                 EndpointRoutes(
                     endpoint_id=endpoint.id,
                     name=endpoint.name,
-                    creator_id=endpoint.creator_id,
                     entities=self._entity_routes(config) if config else (),
                 )
             )
@@ -234,6 +233,8 @@ class EndpointController:
         is_ready = all(observed.is_ready(version, entity.name) for entity in config.entities)
         if is_ready and await self._doors.database.write(store.activate, endpoint.id, version):
             log.info("configuration activated", extra={"endpoint": endpoint.name, "version": version})
+            if endpoint.active is not None:
+                self._doors.launches.dropped(endpoint.id, endpoint.active.version)
         self.wake()
 
     async def _fail(self, endpoint: Endpoint, version: int, causes: dict[str, str]) -> None:
@@ -251,7 +252,7 @@ class EndpointController:
     async def _launch(self, endpoint: Endpoint, entity: ServedEntity, replica: Replica) -> None:
         try:
             launch = await self._doors.launches.prepare(
-                endpoint, entity, replica.id, lambda message: self._change(replica.id, message=message)
+                endpoint, replica.version, entity, replica.id, lambda message: self._change(replica.id, message=message)
             )
             self._preparing.discard(replica.id)
             handle = await self._started(launch)

@@ -6,18 +6,19 @@ Secret values pass through here once per launch, on their way to the launcher, a
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import grpc
+import orjson
 
 from servicekit import channels
 from servicekit.errors import InvalidParameter, PermissionDenied, ServiceError
-from serving_service.holds import SecretHolds
 from serving_service.launcher import is_reserved
-from serving_service.model import ServedEntity
-from tessera.identity.v1 import identity_pb2, identity_pb2_grpc
+from serving_service.model import EndpointConfig, ServedEntity
+from serving_service.settlement import Settlement
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 
@@ -26,7 +27,7 @@ MAX_ENTRY_BYTES = 131_070
 """Name and value together: what the kernel takes for one variable."""
 MAX_TOTAL_BYTES = 1 << 20
 
-CHECK_SECONDS = 5.0
+GRANT_SECONDS = 5.0
 RESOLVE_SECONDS = 5.0
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -95,64 +96,67 @@ def check_declared(variables: Mapping[str, str], at: str) -> None:
             raise InvalidParameter(f"{at}.{name[:128]}: {problem}")
 
 
-class SecretReferences:
-    """Asks Secrets about references: may they be used, and what do they stand for."""
+def digest_of(entity: ServedEntity) -> bytes:
+    """32 bytes that stand for what an entity runs and with which variables; not for its name, its size or its share.
 
-    def __init__(self, channel: grpc.aio.Channel, holds: SecretHolds) -> None:
+    Secrets keeps them for as long as the configuration lives: another way to make them must be told from this one.
+    """
+    model = entity.model
+    content = {
+        "model": [model.name, model.version, model.source, model.created_at],
+        "environment": dict(entity.environment),
+        "instance_profile_arn": entity.instance_profile_arn,
+    }
+    return hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).digest()
+
+
+class SecretReferences:
+    """Asks Secrets about references: may an endpoint use them, and what do they stand for."""
+
+    def __init__(self, channel: grpc.aio.Channel, settlement: Settlement) -> None:
         self._channel = channel
         self._resolver = rpc.SecretResolverStub(channel)
-        self._authority = identity_pb2_grpc.AuthorityStub(channel)
-        self._holds = holds
+        self._settlement = settlement
 
-    async def check(
-        self, entities: tuple[ServedEntity, ...], *, creator_id: str, known: Container[tuple[str, str]]
-    ) -> None:
-        """Raises PermissionDenied or InvalidParameter, naming every reference that cannot be resolved; also
-        PermissionDenied where there are none and the creator is not active.
+    async def grant(self, endpoint_id: str, config: EndpointConfig | None, *, is_new: bool) -> None:
+        """Has the endpoint granted what a configuration refers to, on behalf of the caller.
 
-        `creator_id` is who the endpoint runs as, empty when that is the caller; `known` are the references that the
-        endpoint had before, for which the caller needs no right of its own.
+        Raises PermissionDenied or InvalidParameter, naming every reference that cannot be granted, PermissionDenied too
+        when the creator is not active; and what Secrets answers else. Then nothing is granted, unless nobody knows:
+        Unavailable, DeadlineExceeded, or a failure of Secrets itself.
         """
-        references = references_of(entities)
-        if not references:
-            if creator_id:
-                await self._check_creator(creator_id)
-            return
-        introduced = [reference for folded, reference in references.items() if folded not in known]
+        await self._settlement.reconciled()
+        entities = () if config is None else config.entities
         answer = await channels.call(
-            self._resolver.CheckReferences,
-            pb.CheckReferencesRequest(
-                creator_id=creator_id,
-                references=map(_message, references.values()),
-                introduced=map(_message, introduced),
+            self._resolver.GrantLaunches,
+            pb.GrantLaunchesRequest(
+                endpoint_id=endpoint_id,
+                is_new=is_new,
+                version=0 if config is None else config.version,
+                entities=[
+                    pb.GrantedEntity(digest=digest_of(entity), references=map(_message, references.values()))
+                    for entity in entities
+                    if (references := references_of([entity]))
+                ],
             ),
             peer="Secrets",
-            timeout=CHECK_SECONDS,
+            timeout=GRANT_SECONDS,
             waiting_for=self._channel,
         )
+        if answer.creator_is_inactive:
+            raise PermissionDenied(
+                "The creator of the endpoint, as whom it runs, is not active or was removed. Create the endpoint anew."
+            )
         if not answer.failures:
             return
-        causes = " ".join(_cause(failure, entities) for failure in answer.failures)
+        # One sentence per cause: entities may share a reference, and so do their failures.
+        causes = " ".join(dict.fromkeys(_cause(failure, entities) for failure in answer.failures))
         if any(failure.kind in _REFUSALS for failure in answer.failures):
             raise PermissionDenied(causes)
         raise InvalidParameter(f"Invalid secret provided. {causes}")
 
-    async def _check_creator(self, creator_id: str) -> None:
-        """What Secrets checks along with references, where there are none."""
-        answer = await channels.call(
-            self._authority.CheckPrincipal,
-            identity_pb2.CheckPrincipalRequest(id=creator_id),
-            peer="Secrets",
-            timeout=CHECK_SECONDS,
-            waiting_for=self._channel,
-        )
-        if not answer.active:
-            raise PermissionDenied(
-                "The creator of the endpoint, as whom it runs, is not active or was removed. Create the endpoint anew."
-            )
-
     async def resolve(
-        self, entity: ServedEntity, *, endpoint_id: str, replica_id: str, creator_id: str
+        self, entity: ServedEntity, *, endpoint_id: str, version: int, replica_id: str
     ) -> ResolvedEnvironment:
         """The environment of one launch.
 
@@ -161,13 +165,14 @@ class SecretReferences:
         references = references_of([entity])
         values: dict[tuple[str, str], str] = {}
         if references:
-            await self._holds.reconciled()
+            await self._settlement.reconciled()
             answer = await channels.call(
                 self._resolver.Resolve,
                 pb.ResolveRequest(
                     endpoint_id=endpoint_id,
+                    version=version,
+                    digest=digest_of(entity),
                     replica_id=replica_id,
-                    creator_id=creator_id,
                     references=map(_message, references.values()),
                 ),
                 peer="Secrets",
@@ -218,6 +223,8 @@ def _cause(failure: pb.ReferenceFailure, entities: Iterable[ServedEntity]) -> st
             return f"Scope {scope} does not exist {where}, so key {key} cannot be read. Create the scope."
         case _Kind.KEY_MISSING:
             return f"Scope {scope} has no key {key} {where}. Put the secret."
+        case _Kind.NOT_GRANTED:
+            return f"{reference} was never granted to what is to run {where}. Update the endpoint's configuration."
         case _Kind.NOT_TEXT:
             return f"The value of key {key} in scope {scope} is not UTF-8 text or holds a NUL {where}. Put it as text."
         case _:

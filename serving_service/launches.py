@@ -12,10 +12,10 @@ import grpc
 
 from servicekit.errors import ServiceError
 from serving_service.environment import SecretReferences, UnresolvableError
-from serving_service.holds import SecretHolds
 from serving_service.launcher import Launch
 from serving_service.model import Endpoint, ServedEntity
 from serving_service.registry import Registry
+from serving_service.settlement import Settlement
 
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL)
 
@@ -31,13 +31,13 @@ class LaunchDelayed(Exception):
 class Launches:
     """Makes launches of what the registry and Secrets hold."""
 
-    def __init__(self, registry: Registry, references: SecretReferences, holds: SecretHolds) -> None:
+    def __init__(self, registry: Registry, references: SecretReferences, settlement: Settlement) -> None:
         self._registry = registry
         self._references = references
-        self._holds = holds
+        self._settlement = settlement
 
     async def prepare(
-        self, endpoint: Endpoint, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
+        self, endpoint: Endpoint, version: int, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
     ) -> Launch:
         """Everything that one replica is started from; `say` hears which step is under way.
 
@@ -48,7 +48,7 @@ class Launches:
             path = await self._registry.fetch(entity.model)
             say("Reading secrets.")
             resolved = await self._references.resolve(
-                entity, endpoint_id=endpoint.id, replica_id=replica_id, creator_id=endpoint.creator_id
+                entity, endpoint_id=endpoint.id, version=version, replica_id=replica_id
             )
         except UnresolvableError as error:
             raise LaunchImpossible(str(error)) from None
@@ -67,4 +67,8 @@ class Launches:
 
     def ended(self, replica_id: str) -> None:
         """Lets go of what a launch held, once its process is over or there is never going to be one; idempotent."""
-        self._holds.ended(replica_id)
+        self._settlement.ended(replica_id)
+
+    def dropped(self, endpoint_id: str, version: int) -> None:
+        """Gives back what a configuration was granted that is never going to be launched again; idempotent."""
+        self._settlement.dropped(endpoint_id, version)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from serving_service.endpoints import View
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
+from tessera.identity.v1.permissions_pb2 import PermissionLevel
 from tessera.serving.v1 import serving_pb2 as pb
 
 
@@ -23,7 +24,7 @@ def detailed(view: View) -> pb.ServingEndpointDetailed:
         state=_state(view),
         config=_config(endpoint.active, view.active) if endpoint.active else None,
         pending_config=_config(endpoint.pending, view.pending, is_pending=True) if endpoint.pending else None,
-        permission_level=pb.CAN_MANAGE,
+        permission_level=PermissionLevel.Value(view.level.name),
         description=endpoint.description,
         tags=_tags(endpoint),
     )

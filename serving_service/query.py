@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from servicekit.context import Principal
+from servicekit.access import AccessTable
+from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
-from serving_service.endpoints import may_manage
-from serving_service.errors import ModelServerFailed, NotDeployed, NotReady
+from serving_service.errors import EndpointPermissionDenied, ModelServerFailed, NotDeployed, NotReady
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
+from tessera import policy
 
 MAX_BODY_BYTES = 16 << 20
 DEFAULT_CONTENT_TYPE = "application/json"
@@ -31,8 +32,9 @@ class AnswerHead:
 class Queries:
     """Sends queries to replicas."""
 
-    def __init__(self, routes: RouteTable, pool: HttpPool, *, deadline: float) -> None:
+    def __init__(self, routes: RouteTable, access: AccessTable, pool: HttpPool, *, deadline: float) -> None:
         self._routes = routes
+        self._access = access
         self._pool = pool
         self._deadline = deadline
 
@@ -41,14 +43,13 @@ class Queries:
     ) -> AsyncIterator[AnswerHead | bytes]:
         """The answer of a model: its head, then its body as it comes.
 
-        `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed, NotReady,
-        ModelServerFailed, DeadlineExceeded, and BadRequest for a body that cannot be sent.
+        `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed,
+        EndpointPermissionDenied, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest for a body that cannot
+        be sent.
         """
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
-        routes = await self._routes.find(name)
-        if routes is None or not may_manage(caller, routes.creator_id):
-            raise NotDeployed
+        routes = await self._permitted(name, caller)
         entity = _chosen(routes, entity_name)
         if entity is None:
             raise NotReady(name, [each.name for each in routes.entities if each.percentage])
@@ -74,6 +75,20 @@ class Queries:
                     raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
             return
         raise NotReady(name, [entity.name])
+
+    async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
+        """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
+        await self._access.known()
+        routes = await self._routes.find(name)
+        level = self._access.level(caller, routes.endpoint_id if routes else "", may_be_stale=True)
+        if routes is None or level is None:
+            raise NotDeployed
+        if level < needed:
+            raise EndpointPermissionDenied(caller.name, needed, name)
+        decision.allow()
+        return routes
 
 
 def _chosen(routes: EndpointRoutes, entity_name: str) -> EntityRoutes | None:

@@ -49,7 +49,6 @@ class EndpointRoutes:
 
     endpoint_id: str
     name: str
-    creator_id: str
     entities: tuple[EntityRoutes, ...]
 
     @property
@@ -269,7 +268,6 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
     return pb.EndpointRoutes(
         endpoint_id=routes.endpoint_id,
         name=routes.name,
-        creator_id=routes.creator_id,
         entities=[
             pb.EntityRoutes(
                 name=entity.name,

@@ -9,6 +9,7 @@ import grpc
 from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from servicekit import once
 from servicekit.context import current_caller
 from serving_service import messages
 from serving_service.endpoints import Endpoints
@@ -29,7 +30,7 @@ class ServingEndpointsServicer:
     async def CreateServingEndpoint(
         self, request: pb.CreateServingEndpointRequest, call: Call
     ) -> pb.ServingEndpointDetailed:
-        return messages.detailed(await self._endpoints.create(request, caller=current_caller()))
+        return await once.answer(self._endpoints.create(request, caller=current_caller()), messages.detailed)
 
     async def GetServingEndpoint(self, request: pb.GetServingEndpointRequest, call: Call) -> pb.ServingEndpointDetailed:
         return messages.detailed(await self._endpoints.get(request.name, caller=current_caller()))
@@ -54,7 +55,9 @@ class ServingEndpointsServicer:
             traffic_config=request.traffic_config,
             auto_capture_config=request.auto_capture_config,
         )
-        return messages.detailed(await self._endpoints.update_config(request.name, config, caller=current_caller()))
+        return await once.answer(
+            self._endpoints.update_config(request.name, config, caller=current_caller()), messages.detailed
+        )
 
     async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
         logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())

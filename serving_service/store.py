@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from serving_service.errors import EndpointExists, TooManyEndpoints, UpdateInProgress
+from serving_service.errors import EndpointExists, EndpointNotFound, TooManyEndpoints, UpdateInProgress
 from serving_service.model import (
     ConfigUpdate,
     Deployment,
@@ -32,14 +32,17 @@ _COLUMNS = (
 )
 
 
-def add_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
-    """Adds a new endpoint, with its pending configuration if it has one; raises EndpointExists, TooManyEndpoints."""
+def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+    """Takes the name of a new endpoint, which nobody sees before it is committed.
+
+    Raises EndpointExists, TooManyEndpoints.
+    """
     if connection.execute("SELECT 1 FROM endpoints WHERE name = ? AND NOT is_deleted", (endpoint.name,)).fetchone():
         raise EndpointExists(endpoint.name)
     if connection.execute("SELECT count(*) FROM endpoints WHERE NOT is_deleted").fetchone()[0] >= MAX_ENDPOINTS:
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
-        f"INSERT INTO endpoints ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0, ?)",  # noqa: S608
+        f"INSERT INTO endpoints ({_COLUMNS}, is_reserved) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0, ?, 1)",  # noqa: S608, E501
         (
             endpoint.id,
             endpoint.name,
@@ -55,24 +58,64 @@ def add_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
             endpoint.creator_kind,
         ),
     )
+
+
+def commit_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+    """Makes a reserved endpoint one that there is, with its pending configuration if it has one."""
+    connection.execute("UPDATE endpoints SET is_reserved = 0 WHERE id = ?", (endpoint.id,))
     if endpoint.pending:
         _add_config(connection, endpoint.id, endpoint.pending)
 
 
-def propose_config(connection: sqlite3.Connection, seen: Endpoint, config: EndpointConfig) -> None:
-    """Makes `config` the pending one of the endpoint that was seen as `seen`.
+def release_endpoint(connection: sqlite3.Connection, endpoint_id: str) -> None:
+    """Gives the name of a reserved endpoint free."""
+    connection.execute("DELETE FROM endpoints WHERE id = ? AND is_reserved", (endpoint_id,))
+
+
+def reserve_version(connection: sqlite3.Connection, seen: Endpoint, version: int) -> None:
+    """Takes the next version of the endpoint that was seen as `seen`.
 
     Raises UpdateInProgress when it is being updated, or was since: what was checked against `seen` no longer holds.
     """
     changed = connection.execute(
-        "UPDATE endpoints SET latest_version = ?, pending_version = ?, updated_at = ?, config_update = 'IN_PROGRESS', "
-        "failures = '{}' WHERE id = ? AND NOT is_deleted AND latest_version = ? AND config_update != 'IN_PROGRESS'",
-        (config.version, config.version, config.created_at, seen.id, seen.latest_version),
+        "UPDATE endpoints SET reserved_version = ? WHERE id = ? AND NOT is_deleted AND latest_version = ?"
+        " AND config_update != 'IN_PROGRESS' AND reserved_version IS NULL",
+        (version, seen.id, seen.latest_version),
     )
     if not changed.rowcount:
         raise UpdateInProgress(seen.name)
+
+
+def propose_config(connection: sqlite3.Connection, seen: Endpoint, config: EndpointConfig) -> None:
+    """Makes `config`, whose version was reserved, the pending one; raises EndpointNotFound when it is too late."""
+    changed = connection.execute(
+        "UPDATE endpoints SET latest_version = ?1, pending_version = ?1, reserved_version = NULL, updated_at = ?2,"
+        " config_update = 'IN_PROGRESS', failures = '{}' WHERE id = ?3 AND NOT is_deleted AND reserved_version = ?1",
+        (config.version, config.created_at, seen.id),
+    )
+    if not changed.rowcount:
+        raise EndpointNotFound(seen.name)
     _add_config(connection, seen.id, config)
     _drop_old_configs(connection, seen.id)
+
+
+def release_version(connection: sqlite3.Connection, endpoint_id: str, *, is_used: bool) -> None:
+    """Gives a reserved version back; `is_used`: it is never to be given again, since Secrets may know it."""
+    latest = "reserved_version" if is_used else "latest_version"
+    connection.execute(
+        f"UPDATE endpoints SET latest_version = {latest}, reserved_version = NULL"  # noqa: S608
+        " WHERE id = ? AND reserved_version IS NOT NULL",
+        (endpoint_id,),
+    )
+
+
+def clear_reservations(connection: sqlite3.Connection) -> None:
+    """Undoes what a predecessor of this process had begun and not committed."""
+    connection.execute("DELETE FROM endpoints WHERE is_reserved")
+    connection.execute(
+        "UPDATE endpoints SET latest_version = reserved_version, reserved_version = NULL"
+        " WHERE reserved_version IS NOT NULL"
+    )
 
 
 def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> bool:
@@ -110,7 +153,7 @@ def purge(connection: sqlite3.Connection, endpoint_id: str) -> None:
 
 def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None:
     """The endpoint of that name that is not deleted."""
-    return _first(_endpoints(connection, "name = ? AND NOT is_deleted", name))
+    return _first(_endpoints(connection, "name = ? AND NOT is_deleted AND NOT is_reserved", name))
 
 
 def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
@@ -120,7 +163,7 @@ def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoi
 
 def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
     """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
-    return list(_endpoints(connection, "NOT is_deleted OR ?", deleted))
+    return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
 
 
 def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:

@@ -10,7 +10,7 @@ that has no row here, with a row for one that it does not have, or with one that
 | `OWN` | the one to whom the object belongs |
 | `ADMIN` | members of the group `admins` |
 | `READ` < `WRITE` < `MANAGE` | who has that permission on the scope, through itself or a group, and admins |
-| `CAN_VIEW` < `CAN_QUERY` < `CAN_MANAGE` | who has that permission on the endpoint |
+| `CAN_VIEW` < `CAN_QUERY` < `CAN_MANAGE` | who has that permission on the endpoint, likewise |
 | `internal(peer)` | that one of our own processes, over its socket; `operator` is who runs this machine |
 | `on_behalf(peer)` | as `internal`, but with proof of a caller on whose behalf it asks |
 
@@ -45,11 +45,12 @@ POLICY: Table = {
     "tessera.secrets.v1.Secrets/ListSecretVersions": READ,
     "tessera.secrets.v1.Secrets/RestoreSecret": WRITE,
     "tessera.secrets.v1.Secrets/PurgeSecret": WRITE,
-    # Values for launches. Whether the endpoint's creator may read them is decided at each, from the request's creator.
-    "tessera.secrets.v1.SecretResolver/CheckReferences": on_behalf("serving"),
+    # Values for launches. A grant takes CAN_MANAGE of its author, and READ of author and creator; a launch takes the
+    # grant, and READ of the creator.
+    "tessera.secrets.v1.SecretResolver/GrantLaunches": on_behalf("serving"),
     "tessera.secrets.v1.SecretResolver/Resolve": internal("serving"),
-    "tessera.secrets.v1.SecretResolver/EndLaunches": internal("serving"),
-    "tessera.secrets.v1.SecretResolver/KeepLaunches": internal("serving"),
+    "tessera.secrets.v1.SecretResolver/Settle": internal("serving"),
+    "tessera.secrets.v1.SecretResolver/Reconcile": internal("serving"),
     # The directory: everybody may look, admins may change.
     "tessera.identity.v1.Scim/GetMe": AUTHENTICATED,
     "tessera.identity.v1.Scim/ListUsers": AUTHENTICATED,
@@ -83,8 +84,13 @@ POLICY: Table = {
     # Who is calling.
     "tessera.identity.v1.Authority/ExchangeToken": internal("gateway", "serving"),
     "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving"),
-    "tessera.identity.v1.Authority/CheckPrincipal": internal("serving"),
     "tessera.identity.v1.Authority/RenewAdminToken": internal("operator"),
+    # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
+    "tessera.identity.v1.Permissions/GetPermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/SetPermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/UpdatePermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/GetPermissionLevels": CAN_VIEW,
+    "tessera.identity.v1.AccessFeed/Watch": internal("gateway", "serving"),
     # Endpoints (contract 3.4). A list shows those that the caller may view; logs may hold what models were sent.
     "tessera.serving.v1.ServingEndpoints/CreateServingEndpoint": AUTHENTICATED,
     "tessera.serving.v1.ServingEndpoints/GetServingEndpoint": CAN_VIEW,

@@ -30,6 +30,9 @@ JSON = "application/json"
 # A credential is judged before a service is chosen, and with it the shape of its errors.
 _BEFORE_ROUTING = frozenset((401, 403, 500, 503, 504))
 _RETRIED = frozenset((429, 503))
+_ANSWERED_ONCE = frozenset(("Secrets", "Scim", "Tokens", "Permissions", "ServingEndpoints"))
+"""The services that make a change once and answer its retries alike."""
+
 _ERRORS = errors_pb2.ErrorReason.DESCRIPTOR
 
 Node = dict[str, Any]
@@ -110,7 +113,10 @@ class _Description:
             "description": comment,
         }
         in_path = [segment.variable for segment in binding.segments if segment.variable]
-        if parameters := [*self._path_parameters(binding, in_path), *self._query_parameters(binding, in_path)]:
+        parameters = [*self._path_parameters(binding, in_path), *self._query_parameters(binding, in_path)]
+        if binding.verb != "GET" and binding.service.name in _ANSWERED_ONCE:
+            parameters.append(_request_id())
+        if parameters:
             operation["parameters"] = parameters
         if body := self._body(binding, in_path):
             operation["requestBody"] = body
@@ -212,6 +218,17 @@ def _parameter(name: str, place: str, required: bool, schema: Node) -> Node:
     description = schema.pop("description", None)
     parameter = {"name": name, "in": place, "required": required, "schema": schema}
     return parameter if description is None else {**parameter, "description": description}
+
+
+def _request_id() -> Node:
+    schema = {
+        "type": "string",
+        "pattern": "^[A-Za-z0-9._-]{1,64}$",
+        "description": "An id of your own for this request. For 24 hours the same request with the same id is a retry:"
+        " nothing is changed again, and the answer is the first one. Another request with that id is refused with"
+        " `INVALID_PARAMETER_VALUE`.",
+    }
+    return _parameter("X-Tessera-Request-Id", "header", False, schema)
 
 
 def _statuses() -> list[int]:

@@ -553,18 +553,3 @@ async def test_assertion_says_what_kind_of_principal_calls(service: RunningSecre
     found = await exchange.identify(await service.token_for(robot.application_id))
     assert (found.principal.kind, found.principal.name) == ("service_principal", robot.application_id)
     assert (await exchange.identify(service.admin_token)).principal.kind == "user"
-
-
-async def test_serving_learns_who_may_act(service: RunningSecrets) -> None:
-    serving = service.peer("serving")
-    robot = await create_robot(service.admin)
-    idle = await service.admin.create_user("idle", active=False)
-
-    async def is_active(id: str) -> bool:
-        answer = await serving(serving.authority.CheckPrincipal, pb.CheckPrincipalRequest(id=id))
-        return bool(answer.active)
-
-    assert await is_active(robot.id)
-    assert await is_active((await me(service.admin)).id)
-    for other in (idle.id, (await group_named(service, "users")).id, "17", "", "x", "9" * 40):
-        assert not await is_active(other)

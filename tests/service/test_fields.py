@@ -123,6 +123,10 @@ USER = post(f"{SCIM}/Users", userName="<n>", displayName="Old")
 GROUP = post(f"{SCIM}/Groups", displayName="<n>")
 ROBOT = post(f"{SCIM}/ServicePrincipals", displayName="<n>")
 ENDPOINT = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "ready", "entity_version": "1"}]})
+BARE = post(ENDPOINTS, name="<n>")
+GRANT = {"group_name": "users", "permission_level": "CAN_VIEW"}
+MINE = {"user_name": "alice", "permission_level": "CAN_MANAGE"}
+GRANTED = "/api/2.0/permissions/serving-endpoints/<id>"
 
 OF_SECRET = {"scope": "<n>", "key": "k"}
 ACLS, KEYS = f"{SECRETS}/acls/list?scope=<n>", f"{SECRETS}/list?scope=<n>"
@@ -200,14 +204,20 @@ CASES = {
         ),
         "DeleteManagedToken": Case(query={}, before=(TOKEN,), views=(f"{MANAGED}/<id>",), is_open=False),
     },
+    "tessera.identity.v1.Permissions": {
+        "GetPermissions": Case(query={}, before=(BARE,)),
+        "SetPermissions": Case({"access_control_list": [GRANT, MINE]}, before=(BARE,), views=(GRANTED,)),
+        "UpdatePermissions": Case({"access_control_list": [GRANT]}, before=(BARE,), views=(GRANTED,)),
+        "GetPermissionLevels": Case(query={}, before=(BARE,)),
+    },
     "tessera.serving.v1.ServingEndpoints": {
         "CreateServingEndpoint": Case(
             {"name": "<n>", "config": CONFIG, "tags": [{"key": "k", "value": "v"}]}, views=(f"{ENDPOINTS}/<n>",)
         ),
         "GetServingEndpoint": Case(query={}, before=(ENDPOINT,)),
         "ListServingEndpoints": Case(query={}),
-        "DeleteServingEndpoint": Case(query={}, before=(post(ENDPOINTS, name="<n>"),), views=(f"{ENDPOINTS}/<n>",)),
-        "UpdateServingEndpointConfig": Case(CONFIG, before=(post(ENDPOINTS, name="<n>"),), views=(f"{ENDPOINTS}/<n>",)),
+        "DeleteServingEndpoint": Case(query={}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "UpdateServingEndpointConfig": Case(CONFIG, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },
@@ -321,7 +331,8 @@ async def effect(platform: Platform, binding: Binding, case: Case, variant: str)
             known["id"] = found
     if case.before[-1:] == (ENDPOINT,):
         await settled(platform, known["n"])
-    variables = {"name": known["n"], "id": known.get("id", ""), "token_id": known.get("id", "")}
+    made_id = known.get("id", "")
+    variables = {"name": known["n"], "id": made_id, "token_id": made_id, "serving_endpoint_id": made_id}
     path = binding.template.replace("{served_model_name}", "ready-1").format(**variables)
     request = binding.method.input_type
     in_path = [segment.variable for segment in binding.segments if segment.variable]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
@@ -14,17 +15,19 @@ import pytest
 
 from gateway import app, http, invocations
 from gateway.settings import GatewaySettings
-from servicekit import channels, identity
+from servicekit import access, channels, identity
+from servicekit.context import Level
 from servicekit.errors import StartError
 from servicekit.http_client import ConnectionLost
 from servicekit.policy import AUTHENTICATED, OPEN, Row, internal, permission
 from tessera.policy import POLICY
 from tests.support.eventually import eventually
 from tests.support.gateway import (
-    ADMIN,
     OWNER,
+    STRANGER,
     WORKSPACE_ID,
     Platform,
+    ScriptedAccess,
     ScriptedAuthority,
     ScriptedServing,
     neighbours,
@@ -122,11 +125,23 @@ async def stack() -> AsyncIterator[Platform]:
 
 async def serve(stack: Platform, name: str, application: Any) -> None:
     address = await stack.add_replica(application)
-    await stack.serving.publish(routes(name, ("m-1", 100, [(f"r-{name}", address)])))
+    await stack.publish(routes(name, ("m-1", 100, [(f"r-{name}", address)])))
 
 
 async def invoke(stack: Platform, name: str, token: str | None = "owner-token", **more: Any) -> Answer:
     return await fetch(stack.url, "POST", f"/serving-endpoints/{name}/invocations", token=token, **more)
+
+
+async def serve_unheard(stack: Platform) -> None:
+    """Serves `ep`, while nobody tells the gateway who may query it."""
+    address = await stack.add_replica(Echo())
+    await stack.serving.publish(routes("ep", ("m-1", 100, [("r-ep", address)])))
+    stack.access.granted["id-ep"] = {OWNER.id: Level.CAN_QUERY}
+    assert (await invoke(stack, "ep")).json() == GONE
+
+
+async def invoked_with(stack: Platform, status: int) -> bool:
+    return (await invoke(stack, "ep")).status == status
 
 
 class CountingProxy:
@@ -237,8 +252,13 @@ async def test_basic_credentials_with_user_token_are_taken(stack: Platform) -> N
 
 
 async def test_discovery_and_health_need_no_credential(stack: Platform) -> None:
-    discovery = await fetch(stack.url, "GET", "/.well-known/databricks-config", headers={"host": "evil.example"})
-    assert discovery.json() == {"oidc_endpoint": f"{stack.url}/oidc", "workspace_id": WORKSPACE_ID}
+    async def discovered() -> bool:
+        path = "/.well-known/databricks-config"
+        discovery = (await fetch(stack.url, "GET", path, headers={"host": "evil.example"})).json()
+        assert discovery["oidc_endpoint"] == f"{stack.url}/oidc"
+        return bool(discovery.get("workspace_id") == WORKSPACE_ID)
+
+    await eventually(discovered, what="the gateway has asked Secrets for the workspace")
     assert (await fetch(stack.url, "GET", "/health")).status == 200
 
 
@@ -283,6 +303,29 @@ async def test_a_call_reaches_its_service_as_the_caller_and_foreign_texts_stay_t
     assert stack.serving.seen == [("GetServingEndpoint", OWNER.name)]
     assert answer.status == 501
     assert "canary" not in answer.body.decode()
+
+
+async def test_a_service_is_told_which_request_ids_the_caller_chose(stack: Platform) -> None:
+    for headers in (
+        {},
+        {"x-tessera-request-id": "mine-1"},
+        {"x-tessera-request-id-chosen": "true"},  # between our own services, a caller's word for it counts nothing
+    ):
+        await fetch(stack.url, "DELETE", "/api/2.0/serving-endpoints/ep", token="owner-token", headers=headers)
+    assert stack.serving.chosen_ids == [None, "mine-1", None]
+
+
+@pytest.mark.parametrize("odd", ["", "a" * 65, "a b", "\xe9"])
+async def test_an_odd_request_id_is_refused_in_the_shape_of_the_service(stack: Platform, odd: str) -> None:
+    headers = {"x-tessera-request-id": odd}
+    for path in ("/api/2.0/secrets/scopes/list", "/api/2.0/preview/scim/v2/Me"):
+        answer = await fetch(stack.url, "GET", path, token="owner-token", headers=headers)
+        assert answer.status == 400
+        document = answer.json()
+        assert ("error_code" in document) is ("scim" not in path)
+        assert "X-Tessera-Request-Id" in (document.get("message") or document["detail"])
+        assert len(answer.headers["x-tessera-request-id"]) == 32
+    assert (await fetch(stack.url, "GET", path, headers=headers)).status == 401
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"[" * 100_000, b'"x"'])
@@ -345,14 +388,47 @@ async def test_an_endpoint_of_somebody_else_looks_like_none(stack: Platform) -> 
     assert (await invoke(stack, "ep", token="admin-token")).status == 200
 
 
+@pytest.mark.parametrize("level", [Level.CAN_QUERY, Level.CAN_MANAGE])
+async def test_whoever_may_query_is_answered(stack: Platform, level: Level) -> None:
+    await serve(stack, "ep", Echo())
+    await stack.access.change({"id-ep": {STRANGER.id: level}})
+    assert (await invoke(stack, "ep", token="stranger-token")).status == 200
+    assert (await invoke(stack, "ep", token="owner-token")).json() == GONE  # it was not named this time
+
+
+async def test_whoever_may_only_see_an_endpoint_is_told_so(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    await stack.access.change({"id-ep": {STRANGER.id: Level.CAN_VIEW}})
+    for name, body in (("ep/invocations", {}), ("chat/completions", {"model": "ep"})):
+        refused = await fetch(stack.url, "POST", f"/serving-endpoints/{name}", token="stranger-token", json=body)
+        assert (refused.status, refused.json()["error_code"]) == (403, "PERMISSION_DENIED")
+        assert "CAN_QUERY" in refused.json()["message"]
+
+
+async def test_a_permission_of_a_group_counts_for_its_members(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    await stack.access.change({"id-ep": {"900": Level.CAN_QUERY, STRANGER.id: Level.CAN_VIEW}})
+    member = dataclasses.replace(STRANGER, group_ids=frozenset({"900", "901"}))
+    stack.authority.tokens["member-token"] = member
+    assert (await invoke(stack, "ep", token="member-token")).status == 200
+    assert (await invoke(stack, "ep", token="stranger-token")).status == 403
+
+
+async def test_a_permission_that_is_taken_away_is_gone_at_once(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    assert (await invoke(stack, "ep")).status == 200
+    await stack.access.change({"id-ep": {}})
+    assert (await invoke(stack, "ep")).json() == GONE
+
+
 async def test_before_the_first_deployment_there_is_no_endpoint(stack: Platform) -> None:
-    await stack.serving.publish(routes("new"))
+    await stack.publish(routes("new"))
     assert (await invoke(stack, "new")).json() == GONE
 
 
 async def test_an_entity_can_be_asked_directly_also_one_without_traffic(stack: Platform) -> None:
     addresses = [await stack.add_replica(Echo(name)) for name in ("a", "b")]
-    await stack.serving.publish(routes("ep", ("a", 100, [("r1", addresses[0])]), ("b", 0, [("r2", addresses[1])])))
+    await stack.publish(routes("ep", ("a", 100, [("r1", addresses[0])]), ("b", 0, [("r2", addresses[1])])))
     assert {(await invoke(stack, "ep")).json()["name"] for _ in range(20)} == {"a"}
     direct = await fetch(stack.url, "POST", "/serving-endpoints/ep/served-models/b/invocations", token="owner-token")
     assert (direct.json()["name"], direct.headers["served-model-name"]) == ("b", "b")
@@ -362,14 +438,14 @@ async def test_an_entity_can_be_asked_directly_also_one_without_traffic(stack: P
 
 async def test_traffic_is_split_by_the_percentages(stack: Platform) -> None:
     addresses = [await stack.add_replica(Echo(name)) for name in ("a", "b")]
-    await stack.serving.publish(routes("ep", ("a", 80, [("r1", addresses[0])]), ("b", 20, [("r2", addresses[1])])))
+    await stack.publish(routes("ep", ("a", 80, [("r1", addresses[0])]), ("b", 20, [("r2", addresses[1])])))
     answers = await asyncio.gather(*(invoke(stack, "ep") for _ in range(200)))
     share = sum(answer.json()["name"] == "b" for answer in answers)
     assert 10 <= share <= 80  # 40 expected; beyond these bounds once in a billion runs
 
 
 async def test_an_endpoint_whose_replica_is_missing_is_a_400_and_serving_hears_of_the_demand(stack: Platform) -> None:
-    await stack.serving.publish(routes("ep", ("m-1", 100, [])))
+    await stack.publish(routes("ep", ("m-1", 100, [])))
     answer = await invoke(stack, "ep")
     assert (answer.status, answer.json()["error_code"]) == (400, "BAD_REQUEST")
     assert "m-1" in answer.json()["message"]
@@ -381,9 +457,9 @@ async def test_an_endpoint_whose_replica_is_missing_is_a_400_and_serving_hears_o
 async def test_a_replica_that_does_not_accept_is_passed_over(stack: Platform) -> None:
     good = await stack.add_replica(Echo())
     nobody = f"unix:{stack.directory}/nobody.sock"
-    await stack.serving.publish(routes("ep", ("m-1", 100, [("r0", nobody), ("r1", good)])))
+    await stack.publish(routes("ep", ("m-1", 100, [("r0", nobody), ("r1", good)])))
     assert [(await invoke(stack, "ep")).status for _ in range(5)] == [200] * 5
-    await stack.serving.publish(routes("ep", ("m-1", 100, [("r0", nobody)])))
+    await stack.publish(routes("ep", ("m-1", 100, [("r0", nobody)])))
     assert (await invoke(stack, "ep")).status == 400
 
 
@@ -443,7 +519,7 @@ async def test_a_model_that_dies_before_its_answer_is_a_500_that_names_the_entit
 
     path = stack.directory / "dies.sock"
     async with await asyncio.start_unix_server(die, path):
-        await stack.serving.publish(routes("ep", ("m-1", 100, [("r-1", f"unix:{path}")])))
+        await stack.publish(routes("ep", ("m-1", 100, [("r-1", f"unix:{path}")])))
         answer = await invoke(stack, "ep")
     assert (answer.status, answer.json()["error_code"]) == (500, "INTERNAL_ERROR")
     assert "m-1" in answer.json()["message"]
@@ -470,7 +546,7 @@ async def test_a_caller_that_hangs_up_spares_the_model_the_work(stack: Platform)
 async def test_connections_to_a_replica_are_used_again(stack: Platform) -> None:
     address = await stack.add_replica(Echo())
     async with CountingProxy(stack.directory, address) as proxy:
-        await stack.serving.publish(routes("ep", ("m-1", 100, [("r-1", proxy.address)])))
+        await stack.publish(routes("ep", ("m-1", 100, [("r-1", proxy.address)])))
         for _ in range(50):
             assert (await invoke(stack, "ep")).status == 200
         assert proxy.accepted == 1
@@ -485,7 +561,7 @@ async def test_a_retired_replica_gets_no_new_request_and_its_last_one_is_reporte
     under_way = asyncio.create_task(invoke(stack, "ep"))
     await held.arrived.wait()
     address = await stack.add_replica(after)
-    await stack.serving.publish(routes("ep", ("m-2", 100, [("r-new", address)])))
+    await stack.publish(routes("ep", ("m-2", 100, [("r-new", address)])))
     latest = stack.serving.reports[-1]
     assert [(load.replica_id, load.in_flight) for load in latest.retired] == [("r-ep", 1)]
     assert (await invoke(stack, "ep")).json()["name"] == "new"
@@ -512,8 +588,9 @@ async def test_after_a_lost_stream_the_whole_table_is_fetched_anew(stack: Platfo
 async def test_a_name_can_pass_to_a_new_endpoint(stack: Platform) -> None:
     await serve(stack, "ep", Echo("old"))
     address = await stack.add_replica(Echo("new"))
-    successor = routes("ep", ("m-1", 100, [("r-2", address)]), creator=ADMIN)
+    successor = routes("ep", ("m-1", 100, [("r-2", address)]))
     successor.endpoint_id = "id-second"
+    await stack.access.change({"id-second": {}}, removed_endpoint_ids=["id-ep"])
     await stack.serving.publish(successor, removed=("id-ep",))
     assert (await invoke(stack, "ep", token="owner-token")).json() == GONE
     assert (await invoke(stack, "ep", token="admin-token")).json()["name"] == "new"
@@ -544,14 +621,64 @@ async def test_a_revoked_token_stops_working(stack: Platform, monkeypatch: pytes
     assert (await invoke(stack, "ep")).status == 403
 
 
+async def test_a_revocation_that_is_told_needs_no_time_to_pass(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    changes: list[dict[str, Any]] = [{"token_ids": [OWNER.token_id]}, {"principal_ids": [OWNER.id]}]
+    for changed in changes:
+        stack.authority.revoked.clear()
+        assert (await invoke(stack, "ep")).status == 200
+        stack.authority.revoked.add("owner-token")
+        assert (await invoke(stack, "ep")).status == 200  # known for some seconds, and nobody said otherwise
+        await stack.access.change(**changed)
+        assert (await invoke(stack, "ep")).status == 403
+
+
+async def test_the_last_permissions_stay_in_force_for_inference_while_the_feed_is_gone(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serve(stack, "ep", Echo())
+    monkeypatch.setattr(access, "CURRENT_SECONDS", 0.0)
+    stack.access.is_silent = True
+    assert [(await invoke(stack, "ep")).status for _ in range(5)] == [200] * 5
+    assert (await invoke(stack, "ep", token="stranger-token")).json() == GONE
+
+
+async def test_without_a_window_permissions_that_nobody_confirms_are_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with platform(stale_identity_seconds=0.0) as stack:
+        await serve(stack, "ep", Echo())
+        stack.access.is_silent = True
+        monkeypatch.setattr(access, "CURRENT_SECONDS", 0.0)
+        for name in ("ep", "none"):  # nor does the answer say which endpoints there are
+            assert (await invoke(stack, name)).status == 503
+
+
+async def test_a_feed_that_falls_silent_is_opened_anew(stack: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "SILENCE_SECONDS", 0.1)
+    stack.access.is_silent = True
+    await serve_unheard(stack)
+    stack.access.is_silent = False
+    await eventually(lambda: invoked_with(stack, 200))
+
+
+async def test_after_a_lost_feed_the_whole_table_is_fetched_anew(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    stack.access.granted["id-ep"] = {}
+    revision = stack.access.revision
+    stack.access.hang_up()
+    await stack.access.until_followed(revision + 1)
+    assert (await invoke(stack, "ep")).json() == GONE
+
+
 # --- while neighbours restart
 
 
 async def test_a_request_waits_for_a_service_that_is_just_being_restarted(directory: Path) -> None:
     # The gateway is up and Serving is not yet; a moment later it is.
-    authority, serving = ScriptedAuthority(), ScriptedServing()
+    authority, serving, feed = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(neighbours(directory, authority, serving, only=("secrets",)))
+        await stack.enter_async_context(neighbours(directory, authority, serving, feed, only=("secrets",)))
         url = await stack.enter_async_context(app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")))
         asked = [
             asyncio.create_task(fetch(url, "GET", "/api/2.0/serving-endpoints", token="owner-token")),
@@ -559,20 +686,20 @@ async def test_a_request_waits_for_a_service_that_is_just_being_restarted(direct
         ]
         await eventually(lambda: authority.exchanges > 0)
         assert not any(task.done() for task in asked)
-        await stack.enter_async_context(neighbours(directory, authority, serving, only=("serving",)))
+        await stack.enter_async_context(neighbours(directory, authority, serving, feed, only=("serving",)))
         assert [(await task).status for task in asked] == [501, 404]
 
 
 async def test_the_first_request_of_a_caller_waits_for_secrets_that_is_just_being_started(directory: Path) -> None:
-    authority, serving = ScriptedAuthority(), ScriptedServing()
+    authority, serving, feed = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(neighbours(directory, authority, serving, only=("serving",)))
+        await stack.enter_async_context(neighbours(directory, authority, serving, feed, only=("serving",)))
         url = await stack.enter_async_context(app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")))
         asked = asyncio.create_task(fetch(url, "GET", "/api/2.0/serving-endpoints", token="owner-token"))
         for _ in range(5):  # after the first of these at the latest, the question has met nobody
             assert (await fetch(url, "GET", "/health")).status == 200
         assert not asked.done()
-        await stack.enter_async_context(neighbours(directory, authority, serving, only=("secrets",)))
+        await stack.enter_async_context(neighbours(directory, authority, serving, feed, only=("secrets",)))
         assert (await asked).status == 501
 
 
@@ -582,7 +709,7 @@ async def test_a_service_that_stays_away_is_a_503_that_asks_to_retry(
     monkeypatch.setattr(channels, "RESTART_SECONDS", 0.1)
     monkeypatch.setattr(invocations, "FIRST_TABLE_SECONDS", 0.1)
     async with (
-        neighbours(directory, ScriptedAuthority(), ScriptedServing(), only=("secrets",)),
+        neighbours(directory, ScriptedAuthority(), ScriptedServing(), ScriptedAccess(), only=("secrets",)),
         app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")) as url,
     ):
         for method, path in [("GET", "/api/2.0/serving-endpoints"), ("POST", "/serving-endpoints/ep/invocations")]:

@@ -70,9 +70,6 @@ class Authority(identity_rpc.AuthorityServicer):
         caller = request_context.caller
         return identity_pb.GetPlatformResponse(workspace_id="nobody" if caller is None else caller.name)
 
-    async def CheckPrincipal(self, request: Any, rpc: Any) -> identity_pb.CheckPrincipalResponse:
-        return identity_pb.CheckPrincipalResponse(active=True)
-
     async def RenewAdminToken(self, request: Any, rpc: Any) -> identity_pb.RenewAdminTokenResponse:
         return identity_pb.RenewAdminTokenResponse(path="/admin.token")
 
@@ -596,13 +593,45 @@ async def test_long_error_reaches_a_peer_whole_and_the_public_cut(platform: Plat
     assert len(from_rpc_error(to_public, peer="Shop").message.encode()) < errors.LONGEST_MESSAGE + 10
 
 
-@pytest.mark.parametrize("odd", ["", "a" * 65, "a b", "../x", "{}"])
-async def test_odd_request_id_is_replaced(platform: Platform, odd: str) -> None:
+ODD_IDS = ["", "a" * 65, "a b", "../x", "{}"]
+
+
+@pytest.mark.parametrize("odd", ODD_IDS)
+async def test_odd_request_id_is_refused_of_a_caller_that_is_known(platform: Platform, odd: str) -> None:
+    """Who relies on its id must not be deceived: under another one, a retry would be a new request."""
+    error = await refusal(platform.me(metadata=(*TOKEN, (channels.REQUEST_ID, odd))))
+    assert (error.code(), "X-Tessera-Request-Id" in (error.details() or "")) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    error = await refusal(platform.me(metadata=((channels.REQUEST_ID, odd),)))
+    assert error.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize("odd", ODD_IDS)
+async def test_odd_request_id_of_a_peer_is_replaced(platform: Platform, odd: str) -> None:
     platform.scim.answer = raise_canary
-    details = (await refusal(platform.me(metadata=(*TOKEN, (channels.REQUEST_ID, odd))))).details() or ""
+    metadata = (*platform.assertion(), (channels.REQUEST_ID, odd))
+    details = (await refusal(platform.me("gateway", metadata))).details() or ""
     given = details.removeprefix("Internal error. Request id: ").removesuffix(".")
     assert len(given) == 32
     assert given.isalnum()
+
+
+async def test_request_may_be_repeated_when_its_caller_chose_the_id(platform: Platform) -> None:
+    found = []
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        request = context.current()
+        assert request is not None
+        found.append(request.may_be_repeated)
+        return await whoever_calls(rpc)
+
+    platform.scim.answer = answer
+    given, chosen = (channels.REQUEST_ID, "r-1"), (channels.CHOSEN, "true")
+    for sent in ((), (given,), (chosen,)):
+        await platform.me(metadata=(*TOKEN, *sent))
+    assert found == [False, True, False]
+    for passed_on in ((), (given,), (given, chosen)):
+        await platform.me("gateway", (*platform.assertion(), *passed_on))
+    assert found[3:] == [False, False, True]
 
 
 async def test_calls_at_the_same_time_each_have_their_own_caller(platform: Platform) -> None:

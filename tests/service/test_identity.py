@@ -320,6 +320,7 @@ async def test_assertion_says_who_owns_the_token_and_for_how_long(service: Runni
         "name": "admin",
         "kind": "user",
         "groups": ["admins", "users"],
+        "gids": sorted(group.value for group in admin.groups),
         "tid": made.token_info.token_id,
         "texp": made.token_info.expiry_time / 1000,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import re
+import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from gateway.http_rules import bindings
 from servicekit import channels
 from servicekit.policy import Row, rpc_name
 from tessera.identity.v1 import identity_pb2 as identity
+from tessera.identity.v1 import permissions_pb2 as permissions
+from tessera.identity.v1 import permissions_pb2_grpc as permissions_rpc
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2 as secrets
 from tessera.serving.v1 import serving_pb2 as serving
@@ -49,10 +52,10 @@ GOLDEN = {
         "PurgeSecret": "scope WRITE",
     },
     "tessera.secrets.v1.SecretResolver": {
-        "CheckReferences": "serving for a caller",
+        "GrantLaunches": "serving for a caller",
         "Resolve": "serving",
-        "EndLaunches": "serving",
-        "KeepLaunches": "serving",
+        "Settle": "serving",
+        "Reconcile": "serving",
     },
     "tessera.identity.v1.Scim": {
         "CreateUser": "admins",
@@ -89,9 +92,15 @@ GOLDEN = {
     "tessera.identity.v1.Authority": {
         "ExchangeToken": "gateway, serving",
         "GetPlatform": "gateway, serving",
-        "CheckPrincipal": "serving",
         "RenewAdminToken": "operator",
     },
+    "tessera.identity.v1.Permissions": {
+        "GetPermissions": "endpoint CAN_MANAGE",
+        "SetPermissions": "endpoint CAN_MANAGE",
+        "UpdatePermissions": "endpoint CAN_MANAGE",
+        "GetPermissionLevels": "endpoint CAN_VIEW",
+    },
+    "tessera.identity.v1.AccessFeed": {"Watch": "gateway, serving"},
     "tessera.serving.v1.ServingEndpoints": {
         "CreateServingEndpoint": "any caller",
         "GetServingEndpoint": "endpoint CAN_VIEW",
@@ -128,21 +137,13 @@ MAY = {
     "scope READ": {"reader", "writer", "manager", "creator", "admin"},
     "scope WRITE": {"writer", "manager", "creator", "admin"},
     "scope MANAGE": {"manager", "creator", "admin"},
-    "endpoint CAN_VIEW": {"creator", "admin"},
-    "endpoint CAN_QUERY": {"creator", "admin"},
-    "endpoint CAN_MANAGE": {"creator", "admin"},
+    "endpoint CAN_VIEW": {"reader", "writer", "manager", "creator", "admin"},
+    "endpoint CAN_QUERY": {"writer", "manager", "creator", "admin"},
+    "endpoint CAN_MANAGE": {"manager", "creator", "admin"},
 }
-"""Who of the people below is let in."""
+"""Who of the people is let in. The reader may READ scopes and CAN_VIEW endpoints, and so on; the stranger nothing."""
 
 Code = grpc.StatusCode
-REFUSED = {
-    "admins": Code.PERMISSION_DENIED,
-    "owner": Code.NOT_FOUND,
-    "scope": Code.PERMISSION_DENIED,
-    "endpoint": Code.NOT_FOUND,
-}
-"""How others are refused, who may know less where it is NOT_FOUND."""
-
 PEERS = {"secrets": ("gateway", "serving", "operator"), "serving": ("gateway",)}
 NO_ID = "999999999"
 
@@ -158,7 +159,7 @@ def words(row: Row) -> str:
 
 def every_method() -> dict[str, MethodDescriptor]:
     """All RPCs that are served anywhere, by the names of their rows."""
-    files = (identity, secrets, serving, health_pb2, reflection_pb2)
+    files = (identity, permissions, secrets, serving, health_pb2, reflection_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     return {rpc_name(method): method for service in services for method in service.methods}
 
@@ -183,6 +184,7 @@ class World:
     """A platform with six people, a deployed endpoint of the creator's, and new things for each call."""
 
     platform: Platform
+    steady_id: str
     numbers: itertools.count[int]
 
     async def things(self, name: str) -> Things:
@@ -200,9 +202,13 @@ class World:
             creator = self.platform.secrets.public(self.platform.tokens["creator"])
             made = await creator(creator.tokens.CreateToken, identity.CreateTokenRequest())
             token_id = made.token_info.token_id
-        if name.endswith(("DeleteServingEndpoint", "UpdateServingEndpointConfig")):
-            await self.platform.endpoints_of("creator").create(thing, None)
-        return Things(thing, token_id, self.platform.tokens["stranger"])
+        endpoint_id = self.steady_id
+        if name.endswith(
+            ("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions")
+        ):
+            endpoint_id = (await self.platform.endpoints_of("creator").create(thing, None)).id
+            await share(self.platform, endpoint_id)
+        return Things(thing, endpoint_id, token_id, self.platform.tokens["stranger"])
 
 
 @dataclass(frozen=True)
@@ -212,8 +218,22 @@ class Things:
     new: str
     """Of the scope and the endpoint that were made for this call, or else of nothing yet."""
 
+    endpoint_id: str
+    """Of that endpoint, else of the deployed one."""
+
     token_id: str
     token: str
+
+
+async def share(platform: Platform, endpoint_id: str) -> None:
+    """Gives the reader, the writer and the manager their levels on an endpoint of the creator's."""
+    creator = platform.secrets.public(platform.tokens["creator"])
+    levels = {"reader": permissions.CAN_VIEW, "writer": permissions.CAN_QUERY, "manager": permissions.CAN_MANAGE}
+    granted = [
+        permissions.AccessControlRequest(user_name=name, permission_level=level) for name, level in levels.items()
+    ]
+    request = permissions.UpdatePermissionsRequest(serving_endpoint_id=endpoint_id, access_control_list=granted)
+    await creator(permissions_rpc.PermissionsStub(creator.channel).UpdatePermissions, request)
 
 
 def a_token_change(things: Things) -> Any:
@@ -234,7 +254,15 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "ListSecretVersions": lambda it: secrets.ListSecretVersionsRequest(scope=it.new, key="key"),
     "RestoreSecret": lambda it: secrets.RestoreSecretRequest(scope=it.new, key="key", version=1),
     "PurgeSecret": lambda it: secrets.PurgeSecretRequest(scope=it.new, key="key"),
-    "Resolve": lambda it: secrets.ResolveRequest(replica_id=it.new, creator_id=NO_ID),
+    "GrantLaunches": lambda it: secrets.GrantLaunchesRequest(endpoint_id=uuid.uuid4().hex, is_new=True),
+    "Resolve": lambda it: secrets.ResolveRequest(
+        endpoint_id=it.endpoint_id, version=9, digest=bytes(32), replica_id=it.new
+    ),
+    "Reconcile": lambda it: secrets.ReconcileRequest(endpoints=[secrets.ExistingEndpoint(endpoint_id="x")]),
+    "GetPermissions": lambda it: permissions.GetPermissionsRequest(serving_endpoint_id=it.endpoint_id),
+    "SetPermissions": lambda it: permissions.SetPermissionsRequest(serving_endpoint_id=it.endpoint_id),
+    "UpdatePermissions": lambda it: permissions.UpdatePermissionsRequest(serving_endpoint_id=it.endpoint_id),
+    "GetPermissionLevels": lambda it: permissions.GetPermissionLevelsRequest(serving_endpoint_id=it.endpoint_id),
     "CreateUser": lambda it: identity.CreateUserRequest(user_name=it.new),
     "CreateGroup": lambda it: identity.CreateGroupRequest(display_name=it.new),
     "CreateServicePrincipal": lambda it: identity.CreateServicePrincipalRequest(display_name=it.new),
@@ -263,6 +291,8 @@ LET_IN = {
     **dict.fromkeys(("GetManagedToken", "UpdateManagedToken", "DeleteManagedToken"), Code.NOT_FOUND),
     # Without entities there is no configuration, and who may not manage does not learn that.
     "UpdateServingEndpointConfig": Code.INVALID_ARGUMENT,
+    # A good one would end whatever it does not name.
+    "Reconcile": Code.INVALID_ARGUMENT,
 }
 
 
@@ -271,9 +301,10 @@ async def world() -> AsyncIterator[World]:
     async with running_platform(tokens_per_minute=10_000) as platform:
         await platform.introduce(*USERS)
         creator = platform.endpoints_of("creator")
-        await creator.create("steady")
+        steady = await creator.create("steady")
+        await share(platform, steady.id)
         await creator.settled("steady")
-        yield World(platform, itertools.count())
+        yield World(platform, steady.id, itertools.count())
 
 
 async def code_of(channel: grpc.aio.Channel, name: str, request: Message, metadata: Any) -> Any:
@@ -334,8 +365,10 @@ def expected(name: str, where: str, who: str | None) -> grpc.StatusCode:
     if rpc == "ServerReflectionInfo" and where != "public":
         return Code.UNIMPLEMENTED
     # Everybody may ask for the list; it shows what each may view.
-    is_let_in = who in MAY[row] or rpc == "ListServingEndpoints"
-    return let_in if is_let_in else REFUSED[row.partition(" ")[0]]
+    if who in MAY[row] or rpc == "ListServingEndpoints":
+        return let_in
+    is_hidden = row == "owner" or (row.startswith("endpoint ") and who not in MAY["endpoint CAN_VIEW"])
+    return Code.NOT_FOUND if is_hidden else Code.PERMISSION_DENIED
 
 
 @pytest.mark.parametrize("name", GOLDEN_RPCS)
@@ -505,7 +538,8 @@ async def test_each_route_lets_in_whom_the_table_names_and_nobody_else(world: Wo
         found[who] = answer.status
         row = GOLDEN_ROUTES[name]
         is_let_in = row == "anybody" or (who is not None and who in MAY[row])
-        wanted[who] = 200 if is_let_in else 401 if who is None else 404
+        is_hidden = who is not None and who not in MAY["endpoint CAN_VIEW"]
+        wanted[who] = 200 if is_let_in else 401 if who is None else 404 if is_hidden else 403
     assert found == wanted
 
 

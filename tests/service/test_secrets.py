@@ -16,11 +16,11 @@ from pathlib import Path
 import grpc
 import pytest
 
-from secrets_service import resolver, scopes
+from secrets_service import scopes
 from servicekit.errors import StartError
 from servicekit.logs import JsonLines
 from tessera.secrets.v1 import secrets_pb2 as pb
-from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal, running_secrets
+from tests.support.secrets import Caller, RunningSecrets, data_directory, failures_of, refusal, running_secrets
 
 INVALID = "INVALID_PARAMETER_VALUE"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
@@ -364,7 +364,8 @@ async def test_neither_value_nor_token_is_on_disk_or_in_a_log(caplog: pytest.Log
             await refusal(service.public(token[:-1]).keys("Shop"))
             assertion = await service.assertion(token)
             await service.peer("serving", assertion).keys("Shop")
-            await _resolved(service, await _id_of(alice), [("Shop", "a")])
+            endpoint_id, _ = await service.grant(alice, ("Shop", "a"))
+            assert (await service.resolve(endpoint_id, ("Shop", "a"))).values
             await alice.delete("Shop", "b")
             searched = {CANARY, token.encode(), token[16:59].encode(), assertion.encode()}
             while_running = _containing(directory, searched)
@@ -392,7 +393,7 @@ async def test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open(
                 await service.admin.create_scope(scope)
                 for key in ("a", "b", "c"):
                     await service.admin.put(scope, key, CANARY)
-            admin_id = await _id_of(service.admin)
+            endpoint_id, _ = await service.grant(service.admin, ("one", "a"), ("one", "b"))
         with sqlite3.connect(directory / "secrets" / "secrets.db") as connection:
             copy = "UPDATE versions SET record = (SELECT record FROM versions WHERE key_id = ?) WHERE key_id = ?"
             connection.execute(copy, (2, 1))  # another key of the same scope
@@ -408,8 +409,8 @@ async def test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open(
                 assert key in refused.message
             assert await service.admin.get("one", "b") == CANARY
             assert await service.admin.get("two", "c") == CANARY
-            answer = await _resolved(service, admin_id, [("one", "a"), ("one", "b")])
-            assert _failures(answer) == [("one", "a", "DAMAGED", "")]
+            answer = await service.resolve(endpoint_id, ("one", "a"), ("one", "b"))
+            assert failures_of(answer) == [("one", "a", "DAMAGED", "")]
             assert answer.values == []
             # A new value cures it.
             await service.admin.put("one", "a", "new")
@@ -447,183 +448,3 @@ async def test_data_that_was_copied_elsewhere_opens_with_its_key() -> None:
             assert not service.settings.admin_token.exists()
             alice = service.public((directory / "admin.token").read_text().strip())
             assert await alice.get("Shop", "key") == CANARY
-
-
-# --- references ---
-
-
-async def _id_of(caller: Caller) -> str:
-    from tessera.identity.v1.identity_pb2 import GetMeRequest
-
-    me = await caller(caller.scim.GetMe, GetMeRequest())
-    return str(me.id)
-
-
-def _references(references: list[tuple[str, str]]) -> list[pb.SecretReference]:
-    return [pb.SecretReference(scope=scope, key=key) for scope, key in references]
-
-
-async def _resolved(service: RunningSecrets, creator_id: str, references: list[tuple[str, str]]) -> pb.ResolveResponse:
-    serving = service.peer("serving")
-    request = pb.ResolveRequest(
-        endpoint_id="e1", replica_id="r1", creator_id=creator_id, references=_references(references)
-    )
-    answer: pb.ResolveResponse = await serving(serving.resolver.Resolve, request)
-    return answer
-
-
-def _failures(answer: pb.ResolveResponse | pb.CheckReferencesResponse) -> list[tuple[str, str, str, str]]:
-    return [
-        (
-            failure.reference.scope,
-            failure.reference.key,
-            pb.ReferenceFailure.Kind.Name(failure.kind),
-            failure.principal,
-        )
-        for failure in answer.failures
-    ]
-
-
-async def _checked(
-    service: RunningSecrets,
-    author: Caller,
-    references: list[tuple[str, str]],
-    *,
-    creator: str = "",
-    introduced: list[tuple[str, str]] | None = None,
-) -> list[tuple[str, str, str, str]]:
-    token = author.metadata[0][1].removeprefix("Bearer ")
-    serving = service.peer("serving", await service.assertion(token))
-    request = pb.CheckReferencesRequest(
-        creator_id=creator,
-        references=_references(references),
-        introduced=_references(references if introduced is None else introduced),
-    )
-    return _failures(await serving(serving.resolver.CheckReferences, request))
-
-
-async def test_values_are_handed_out_for_a_launch_in_the_order_of_the_references(
-    service: RunningSecrets, alice: Caller, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    await alice.put("Shop", "empty", "")
-    answer = await _resolved(
-        service, await _id_of(alice), [("shop", "EMPTY"), ("SHOP", "db.password"), ("Shop", "empty")]
-    )
-    assert list(answer.values) == [b"", b"s3cret", b""]
-    assert not answer.failures
-    [event] = [vars(record) for record in caplog.records if record.message == "secrets resolved"]
-    assert {name: event[name] for name in ("endpoint", "replica", "references", "failures")} == {
-        "endpoint": "e1",
-        "replica": "r1",
-        "references": 3,
-        "failures": 0,
-    }
-
-
-async def test_one_failure_keeps_every_value_back(service: RunningSecrets, alice: Caller) -> None:
-    await alice.put("Shop", "binary", b"\xff")
-    await alice.put("Shop", "nul", "a\0b")
-    await service.admin.create_scope("Vault")
-    answer = await _resolved(
-        service,
-        await _id_of(alice),
-        [
-            ("Shop", "Db.Password"),
-            ("Nowhere", "k"),
-            ("Shop", "nokey"),
-            ("vault", "k"),
-            ("Shop", "binary"),
-            ("Shop", "nul"),
-        ],
-    )
-    assert list(answer.values) == []
-    assert _failures(answer) == [
-        ("Nowhere", "k", "SCOPE_MISSING", ""),
-        ("Shop", "nokey", "KEY_MISSING", ""),
-        ("vault", "k", "NOT_PERMITTED", "alice@example.com"),
-        ("Shop", "binary", "NOT_TEXT", ""),
-        ("Shop", "nul", "NOT_TEXT", ""),
-    ]
-
-
-async def test_permission_is_the_creators_at_the_moment_of_the_launch(service: RunningSecrets, alice: Caller) -> None:
-    bob = await service.user("bob")
-    bob_id = await _id_of(bob)
-    await alice.grant("Shop", "bob", pb.READ)
-    assert list((await _resolved(service, bob_id, [("Shop", "Db.Password")])).values) == [b"s3cret"]
-    await alice(alice.secrets.DeleteAcl, pb.DeleteAclRequest(scope="Shop", principal="bob"))
-    answer = await _resolved(service, bob_id, [("Shop", "Db.Password"), ("Shop", "nokey")])
-    assert [failure[2:] for failure in _failures(answer)] == [("NOT_PERMITTED", "bob")] * 2
-
-
-async def test_creator_who_is_gone_or_inactive_resolves_nothing(service: RunningSecrets) -> None:
-    await service.admin.create_scope("open", "users")
-    await service.admin.put("open", "key", "value")
-    user = await service.admin.create_user("ghost", active=False)
-    for creator, name in ((user.id, "ghost"), ("17", ""), ("", ""), ("x", ""), ("9" * 30, "")):
-        answer = await _resolved(service, creator, [("open", "key")])
-        assert _failures(answer) == [("open", "key", "CREATOR_INACTIVE", name)]
-        assert list(answer.values) == []
-
-
-async def test_values_that_are_too_long_together_are_refused(
-    service: RunningSecrets, alice: Caller, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(resolver, "LONGEST_VALUES", 12)
-    await _resolved(service, await _id_of(alice), [("Shop", "Db.Password")] * 2)
-    refused = await refusal(_resolved(service, await _id_of(alice), [("Shop", "Db.Password")] * 3))
-    assert refused.reason == "RESOURCE_LIMIT_EXCEEDED"
-
-
-async def test_reference_is_checked_for_creator_and_author(service: RunningSecrets, alice: Caller) -> None:
-    bob = await service.user("bob")
-    alice_id, bob_id = await _id_of(alice), await _id_of(bob)
-    password, missing = ("shop", "DB.PASSWORD"), ("Shop", "nokey")
-
-    assert await _checked(service, alice, [password]) == []
-    assert await _checked(service, alice, [missing, ("Nope", "k")]) == [
-        ("Shop", "nokey", "KEY_MISSING", ""),
-        ("Nope", "k", "SCOPE_MISSING", ""),
-    ]
-    # Without READ nobody learns whether the key exists.
-    assert await _checked(service, bob, [password, missing]) == [
-        ("shop", "DB.PASSWORD", "NOT_PERMITTED", "bob"),
-        ("Shop", "nokey", "NOT_PERMITTED", "bob"),
-    ]
-    # The author needs READ on what the change brings in, and on nothing else ...
-    assert [failure[2:] for failure in await _checked(service, bob, [password, missing], creator=alice_id)] == [
-        ("NOT_PERMITTED", "bob")
-    ] * 2
-    assert await _checked(service, bob, [password], creator=alice_id, introduced=[]) == []
-    # ... but is not told what is in a scope that is not open to it.
-    assert await _checked(service, bob, [missing], creator=alice_id, introduced=[]) == []
-    assert await _checked(service, alice, [missing], creator=alice_id, introduced=[]) == [
-        ("Shop", "nokey", "KEY_MISSING", "")
-    ]
-    # Author's right alone is not enough: the endpoint runs as its creator.
-    assert await _checked(service, alice, [password], creator=bob_id) == [
-        ("shop", "DB.PASSWORD", "NOT_PERMITTED", "bob")
-    ]
-    assert await _checked(service, alice, [password], creator="17") == [("shop", "DB.PASSWORD", "CREATOR_INACTIVE", "")]
-
-
-async def test_value_that_is_no_text_is_told_only_to_readers(service: RunningSecrets, alice: Caller) -> None:
-    await alice.put("Shop", "binary", b"\xff")
-    bob = await service.user("bob")
-    assert await _checked(service, alice, [("Shop", "binary")]) == [("Shop", "binary", "NOT_TEXT", "")]
-    assert await _checked(service, bob, [("Shop", "binary")]) == [("Shop", "binary", "NOT_PERMITTED", "bob")]
-    creator = await _id_of(alice)
-    assert await _checked(service, bob, [("Shop", "binary")], creator=creator, introduced=[]) == []
-
-
-async def test_references_are_checked_on_somebodys_behalf_only(service: RunningSecrets) -> None:
-    serving = service.peer("serving")
-    refused = await refusal(serving(serving.resolver.CheckReferences, pb.CheckReferencesRequest()))
-    assert refused.code is grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_reference_with_a_bad_name_or_from_nowhere_is_refused(service: RunningSecrets, alice: Caller) -> None:
-    assert (await refusal(_resolved(service, "1", [("a/b", "k")]))).reason == INVALID
-    assert (await refusal(_checked(service, alice, [("a", "k/")]))).reason == INVALID
-    assert (await refusal(_checked(service, alice, [("a", "k")], introduced=[("b", "k")]))).reason == INVALID

@@ -71,10 +71,9 @@ BEGINNING: list[tuple[str, dict[str, Any]]] = [
 class Real:
     """The service, called in the words of the model. Scopes and replicas of each run have names of their own."""
 
-    def __init__(self, service: RunningSecrets, callers: dict[str, Caller], ids: dict[str, str], run: str) -> None:
-        self._serving = service.peer("serving")
+    def __init__(self, service: RunningSecrets, callers: dict[str, Caller], run: str) -> None:
+        self._service = service
         self._callers = callers
-        self._ids = ids
         self._run = run
 
     async def __call__(self, name: str, caller: str, arguments: dict[str, Any]) -> Any:
@@ -138,17 +137,11 @@ class Real:
         return [(item.principal, item.permission) for item in answer.items], warnings
 
     async def launch(self, by: Caller, scope: str, key: str, replica: str) -> Any:
-        name = next(name for name, caller in self._callers.items() if caller is by)
-        request = pb.ResolveRequest(
-            endpoint_id="e",
-            replica_id=replica,
-            creator_id=self._ids[name],
-            references=[pb.SecretReference(scope=scope, key=key)],
-        )
-        return list((await self._serving(self._serving.resolver.Resolve, request)).values), 0
+        endpoint_id, _ = await self._service.grant(by, (scope, key))
+        return list((await self._service.resolve(endpoint_id, (scope, key), replica_id=replica)).values), 0
 
     async def end_launch(self, by: Caller, replica: str) -> Any:
-        await self._serving(self._serving.resolver.EndLaunches, pb.EndLaunchesRequest(replica_ids=[replica]))
+        await self._service.settle(ended_replica_ids=[replica])
         return None, 0
 
     async def _sent(self, by: Caller, method: Any, request: Any) -> tuple[Any, int]:
@@ -173,10 +166,9 @@ class Played:
         self._service = service
         self._callers = callers
         self._runs = itertools.count(1)
-        self._ids = {name: runner.run(_id_of(caller)) for name, caller in callers.items()}
 
     def play(self, sequence: list[tuple[str, dict[str, Any]]]) -> None:
-        real = Real(self._service, self._callers, self._ids, f"run{next(self._runs)}.")
+        real = Real(self._service, self._callers, f"run{next(self._runs)}.")
         self._runner.run(_played(real, Model(KEEP), [*BEGINNING, *sequence]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -24,10 +25,10 @@ from serving_service import store
 from serving_service.environment import SecretReferences
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
+from tessera.identity.v1 import permissions_pb2
 from tessera.identity.v1.identity_pb2 import (
     CreateServicePrincipalRequest,
     DeleteRequest,
-    GetMeRequest,
     ListRequest,
     PatchOperation,
     PatchRequest,
@@ -154,7 +155,7 @@ async def test_an_endpoint_is_created_pending_and_becomes_ready(platform: Platfo
     assert created.pending_config.config_version == 1
     assert created.pending_config.start_time == created.creation_timestamp
     assert entity_states(created.pending_config)["ready-1"][0] == "DEPLOYMENT_CREATING"
-    assert (created.creator, created.permission_level) == ("admin", pb.CAN_MANAGE)
+    assert (created.creator, created.permission_level) == ("admin", permissions_pb2.CAN_MANAGE)
     assert (created.description, [(tag.key, tag.value) for tag in created.tags]) == ("words", [("k", "v")])
     assert len(created.id) == 32
     ready = await platform.admin.settled("demo")
@@ -523,39 +524,36 @@ async def test_values_are_read_on_nobody_s_behalf(platform: Platform, monkeypatc
     assert callers == [None]
 
 
-async def test_a_reference_that_was_there_before_is_not_brought_in(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[secrets_pb2.CheckReferencesRequest] = []
-    call = channels.call
+async def test_an_endpoint_without_references_launches_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with switched_platform() as (platform, secrets):
+        await platform.admin.create("plain")
+        await platform.admin.settled("plain")
+        (pid,) = (await platform.serving.replicas()).values()
+        await secrets.stop()
+        os.kill(pid, signal.SIGKILL)
 
-    async def recording(method: Any, message: Any, **options: Any) -> Any:
-        if isinstance(message, secrets_pb2.CheckReferencesRequest):
-            seen.append(message)
-        return await call(method, message, **options)
+        async def is_back() -> bool:
+            return pid not in (found := (await platform.serving.replicas()).values()) and len(found) == 1
 
-    await platform.put()
-    await platform.secrets.admin.put("team", "other", "x")
-    await platform.admin.create("demo", environment={"A": SECRET})
-    await platform.admin.settled("demo")
-    monkeypatch.setattr(channels, "call", recording)
-    given = {"A": "{{secrets/TEAM/api.key}}", "B": "{{secrets/team/other}}"}
-    await platform.admin.update("demo", an_input("ready", environment_vars=given))
-    (check,) = seen
-    assert len(check.references) == 2
-    assert [each.key for each in check.introduced] == ["other"]
-    assert check.creator_id
+        await eventually(is_back, what="another replica runs")
 
 
-async def test_without_references_secrets_is_not_asked_and_with_them_its_absence_is_told() -> None:
+async def test_while_secrets_is_gone_nothing_is_created_and_no_name_is_taken() -> None:
     async with switched_platform() as (platform, secrets):
         await platform.admin.names()  # the caller is known from here on
         await secrets.stop()
-        await platform.admin.create("plain")
-        await platform.admin.settled("plain")
-        refused = await refusal(platform.admin.create("demo", environment={"A": SECRET}))
-        assert refused.reason == "TEMPORARILY_UNAVAILABLE"
-        assert await platform.admin.names() == ["plain"]
+        for environment in ({"A": SECRET}, {}):
+            refused = await refusal(platform.admin.create("demo", environment=environment))
+            assert refused.reason == "TEMPORARILY_UNAVAILABLE"
+        await secrets.start()
+
+        async def answers() -> bool:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                return await platform.admin.names() == []
+            return False
+
+        await eventually(answers, what="Serving has found Secrets again")
+        await platform.admin.create("demo")
 
 
 async def test_a_launch_waits_for_secrets_and_goes_on_when_it_is_back() -> None:
@@ -664,17 +662,11 @@ async def test_what_a_predecessor_left_is_released_at_the_start_and_what_lives_i
             async with running_serving(directory) as serving:
                 platform = Platform(secrets, serving)
                 await platform.put()
-                created = await platform.admin.create("demo", environment={"A": SECRET})
+                await platform.admin.create("demo", environment={"A": SECRET})
                 await platform.admin.settled("demo")
             await secrets.admin.put("team", "api.key", "newer")
-            peer = secrets.peer("serving")
-            left = secrets_pb2.ResolveRequest(
-                endpoint_id=created.id,
-                replica_id="left-behind",
-                creator_id=(await secrets.admin(secrets.admin.scim.GetMe, GetMeRequest())).id,
-                references=[secrets_pb2.SecretReference(scope="team", key="api.key")],
-            )
-            await peer(peer.resolver.Resolve, left)
+            another, _ = await secrets.grant(secrets.admin, ("team", "api.key"))
+            await secrets.resolve(another, ("team", "api.key"), replica_id="left-behind")
             assert await held(platform) == [2, 1]
             async with running_serving(directory) as serving:
                 platform = Platform(secrets, serving)

@@ -40,28 +40,17 @@ async def numbers(caller: Caller, key: str = "key") -> list[int]:
 
 
 async def launch(service: RunningSecrets, caller: Caller, replica_id: str, key: str = "key") -> list[bytes]:
-    """The values that a replica is started with."""
-    from tessera.identity.v1.identity_pb2 import GetMeRequest
-
-    me = await caller(caller.scim.GetMe, GetMeRequest())
-    serving = service.peer("serving")
-    request = pb.ResolveRequest(
-        endpoint_id="e1",
-        replica_id=replica_id,
-        creator_id=me.id,
-        references=[pb.SecretReference(scope="Shop", key=key)],
-    )
-    return list((await serving(serving.resolver.Resolve, request)).values)
+    """The values that a replica of a new endpoint of the caller's is started with."""
+    endpoint_id, _ = await service.grant(caller, ("Shop", key))
+    return list((await service.resolve(endpoint_id, ("Shop", key), replica_id=replica_id)).values)
 
 
 async def end(service: RunningSecrets, *replica_ids: str) -> None:
-    serving = service.peer("serving")
-    await serving(serving.resolver.EndLaunches, pb.EndLaunchesRequest(replica_ids=replica_ids))
+    await service.settle(ended_replica_ids=replica_ids)
 
 
 async def keep(service: RunningSecrets, *replica_ids: str) -> None:
-    serving = service.peer("serving")
-    await serving(serving.resolver.KeepLaunches, pb.KeepLaunchesRequest(replica_ids=replica_ids))
+    await service.reconcile(*replica_ids)
 
 
 def records(directory: Path) -> dict[int, bytes]:

@@ -77,9 +77,6 @@ class ScriptedAuthority(rpc.AuthorityServicer):
             workspace_id="42", keys=[pb.VerificationKey(key_id=self.signer.key_id, public_key=self.signer.raw)]
         )
 
-    async def CheckPrincipal(self, request: pb.CheckPrincipalRequest, context: Any) -> pb.CheckPrincipalResponse:
-        raise NotImplementedError
-
     async def RenewAdminToken(self, request: pb.RenewAdminTokenRequest, context: Any) -> pb.RenewAdminTokenResponse:
         raise NotImplementedError
 

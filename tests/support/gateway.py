@@ -23,11 +23,11 @@ from google.protobuf.descriptor import ServiceDescriptor
 from gateway import app
 from gateway.settings import GatewaySettings
 from servicekit import grpc_server
-from servicekit.context import Principal, current
+from servicekit.context import Level, Principal, current
 from servicekit.errors import Unavailable
 from servicekit.identity import ALGORITHM, AssertionVerifier, InvalidToken, by_assertion, claims_of
 from servicekit.sockets import socket_address, socket_directory
-from tessera.identity.v1 import identity_pb2
+from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -45,6 +45,7 @@ class ScriptedAuthority:
 
     def __init__(self) -> None:
         self.exchanges = 0
+        self.tokens = dict(TOKENS)
         self.is_gone = False
         self.revoked: set[str] = set()
         self._key = Ed25519PrivateKey.generate()
@@ -53,7 +54,7 @@ class ScriptedAuthority:
         self.exchanges += 1
         if self.is_gone:
             raise Unavailable("gone")
-        principal = TOKENS.get(request.token)
+        principal = self.tokens.get(request.token)
         if principal is None or request.token in self.revoked:
             raise InvalidToken
         claims = claims_of(principal, issued_at=time.time())
@@ -81,6 +82,7 @@ class ScriptedServing:
         self.reports: list[pb.RouteReport] = []
         self.reported = asyncio.Condition()
         self.seen: list[tuple[str, str | None]] = []
+        self.chosen_ids: list[str | None] = []
         self._streams: set[asyncio.Queue[pb.RouteTable | None]] = set()
 
     async def Watch(self, requests: Any, context: Any) -> AsyncIterator[pb.RouteTable]:
@@ -108,6 +110,7 @@ class ScriptedServing:
             request_context = current()
             assert request_context is not None
             self.seen.append((name, request_context.caller.name if request_context.caller else None))
+            self.chosen_ids.append(request_context.request_id if request_context.may_be_repeated else None)
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "canary text of a foreign server")
 
         return refuse
@@ -135,14 +138,88 @@ class ScriptedServing:
             queue.put_nowait(None)
 
 
-def routes(
-    name: str, *entities: tuple[str, int, list[tuple[str, str]]], creator: Principal = OWNER
-) -> pb.EndpointRoutes:
+class ScriptedAccess:
+    """Says what is `granted`, by endpoint and principal id; says nothing at all while it `is_silent`."""
+
+    def __init__(self) -> None:
+        self.granted: dict[str, dict[str, Level]] = {}
+        self.is_silent = False
+        self.revision = 0
+        self.acknowledged = asyncio.Condition()
+        self._streams: set[asyncio.Queue[permissions_pb2.AccessChanges | None]] = set()
+        self._followed = 0
+
+    async def Watch(self, requests: Any, context: Any) -> AsyncIterator[permissions_pb2.AccessChanges]:
+        queue: asyncio.Queue[permissions_pb2.AccessChanges | None] = asyncio.Queue()
+        self._streams.add(queue)
+        self.revision += 1
+        queue.put_nowait(
+            permissions_pb2.AccessChanges(
+                revision=self.revision, complete=True, endpoints=self._endpoints(self.granted)
+            )
+        )
+        reader = asyncio.create_task(self._read(requests))
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(0.5):
+                        changes = await queue.get()
+                except TimeoutError:
+                    changes = permissions_pb2.AccessChanges(revision=self.revision)
+                if changes is None:
+                    return
+                if not self.is_silent:
+                    yield changes
+        finally:
+            self._streams.discard(queue)
+            reader.cancel()
+
+    async def change(self, granted: dict[str, dict[str, Level]] | None = None, **changes: Any) -> None:
+        """Sends what is granted now on some endpoints, and other fields of a change; returns when it is followed."""
+        self.granted |= granted or {}
+        self.revision += 1
+        message = permissions_pb2.AccessChanges(
+            revision=self.revision, endpoints=self._endpoints(granted or {}), **changes
+        )
+        for queue in self._streams:
+            queue.put_nowait(message)
+        await self.until_followed(message.revision)
+
+    async def until_followed(self, revision: int = 1) -> None:
+        async with asyncio.timeout(5), self.acknowledged:
+            await self.acknowledged.wait_for(lambda: self._followed >= revision)
+
+    def hang_up(self) -> None:
+        """Ends every stream."""
+        for queue in self._streams:
+            queue.put_nowait(None)
+
+    def _endpoints(self, granted: dict[str, dict[str, Level]]) -> list[permissions_pb2.EndpointAccess]:
+        return [
+            permissions_pb2.EndpointAccess(
+                endpoint_id=endpoint_id,
+                grants=[
+                    permissions_pb2.PrincipalAccess(
+                        principal_id=principal_id, level=permissions_pb2.PermissionLevel.Value(level.name)
+                    )
+                    for principal_id, level in levels.items()
+                ],
+            )
+            for endpoint_id, levels in granted.items()
+        ]
+
+    async def _read(self, requests: Any) -> None:
+        async for report in requests:
+            async with self.acknowledged:
+                self._followed = report.acknowledged_revision
+                self.acknowledged.notify_all()
+
+
+def routes(name: str, *entities: tuple[str, int, list[tuple[str, str]]]) -> pb.EndpointRoutes:
     """The routes of endpoint `name` (its id is `id-<name>`): entities as (name, share, [(replica id, address)])."""
     return pb.EndpointRoutes(
         endpoint_id=f"id-{name}",
         name=name,
-        creator_id=creator.id,
         entities=[
             pb.EntityRoutes(
                 name=entity,
@@ -181,7 +258,15 @@ class Platform:
     directory: Path
     authority: ScriptedAuthority
     serving: ScriptedServing
+    access: ScriptedAccess
     stack: AsyncExitStack = field(repr=False)
+
+    async def publish(self, endpoint: pb.EndpointRoutes, **levels: Level) -> None:
+        """Has the gateway know an endpoint and what the named callers may do with it; OWNER may do everything."""
+        granted = {OWNER.id: Level.CAN_MANAGE} if not levels else {}
+        granted |= {TOKENS[f"{name}-token"].id: level for name, level in levels.items()}
+        await self.access.change({endpoint.endpoint_id: granted})
+        await self.serving.publish(endpoint)
 
     async def add_replica(self, application: Application) -> str:
         """Starts a replica that lives as long as the platform; returns its address."""
@@ -193,13 +278,17 @@ async def neighbours(
     directory: Path,
     authority: ScriptedAuthority,
     serving: ScriptedServing,
+    access: ScriptedAccess,
     *,
     only: tuple[str, ...] = ("secrets", "serving"),
 ) -> AsyncIterator[None]:
     """The scripted services, on the sockets where a gateway of that data directory looks for them."""
     identify = by_assertion(AssertionVerifier(authority.public_keys))
     services: dict[str, list[tuple[ServiceDescriptor, object]]] = {
-        "secrets": [(identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority)],
+        "secrets": [
+            (identity_pb2.DESCRIPTOR.services_by_name["Authority"], authority),
+            (permissions_pb2.DESCRIPTOR.services_by_name["AccessFeed"], access),
+        ],
         "serving": [
             (pb.DESCRIPTOR.services_by_name["Routes"], serving),
             (pb.DESCRIPTOR.services_by_name["ServingEndpoints"], serving),
@@ -222,9 +311,10 @@ async def platform(**settings: Any) -> AsyncIterator[Platform]:
     """A gateway with scripted neighbours, on a free port."""
     async with AsyncExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
-        authority, serving = ScriptedAuthority(), ScriptedServing()
-        await stack.enter_async_context(neighbours(directory, authority, serving))
+        authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
+        await stack.enter_async_context(neighbours(directory, authority, serving, access))
         configured = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", **settings)
         url = await stack.enter_async_context(app.running(configured))
         await serving.until(lambda: serving.acknowledged > 0)
-        yield Platform(url, directory, authority, serving, stack)
+        await access.until_followed()
+        yield Platform(url, directory, authority, serving, access, stack)

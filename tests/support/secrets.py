@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,16 @@ from grpc_status import rpc_status
 from secrets_service import app
 from secrets_service.settings import SecretsSettings
 from servicekit import channels, sockets
-from tessera.identity.v1 import identity_pb2, identity_pb2_grpc
+from tessera.identity.v1 import identity_pb2, identity_pb2_grpc, permissions_pb2_grpc
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 
 TIMEOUT = 10.0
+
+DIGEST = b"what-runs".ljust(32, b".")
+"""Stands for what an entity runs, where it does not matter what that is."""
+
+References = Iterable[tuple[str, str]]
+"""Scopes and keys."""
 
 
 class Clock:
@@ -45,6 +52,8 @@ class Caller:
         self.scim = identity_pb2_grpc.ScimStub(channel)
         self.tokens = identity_pb2_grpc.TokensStub(channel)
         self.authority = identity_pb2_grpc.AuthorityStub(channel)
+        self.permissions = permissions_pb2_grpc.PermissionsStub(channel)
+        self.feed = permissions_pb2_grpc.AccessFeedStub(channel)
 
     async def __call__(self, method: Callable[..., Awaitable[Any]], message: Any) -> Any:
         return await method(message, metadata=self.metadata, timeout=TIMEOUT)
@@ -143,11 +152,84 @@ class RunningSecrets:
         await self.admin.create_user(name)
         return self.public(await self.token_for(name))
 
+    async def as_serving(self, caller: Caller) -> Caller:
+        """Serving, on behalf of a caller of the public listener."""
+        return self.peer("serving", await self.assertion(caller.metadata[0][1].removeprefix("Bearer ")))
+
+    async def grant(
+        self,
+        author: Caller,
+        *references: tuple[str, str],
+        endpoint_id: str | None = None,
+        version: int = 1,
+        digest: bytes = DIGEST,
+    ) -> tuple[str, secrets_pb2.GrantLaunchesResponse]:
+        """Grants an entity's references on behalf of an author: to a new endpoint, or to the one of that id."""
+        serving = await self.as_serving(author)
+        request = secrets_pb2.GrantLaunchesRequest(
+            endpoint_id=endpoint_id or uuid.uuid4().hex,
+            is_new=endpoint_id is None,
+            version=version,
+            entities=[secrets_pb2.GrantedEntity(digest=digest, references=as_messages(references))],
+        )
+        return request.endpoint_id, await serving(serving.resolver.GrantLaunches, request)
+
+    async def resolve(
+        self,
+        endpoint_id: str,
+        *references: tuple[str, str],
+        replica_id: str = "r1",
+        version: int = 1,
+        digest: bytes = DIGEST,
+    ) -> secrets_pb2.ResolveResponse:
+        """What a launch gets."""
+        serving = self.peer("serving")
+        request = secrets_pb2.ResolveRequest(
+            endpoint_id=endpoint_id,
+            version=version,
+            digest=digest,
+            replica_id=replica_id,
+            references=as_messages(references),
+        )
+        answer: secrets_pb2.ResolveResponse = await serving(serving.resolver.Resolve, request)
+        return answer
+
+    async def settle(self, **over: Any) -> None:
+        """Says what is over: the fields of SettleRequest."""
+        serving = self.peer("serving")
+        await serving(serving.resolver.Settle, secrets_pb2.SettleRequest(**over))
+
+    async def reconcile(self, *replica_ids: str, endpoints: Iterable[secrets_pb2.ExistingEndpoint] = ()) -> None:
+        """Says what there is."""
+        serving = self.peer("serving")
+        request = secrets_pb2.ReconcileRequest(replica_ids=replica_ids, endpoints=endpoints)
+        await serving(serving.resolver.Reconcile, request)
+
     async def assertion(self, token: str) -> str:
         """What a peer gets for a token."""
         peer = self.peer("gateway")
         answer = await peer(peer.authority.ExchangeToken, identity_pb2.ExchangeTokenRequest(token=token))
         return str(answer.assertion)
+
+
+def as_messages(references: References) -> list[secrets_pb2.SecretReference]:
+    """References as they are sent."""
+    return [secrets_pb2.SecretReference(scope=scope, key=key) for scope, key in references]
+
+
+def failures_of(
+    answer: secrets_pb2.GrantLaunchesResponse | secrets_pb2.ResolveResponse,
+) -> list[tuple[str, str, str, str]]:
+    """Scope, key, kind and principal of each failure."""
+    return [
+        (
+            failure.reference.scope,
+            failure.reference.key,
+            secrets_pb2.ReferenceFailure.Kind.Name(failure.kind),
+            failure.principal,
+        )
+        for failure in answer.failures
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

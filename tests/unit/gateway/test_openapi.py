@@ -146,6 +146,19 @@ def test_only_services_of_that_shape_answer_with_scim_errors(rules: RouteTable, 
         assert str(binding.success_status) in responses
 
 
+def test_changes_that_are_made_once_take_a_request_id(document: Any) -> None:
+    taking = {
+        (operation["tags"][0], verb)
+        for verb, _, operation in operations(document)
+        for parameter in operation.get("parameters", ())
+        if (parameter["name"], parameter["in"]) == ("X-Tessera-Request-Id", "header")
+    }
+    services = {"Secrets", "Scim", "Tokens"}
+    changes = {(operation["tags"][0], verb) for verb, _, operation in operations(document) if verb != "GET"}
+    assert taking == {(tag, verb) for tag, verb in changes if tag in services}
+    assert {tag for tag, _ in taking} == services
+
+
 def test_what_stands_in_the_path_is_not_asked_for_in_the_body(document: Any) -> None:
     for _, path, operation in operations(document):
         body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})

@@ -14,12 +14,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from secrets_service import directory_store, store, tokens
 from secrets_service.app import MIGRATIONS
 from secrets_service.authority import Authority, SigningKeys
+from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Profile, SecretBytes, TokenInfo
 from secrets_service.tokens import TokenMac
 from servicekit import database, identity
 from servicekit.context import Principal
 from servicekit.identity import InvalidToken
+from tests.support.answers import plain_answers
 
 MAC = TokenMac(SecretBytes(b"m" * 32))
 
@@ -27,7 +29,7 @@ MAC = TokenMac(SecretBytes(b"m" * 32))
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
-        yield RememberingDatabase(opened)
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 async def test_remembered_token_is_refused_the_moment_it_expires(opened: RememberingDatabase) -> None:

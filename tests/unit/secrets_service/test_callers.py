@@ -13,6 +13,7 @@ from secrets_service.app import MIGRATIONS
 from secrets_service.cipher import Cipher
 from secrets_service.directory import Accounts, Directory
 from secrets_service.errors import AdminsOnly
+from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Kind, Profile, SecretBytes
 from secrets_service.personal_tokens import Tokens
@@ -25,6 +26,7 @@ from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
 from servicekit.policy import AUTHENTICATED
 from tessera.policy import ADMIN
+from tests.support.answers import plain_answers
 from tests.support.policy import serving
 
 KEY = SecretBytes(b"k" * 32)
@@ -33,7 +35,7 @@ KEY = SecretBytes(b"k" * 32)
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
-        yield RememberingDatabase(opened)
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_there: bool = True) -> Principal:

@@ -11,11 +11,18 @@ from pathlib import Path
 import pytest
 
 from secrets_service import memory
+from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
+from secrets_service.model import AccessChange
 from servicekit import database
+from tests.support.answers import plain_answers
 from tests.support.eventually import eventually
 
-SCRIPTS = "CREATE TABLE t (name TEXT PRIMARY KEY, value INTEGER) STRICT; INSERT INTO t VALUES ('a', 1), ('b', 1);"
+SCRIPTS = """
+CREATE TABLE t (name TEXT PRIMARY KEY, value INTEGER) STRICT;
+INSERT INTO t VALUES ('a', 1), ('b', 1);
+CREATE TABLE access_changes (kind TEXT, id TEXT);
+"""
 
 
 @pytest.fixture
@@ -23,7 +30,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
     (tmp_path / "migrations").mkdir()
     (tmp_path / "migrations" / "0001_t.sql").write_text(SCRIPTS)
     async with database.opened(tmp_path / "t.db", tmp_path / "migrations") as opened:
-        yield RememberingDatabase(opened)
+        yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 class Reading:
@@ -133,6 +140,34 @@ async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDataba
 
     await eventually(is_written)
     assert await opened.remembered(reading, "a") == 2
+
+
+async def test_change_of_a_right_is_told_also_when_nobody_waits_for_it_any_more(
+    opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+    told: list[AccessChange] = []
+
+    def publish(feed: AccessFeed, change: AccessChange) -> int:
+        told.append(change)
+        return 1
+
+    monkeypatch.setattr(AccessFeed, "publish", publish)
+
+    def slow(connection: sqlite3.Connection) -> None:
+        has_begun.set()
+        may_end.wait(10)
+        connection.execute("INSERT INTO access_changes VALUES ('token', 't1'), ('token', 't1')")
+
+    writing = asyncio.create_task(opened.write(slow))
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    writing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await writing
+    may_end.set()
+    await eventually(lambda: told == [AccessChange(tokens=frozenset({"t1"}))])
+    await opened.write(put, 3)
+    assert len(told) == 1  # it is told once
 
 
 async def test_refused_write_raises_and_reads_go_on(opened: RememberingDatabase) -> None:

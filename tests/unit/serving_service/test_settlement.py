@@ -12,10 +12,10 @@ import pytest
 
 from servicekit import channels, database
 from servicekit.errors import Unavailable
-from serving_service import app, holds, store
+from serving_service import app, settlement, store
 from serving_service.environment import SecretReferences
-from serving_service.holds import SecretHolds
 from serving_service.model import ReplicaRecord
+from serving_service.settlement import Settlement
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.builders import an_entity
 from tests.support.eventually import eventually
@@ -34,7 +34,10 @@ class Secrets:
         if isinstance(message, pb.ResolveRequest):
             self.heard.append(("resolve", [message.replica_id]))
             return pb.ResolveResponse(values=[b"value"])
-        self.heard.append(("keep" if isinstance(message, pb.KeepLaunchesRequest) else "end", [*message.replica_ids]))
+        if isinstance(message, pb.ReconcileRequest):
+            self.heard.append(("keep", [*message.replica_ids, *(each.endpoint_id for each in message.endpoints)]))
+        else:
+            self.heard.append(("end", [*message.ended_replica_ids, *message.deleted_endpoint_ids]))
         return None
 
 
@@ -42,7 +45,7 @@ class Secrets:
 async def secrets(monkeypatch: pytest.MonkeyPatch) -> Secrets:
     secrets = Secrets()
     monkeypatch.setattr(channels, "call", secrets.call)
-    monkeypatch.setattr(holds, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(settlement, "RETRY_SECONDS", 0.01)
     return secrets
 
 
@@ -53,7 +56,7 @@ async def channel() -> AsyncIterator[grpc.aio.Channel]:
 
 
 @pytest.fixture
-async def told(tmp_path: Path, channel: grpc.aio.Channel) -> AsyncIterator[SecretHolds]:
+async def told(tmp_path: Path, channel: grpc.aio.Channel) -> AsyncIterator[Settlement]:
     """On a database that knows the replica `live`."""
     async with database.opened(tmp_path / "serving.db", app.MIGRATIONS) as opened:
 
@@ -66,24 +69,24 @@ async def told(tmp_path: Path, channel: grpc.aio.Channel) -> AsyncIterator[Secre
             store.add_replica(connection, ReplicaRecord("live", "e", 1, "one"))
 
         await opened.write(add)
-        yield SecretHolds(channel, opened)
+        yield Settlement(channel, opened)
 
 
 async def test_nothing_is_resolved_before_the_live_replicas_were_named(
-    secrets: Secrets, told: SecretHolds, channel: grpc.aio.Channel
+    secrets: Secrets, told: Settlement, channel: grpc.aio.Channel
 ) -> None:
     entity = an_entity(environment={"A": "{{secrets/s/k}}"})
     references = SecretReferences(channel, told)
     secrets.is_away = True
     with pytest.raises(Unavailable):
-        await references.resolve(entity, endpoint_id="e", replica_id="r1", creator_id="1")
+        await references.resolve(entity, endpoint_id="e", version=1, replica_id="r1")
     secrets.is_away = False
     for replica_id in ("r1", "r2"):
-        await references.resolve(entity, endpoint_id="e", replica_id=replica_id, creator_id="1")
-    assert secrets.heard == [("keep", ["live"]), ("resolve", ["r1"]), ("resolve", ["r2"])]
+        await references.resolve(entity, endpoint_id="e", version=1, replica_id=replica_id)
+    assert secrets.heard == [("keep", ["live", "e"]), ("resolve", ["r1"]), ("resolve", ["r2"])]
 
 
-async def test_ends_are_told_until_they_are_heard_and_then_no_more(secrets: Secrets, told: SecretHolds) -> None:
+async def test_ends_are_told_until_they_are_heard_and_then_no_more(secrets: Secrets, told: Settlement) -> None:
     secrets.is_away = True
     told.ended("r1")
     running = asyncio.create_task(told.run())
@@ -95,14 +98,15 @@ async def test_ends_are_told_until_they_are_heard_and_then_no_more(secrets: Secr
             return len(secrets.heard) == 2
 
         await eventually(has_heard)
-        assert secrets.heard == [("keep", ["live"]), ("end", ["r1", "r2"])]
+        assert secrets.heard == [("keep", ["live", "e"]), ("end", ["r1", "r2"])]
         told.ended("r3")
+        told.deleted("e2")
 
         async def has_heard_more() -> bool:
             return len(secrets.heard) == 3
 
         await eventually(has_heard_more)
-        assert secrets.heard[-1] == ("end", ["r3"])
+        assert secrets.heard[-1] == ("end", ["r3", "e2"])
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
