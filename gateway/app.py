@@ -24,15 +24,18 @@ from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
-from servicekit import background, channels, tls
+from servicekit import background, channels, context, policy, tls
 from servicekit.access import AccessTable
+from servicekit.context import RequestContext
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, token_from
+from servicekit.policy import Decision, Row, Undecided
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from servicekit.tls import Certificate
 from tessera.identity.v1 import identity_pb2, permissions_pb2
+from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 
@@ -55,8 +58,7 @@ _OWNED = {
 
 _JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 _ORG_ID = b"x-databricks-org-id"
-_INVOCATION = re.compile(r"/serving-endpoints/([^/]+)(?:/served-models/([^/]+))?/invocations/?")
-_OPENAI_STYLE = re.compile(r"/serving-endpoints/(?:chat/completions|completions|embeddings|responses)/?")
+_VARIABLE = re.compile(r"\\{([a-z_]+)\\}")
 
 
 @asynccontextmanager
@@ -83,11 +85,12 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
-        listening = _listening(settings.listen)
+        listening = stack.enter_context(_listening(settings.listen))
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         public_url = settings.public_url or url
         gateway = Gateway(
+            table=POLICY,
             rules=rules,
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
             exchange=exchange,
@@ -111,21 +114,37 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         yield url
 
 
+_Handle = Callable[[Request, Send, Headers, re.Match[str]], Awaitable[None]]
+
+
 @dataclass(frozen=True, slots=True)
 class _Special:
-    """A route that is no message: which requests it takes, and who answers them."""
+    """A route that is no message: which requests it takes, who may send them, and who answers them."""
 
     method: str
     path: re.Pattern[str]
-    handle: Callable[[Request, Send, Headers, re.Match[str]], Awaitable[None]]
+    row: Row
+    handle: _Handle
+    is_inference: bool
+
+
+def _special(name: str, row: Row, handle: _Handle, *, is_inference: bool = False) -> _Special:
+    """The route that the policy names so.
+
+    One slash at the end is tolerated, as with routes that are messages; but what is open is open in one spelling only.
+    """
+    method, _, template = name.partition(" ")
+    path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
+    return _Special(method, re.compile(f"{path}/?" if row.needs_caller else path), row, handle, is_inference)
 
 
 class Gateway:
-    """The ASGI application."""
+    """The ASGI application. Raises StartError when the policy does not fit its routes."""
 
     def __init__(
         self,
         *,
+        table: policy.Table,
         rules: RouteTable,
         transcoder: Transcoder,
         exchange: TokenExchange,
@@ -143,19 +162,31 @@ class Gateway:
         self._trusted_proxies = trusted_proxies
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
         # them to users.
-        self._special = (
-            # The body belongs to the model and is streamed.
-            _Special("POST", _INVOCATION, self._invoke),
-            # As above; the endpoint is named in the body.
-            _Special("POST", _OPENAI_STYLE, self._invoke_openai_style),
-            # Clients ask before they know where to log in; it must answer at once and without a credential.
-            _Special("GET", re.compile(r"/\.well-known/databricks-config"), self._discovery),
-            # For load balancers and supervisors, without a credential.
-            _Special("GET", re.compile(r"/health"), self._health),
+        specials: dict[str, _Handle] = {
+            # Clients ask before they know where to log in; it must answer at once.
+            "GET /.well-known/databricks-config": self._discovery,
+            # For load balancers and supervisors.
+            "GET /health": self._health,
             # The command line waits for the count of what it sent; nothing is kept.
-            _Special("POST", re.compile(r"/telemetry-ext"), self._telemetry),
+            "POST /telemetry-ext": self._telemetry,
             # It describes the others.
-            _Special("GET", re.compile(r"/api/openapi\.json"), self._openapi),
+            "GET /api/openapi.json": self._openapi,
+        }
+        inference: dict[str, _Handle] = {
+            # The body belongs to the model and is streamed.
+            "POST /serving-endpoints/{name}/invocations": self._invoke,
+            "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": self._invoke,
+            # As above; the endpoint is named in the body.
+            "POST /serving-endpoints/chat/completions": self._invoke_openai_style,
+            "POST /serving-endpoints/completions": self._invoke_openai_style,
+            "POST /serving-endpoints/embeddings": self._invoke_openai_style,
+            "POST /serving-endpoints/responses": self._invoke_openai_style,
+        }
+        services = {binding.service.full_name: binding.service for binding in rules}
+        policy.check(table, services.values(), routes={*specials, *inference})
+        self._special = (
+            *(_special(name, table[name], handle, is_inference=True) for name, handle in inference.items()),
+            *(_special(name, table[name], handle) for name, handle in specials.items()),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -226,7 +257,7 @@ class Gateway:
     async def _route(self, request: Request, send: Send, headers: Headers) -> None:
         for special in self._special:
             if special.method == request.method and (match := special.path.fullmatch(request.path)):
-                await special.handle(request, send, headers, match)
+                await self._answer_special(special, request, send, headers, match)
                 return
         # Callers that we do not know learn nothing about which paths there are.
         identity = await self._identify(request, headers)
@@ -248,13 +279,31 @@ class Gateway:
         warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
         await answer(send, binding.success_status, [*headers, *warnings, _JSON], transcoded.body)
 
+    async def _answer_special(
+        self, special: _Special, request: Request, send: Send, headers: Headers, match: re.Match[str]
+    ) -> None:
+        """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""
+        decision = Decision(special.row)
+
+        async def send_decided(message: Message) -> None:
+            if not decision.is_allowed:
+                raise Undecided
+            await send(message)
+
+        caller = None
+        if special.row.needs_caller:
+            caller = (await self._identify(request, headers, may_be_stale=special.is_inference)).principal
+        context.enter(RequestContext(request.id, caller, decision=decision))
+        await special.handle(request, send_decided, headers, match)
+
     async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
-        identity = await self._identify(request, headers, may_be_stale=True)
-        await self._invocations.invoke(request, send, headers, identity.principal, match[1], match[2])
+        named = match.groupdict()
+        await self._invocations.invoke(
+            request, send, headers, context.current_caller(), named["name"], named.get("served_model_name")
+        )
 
     async def _invoke_openai_style(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        identity = await self._identify(request, headers, may_be_stale=True)
-        await self._invocations.invoke_named_in_body(request, send, headers, identity.principal)
+        await self._invocations.invoke_named_in_body(request, send, headers, context.current_caller())
 
     async def _discovery(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         document = {"oidc_endpoint": f"{self._public_url}/oidc"}
@@ -266,11 +315,9 @@ class Gateway:
         await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')
 
     async def _openapi(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        await self._identify(request, headers)
         await answer(send, 200, [*headers, _JSON], self._document.text)
 
     async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        await self._identify(request, headers)
         body = await read_body(request, CONTROL_BODY_LIMIT)
         try:
             logs = orjson.loads(body).get("protoLogs", [])
@@ -344,4 +391,3 @@ async def _http_server(
     finally:
         server.should_exit = True
         await task
-        listening.close()

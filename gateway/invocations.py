@@ -16,9 +16,10 @@ import orjson
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.routes import Endpoint, Entity, RoutingTable
 from servicekit.access import AccessTable
-from servicekit.context import Level, Principal
+from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, PermissionDenied, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from tessera import policy
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,9 @@ class Invocations:
         await self._forward(request, send, headers, await self._permitted(name, caller), None, body)
 
     async def _permitted(self, name: str, caller: Principal) -> Endpoint:
-        """The endpoint called `name`, which the caller may query; decided from tables that are here already."""
+        """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
         await self._access.known()
         if not self._table.known.is_set():
             await self._first_table()
@@ -106,12 +109,13 @@ class Invocations:
         level = self._access.level(caller, endpoint.id if endpoint else "", may_be_stale=True)
         if endpoint is None or level is None:
             raise EndpointNotFound
-        if level < Level.CAN_QUERY:
+        if level < needed:
             raise PermissionDenied(
-                f"User {caller.name} does not have {Level.CAN_QUERY.name} permission on serving endpoint '{name}'."
+                f"User {caller.name} does not have {needed.name} permission on serving endpoint '{name}'."
             )
         if not endpoint.entities:
             raise EndpointNotFound
+        decision.allow()
         return endpoint
 
     async def _first_table(self) -> None:

@@ -33,6 +33,7 @@ from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from servicekit.once import Answers
 from tessera.identity.v1 import identity_pb2, permissions_pb2
+from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 
 MIGRATIONS = resources.files("secrets_service") / "migrations"
@@ -108,6 +109,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
                     (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
                 ],
+                table=POLICY,
                 readiness={"database": file.ping},
                 jobs={"access feed": feed.run},
                 message_limit=MESSAGE_LIMIT,

@@ -20,9 +20,10 @@ from secrets_service.errors import (
 )
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Endpoint, EndpointGrant, Kind
-from servicekit.context import Level, Principal
+from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import InvalidParameter
 from servicekit.warnings import warn
+from tessera import policy
 
 MOST_PERMISSIONS = 500
 """Principals that something is granted to on one endpoint."""
@@ -57,7 +58,7 @@ class EndpointPermissions:
         """All that is granted on an endpoint directly."""
 
         def find(connection: sqlite3.Connection) -> list[EndpointGrant]:
-            endpoint = permitted(connection, endpoint_id, caller, Level.CAN_MANAGE)
+            endpoint = _permitted(connection, endpoint_id, caller)
             return grant_store.endpoint_grants(connection, endpoint.id)
 
         return await self._database.read(find)
@@ -72,7 +73,7 @@ class EndpointPermissions:
 
     async def check_visible(self, endpoint_id: str, *, caller: Principal) -> None:
         """Raises EndpointNotFound when the caller may not know of an endpoint."""
-        await self._database.read(permitted, endpoint_id, caller, Level.CAN_VIEW)
+        await self._database.read(_permitted, endpoint_id, caller)
 
     async def _change(
         self, endpoint_id: str, entries: Sequence[Entry], caller: Principal, *, keeps_others: bool
@@ -82,7 +83,7 @@ class EndpointPermissions:
         ]
 
         def change(connection: sqlite3.Connection) -> list[EndpointGrant]:
-            endpoint = permitted(connection, endpoint_id, caller, Level.CAN_MANAGE)
+            endpoint = _permitted(connection, endpoint_id, caller)
             levels: dict[int, Level] = {}
             for entry, name in zip(entries, folded, strict=True):
                 principal_id = _principal(connection, entry, name)
@@ -113,6 +114,14 @@ def permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principa
         raise EndpointNotFound(endpoint_id)
     if held < needed:
         raise EndpointPermissionDenied(caller.name, needed, endpoint_id)
+    return endpoint
+
+
+def _permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principal) -> Endpoint:
+    """As `permitted`, with the level that the policy asks for."""
+    decision = current_decision(policy.ENDPOINT)
+    endpoint = permitted(connection, endpoint_id, caller, Level[decision.row.level])
+    decision.allow()
     return endpoint
 
 

@@ -15,8 +15,9 @@ from secrets_service.errors import TokenNotFound, TooManyTokens, UnknownPrincipa
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import ManagedToken, NewToken, TokenInfo
 from secrets_service.throttle import Throttle
-from servicekit.context import Principal
+from servicekit.context import Principal, current_decision
 from servicekit.errors import InvalidParameter
+from tessera import policy
 
 DAY = 24 * 3600
 LONGEST_LIFETIME = 730 * DAY
@@ -149,9 +150,11 @@ class Tokens:
         await self._database.write(lambda connection: store.delete_token(connection, find(connection).info.id))
 
     def _own(self, connection: sqlite3.Connection, token_id: str, caller: Principal) -> ManagedToken:
+        decision = current_decision(policy.OWNER)
         found = store.find_managed_token(connection, token_id, now_ms=self._now_ms())
         if found is None or found.owner_id != int(caller.id):
             raise TokenNotFound(token_id[: names.LONGEST_TEXT])
+        decision.allow()
         return found
 
     def _managed(self, connection: sqlite3.Connection, token_id: str, caller: Principal) -> ManagedToken:

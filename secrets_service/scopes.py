@@ -1,7 +1,8 @@
 """The use cases of scopes, secrets and ACLs.
 
 The rule of every one: names first, then whether the scope exists (everybody may know), then the permission, and only
-then what is in the scope; so who lacks the permission never learns which keys exist. Check and act are one transaction.
+then what is in the scope; so who lacks the permission never learns which keys exist. Which permission that is, the
+policy says. Check and act are one transaction.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from secrets_service.errors import (
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo, Standing
 from secrets_service.values import SecretValues
-from servicekit.context import Principal
+from servicekit.context import Principal, current_decision
 from servicekit.errors import InvalidParameter
 from servicekit.warnings import warn
+from tessera import policy
 
 MOST_SCOPES = 1_000
 MOST_SECRETS = 1_000
@@ -76,7 +78,7 @@ class SecretScopes:
         names.scope_name(scope)
 
         def delete(connection: sqlite3.Connection) -> tuple[None, int]:
-            return None, store.delete_scope(connection, permitted(connection, scope, caller, Permission.MANAGE))
+            return None, store.delete_scope(connection, permitted(connection, scope, caller))
 
         await self._database.destroy(delete)
 
@@ -95,7 +97,7 @@ class SecretScopes:
             raise InvalidParameter("if_version: a version, or 0 for a key that must not exist.")
 
         def put(connection: sqlite3.Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller, Permission.WRITE)
+            found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
             if if_version is not None and if_version != current:
@@ -121,7 +123,7 @@ class SecretScopes:
         names.key_name(key)
 
         def delete(connection: sqlite3.Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller, Permission.WRITE)
+            found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             if known is None or not known.current:
                 raise SecretNotFound(found.name, key)
@@ -134,7 +136,7 @@ class SecretScopes:
         names.scope_name(scope)
 
         def find(connection: sqlite3.Connection) -> list[SecretInfo]:
-            return store.secrets(connection, permitted(connection, scope, caller, Permission.READ))
+            return store.secrets(connection, permitted(connection, scope, caller))
 
         return await self._database.read(find)
 
@@ -148,7 +150,7 @@ class SecretScopes:
         if row is None:
             raise ScopeNotFound(scope)
         found, standing, sealed = row
-        _require(standing, Permission.READ, found, caller)
+        _require(standing, found, caller)
         if sealed is None:
             raise SecretNotFound(found.name, key)
         return sealed.key, self._values.open(found, sealed)
@@ -159,7 +161,7 @@ class SecretScopes:
         folded = names.folded_principal(names.principal_name("principal", principal))
 
         def put(connection: sqlite3.Connection) -> None:
-            found = permitted(connection, scope, caller, Permission.MANAGE)
+            found = permitted(connection, scope, caller)
             principal_id = store.find_principal(connection, folded)
             if principal_id is None:
                 raise UnknownPrincipal("principal", principal)
@@ -177,7 +179,7 @@ class SecretScopes:
         folded = names.folded_principal(names.principal_name("principal", principal))
 
         def find(connection: sqlite3.Connection) -> Grant:
-            found = permitted(connection, scope, caller, Permission.MANAGE)
+            found = permitted(connection, scope, caller)
             grant = store.find_grant(connection, found, folded)
             if grant is None:
                 raise AclNotFound(found.name, principal)
@@ -190,7 +192,7 @@ class SecretScopes:
         names.scope_name(scope)
 
         def find(connection: sqlite3.Connection) -> list[Grant]:
-            return store.grants(connection, permitted(connection, scope, caller, Permission.MANAGE))
+            return store.grants(connection, permitted(connection, scope, caller))
 
         return await self._database.read(find)
 
@@ -200,7 +202,7 @@ class SecretScopes:
         folded = names.folded_principal(names.principal_name("principal", principal))
 
         def delete(connection: sqlite3.Connection) -> None:
-            found = permitted(connection, scope, caller, Permission.MANAGE)
+            found = permitted(connection, scope, caller)
             before = store.find_grant(connection, found, folded)
             if before is None:
                 raise AclNotFound(found.name, principal)
@@ -210,22 +212,26 @@ class SecretScopes:
         await self._database.write(delete)
 
 
-def permitted(connection: sqlite3.Connection, scope: str, caller: Principal, needed: Permission) -> Scope:
-    """The scope of that name, in which the caller has the permission; raises ScopeNotFound, ScopePermissionDenied.
+def permitted(connection: sqlite3.Connection, scope: str, caller: Principal) -> Scope:
+    """The scope of that name, in which the caller has the permission that the policy asks for.
 
-    Groups are read from the database, not from the caller's assertion, which may be some seconds old.
+    Raises ScopeNotFound and ScopePermissionDenied. Groups are read from the database, not from the caller's assertion,
+    which may be some seconds old.
     """
     row = store.find_scope_and_standing(connection, names.folded(scope), int(caller.id))
     if row is None:
         raise ScopeNotFound(scope)
     found, standing = row
-    _require(standing, needed, found, caller)
+    _require(standing, found, caller)
     return found
 
 
-def _require(standing: Standing, needed: Permission, scope: Scope, caller: Principal) -> None:
+def _require(standing: Standing, scope: Scope, caller: Principal) -> None:
+    decision = current_decision(policy.SCOPE)
+    needed = Permission[decision.row.level]
     if not access.allows(standing, needed):
         raise ScopePermissionDenied(caller.name, needed, scope.name)
+    decision.allow()
 
 
 def _warn_if_abandoned(connection: sqlite3.Connection, scope: Scope, before: Grant | None) -> None:

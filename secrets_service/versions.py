@@ -7,7 +7,7 @@ import sqlite3
 from secrets_service import names, store
 from secrets_service.errors import SecretNotFound, VersionNotFound
 from secrets_service.memory import RememberingDatabase
-from secrets_service.model import Permission, VersionInfo
+from secrets_service.model import VersionInfo
 from secrets_service.scopes import permitted
 from secrets_service.values import SecretValues
 from servicekit.context import Principal
@@ -26,7 +26,7 @@ class SecretVersions:
         folded = names.folded(names.key_name(key))
 
         def find(connection: sqlite3.Connection) -> tuple[str, list[VersionInfo]]:
-            found = permitted(connection, scope, caller, Permission.READ)
+            found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             versions = store.versions(connection, known) if known else []
             if known is None or not versions:
@@ -41,7 +41,7 @@ class SecretVersions:
         folded = names.folded(names.key_name(key))
 
         def restore(connection: sqlite3.Connection) -> tuple[int, int]:
-            found = permitted(connection, scope, caller, Permission.WRITE)
+            found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             if known is None or not known.current:
                 raise SecretNotFound(found.name, key)
@@ -59,7 +59,7 @@ class SecretVersions:
         folded = names.folded(names.key_name(key))
 
         def purge(connection: sqlite3.Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller, Permission.WRITE)
+            found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             destroyed = self._values.purge(connection, known) if known else 0
             if not destroyed:

@@ -1,4 +1,4 @@
-"""The request that the current task is serving: its id, its caller, and the proof of identity that goes with it.
+"""The request that the current task is serving: its id, its caller, and what its row of the policy asks for.
 
 Interceptors set it; use cases, logs and outgoing calls read it. Nobody passes it by hand.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
+
+from servicekit.policy import Decision
 
 ADMINS = "admins"
 
@@ -65,6 +67,9 @@ class RequestContext:
     warnings: list[str] = field(default_factory=list, compare=False)
     """What the caller is going to be told beside the answer; `servicekit.warnings.warn` adds to it."""
 
+    decision: Decision | None = field(default=None, compare=False)
+    """The row of what is being called, and whether what it leaves to the use case is decided; None: there is no row."""
+
 
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 
@@ -80,6 +85,17 @@ def current_caller() -> Principal:
     if request is None or request.caller is None:
         raise LookupError("this code serves no authenticated request")
     return request.caller
+
+
+def current_decision(subject: str) -> Decision:
+    """What the row of the request being served leaves to decide about `subject`; also within transactions.
+
+    Raises LookupError when it leaves nothing or something else, which is a bug of ours: in the table or at the caller.
+    """
+    request = _current.get()
+    if request is None or request.decision is None or request.decision.row.subject != subject:
+        raise LookupError(f"the row of what is being served leaves nothing to decide about {subject}")
+    return request.decision
 
 
 def enter(request: RequestContext) -> None:

@@ -1,7 +1,8 @@
-"""Who may reach an RPC, read from its descriptor; services build their listeners from it, the gateway its routes.
+"""Who may reach an RPC, read from its descriptor; the gateway builds its routes from it.
 
 The rule: each RPC says exactly one of three things, and one that says none or several stops the process at its start,
-so that nothing is ever reachable because somebody forgot to say otherwise.
+so that nothing is ever reachable because somebody forgot to say otherwise. The policy's row of an RPC, from which
+listeners are built, must agree.
 """
 
 from __future__ import annotations
@@ -29,11 +30,6 @@ class Exposure:
 
     audience: Audience
     callers: frozenset[str] = frozenset()
-
-    @property
-    def is_public(self) -> bool:
-        """Whether the RPC exists on public listeners."""
-        return self.audience is not Audience.INTERNAL
 
 
 REST = Exposure(Audience.REST)

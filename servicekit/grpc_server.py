@@ -1,7 +1,7 @@
 """A service's gRPC listeners: a public one, and one for each peer.
 
-A listener is built from the descriptors: an RPC that may not be called there is not there. Requests to the public
-listener carry tokens; on a peer's socket they carry assertions, and the RPCs that are internal to that peer exist too.
+A listener is built from the policy: an RPC that may not be called there is not there. Requests to the public listener
+carry tokens; on a peer's socket they carry assertions, and the RPCs that are internal to that peer exist too.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from servicekit import background
+from servicekit import background, policy
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
-from servicekit.exposure import exposure
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor, SourceOf
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
@@ -34,6 +33,9 @@ DRAIN_SECONDS = 5.0
 
 READINESS_SECONDS = 0.9
 """How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
+
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
 
 Check = Callable[[], Awaitable[None]]
 
@@ -66,16 +68,19 @@ async def serving(
     listeners: Sequence[Listener],
     *,
     services: Sequence[tuple[ServiceDescriptor, object]],
+    table: policy.Table,
     readiness: Mapping[str, Check],
     jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     message_limit: int,
 ) -> AsyncIterator[list[str]]:
     """Listens until the context is left, then lets calls under way finish.
 
-    `services` pairs descriptors with servicers, `readiness` holds a check per dependency of our own (it raises when the
-    dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes. Yields the addresses, with
-    the ports that the system chose. Raises StartError when an address cannot be listened on.
+    `services` pairs descriptors with servicers, `table` is the policy, `readiness` holds a check per dependency of our
+    own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes.
+    Yields the addresses, with the ports that the system chose. Raises StartError when the table does not fit the
+    services, or an address cannot be listened on.
     """
+    policy.check(table, [service for service, _ in services], standard=[HEALTH, REFLECTION])
     statuses = health.aio.HealthServicer()
     await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # until the first look says otherwise
     async with AsyncExitStack() as stack:
@@ -87,7 +92,7 @@ async def serving(
 
         stack.push_async_callback(stop)
         for listener in listeners:
-            server, address = _server(listener, services, statuses, message_limit)
+            server, address = _server(listener, services, table, statuses, message_limit)
             servers.append(server)
             await server.start()
             addresses.append(address)
@@ -100,21 +105,22 @@ async def serving(
 def _server(
     listener: Listener,
     services: Sequence[tuple[ServiceDescriptor, object]],
+    table: policy.Table,
     statuses: object,
     message_limit: int,
 ) -> tuple[grpc.aio.Server, str]:
-    internal: set[str] = set()
+    standard = [policy.rpc_name(method) for service in (HEALTH, REFLECTION) for method in service.methods]
+    rows = {f"/{name}": table[name] for name in standard if name in table}
     handlers = []
     names = []
     for service, servicer in services:
         methods = {}
         for method in service.methods:
-            path = f"/{service.full_name}/{method.name}"
-            allowed = exposure(method)
-            if not allowed.is_public:
-                if listener.peer not in allowed.callers:
-                    continue
-                internal.add(path)
+            name = policy.rpc_name(method)
+            row = table[name]
+            if row.peers and listener.peer not in row.peers:
+                continue
+            rows[f"/{name}"] = row
             methods[method.name] = _handler(method, getattr(servicer, method.name))
         if methods:
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
@@ -123,7 +129,7 @@ def _server(
         interceptors=[
             RequestInterceptor(
                 listener.identify,
-                internal=frozenset(internal),
+                rows=rows,
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from servicekit import channels, context, once
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.identity import CREDENTIAL_REFUSED, Identify
+from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.source import Source
 
 log = logging.getLogger("servicekit.access")
@@ -26,9 +27,6 @@ DEFAULT_DEADLINE = 10.0
 """Seconds for a call that came without a deadline; Python servers see none at all."""
 
 LONGEST_DEADLINE = 60.0
-
-OPEN_SERVICES = ("grpc.health.v1.Health",)
-"""Services that answer without a credential."""
 
 _MADE_UP = "our own request id"
 """Where it stands among a call's metadata; no name that a caller could use."""
@@ -43,15 +41,15 @@ SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
-    RPCs in `internal` may be called by the peer itself, on nobody's behalf; error messages are cut after
-    `longest_message` bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
+    `rows` holds the policy's row for each method there is, by its path; error messages are cut after `longest_message`
+    bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
     """
 
     def __init__(
-        self, identify: Identify, *, internal: frozenset[str], longest_message: int, source: SourceOf | None
+        self, identify: Identify, *, rows: Mapping[str, Row], longest_message: int, source: SourceOf | None
     ) -> None:
         self._identify = identify
-        self._internal = internal
+        self._rows = rows
         self.longest_message = longest_message
         self.source = source
 
@@ -61,6 +59,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
+        if handler_call_details.method not in self._rows:
+            handler = None  # what nobody said anything about is not there
         method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
         metadata = {
             key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
@@ -82,17 +82,21 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     async def authenticate(self, method: str, metadata: dict[str, str]) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
         request_id = _request_id(metadata)
-        if method.startswith(tuple(f"/{service}/" for service in OPEN_SERVICES)):
-            return context.RequestContext(request_id)
+        row = self._rows.get(method)
+        decision = None if row is None else Decision(row)
+        if row == OPEN:
+            return context.RequestContext(request_id, decision=decision)
         identity = await self._identify(metadata, method)
         if identity is None:
-            if method not in self._internal:
+            if row is None or row.needs_caller:
                 raise Unauthenticated
-            return context.RequestContext(request_id)
-        may_be_repeated = self._may_be_repeated(method, metadata)
-        return context.RequestContext(request_id, identity.principal, identity.assertion, may_be_repeated)
+            return context.RequestContext(request_id, decision=decision)
+        may_be_repeated = self._may_be_repeated(row, metadata)
+        return context.RequestContext(
+            request_id, identity.principal, identity.assertion, may_be_repeated, decision=decision
+        )
 
-    def _may_be_repeated(self, method: str, metadata: dict[str, str]) -> bool:
+    def _may_be_repeated(self, row: Row | None, metadata: dict[str, str]) -> bool:
         """Whether the caller chose the request's id; raises InvalidParameter when what it chose is none.
 
         A peer says so of its own caller's id, which it passes on with further calls that are no retries.
@@ -100,7 +104,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if (channels.REQUEST_ID if self.source is not None else channels.CHOSEN) not in metadata:
             return False
         channels.check_request_id(metadata.get(channels.REQUEST_ID, ""))
-        return method not in self._internal
+        return row is not None and not row.peers
 
 
 class _Call:
@@ -110,6 +114,7 @@ class _Call:
         self._chain = chain
         self._method = method
         self._metadata = metadata
+        self._decision: Decision | None = None
         self._started = time.perf_counter()
 
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
@@ -119,7 +124,8 @@ class _Call:
                 message = _decoded(request, read)
                 once.enter(self._method, message)
                 answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
-            except once.Answered as first:
+                self._require_decision()
+            except once.Answered as first:  # which was decided about at the time
                 log.info("first answer given again", extra=self._facts())
                 _pass_warnings(rpc, first.warnings)
                 return first.answer
@@ -144,8 +150,10 @@ class _Call:
                 answers = behavior(request if read is None else _decoded(request, read), rpc)
                 if hasattr(answers, "__aiter__"):
                     async for answer in answers:
+                        self._require_decision()
                         yield answer
                 else:  # health and reflection write through the context
+                    self._require_decision()
                     await answers
             except ServiceError as error:
                 await self._refuse(rpc, error)
@@ -160,7 +168,14 @@ class _Call:
 
     async def _begin(self) -> None:
         context.enter(context.RequestContext(_request_id(self._metadata)))
-        context.enter(await self._chain.authenticate(self._method, self._metadata))
+        request = await self._chain.authenticate(self._method, self._metadata)
+        self._decision = request.decision
+        context.enter(request)
+
+    def _require_decision(self) -> None:
+        """Keeps an answer back for which nobody asked whether the caller may have it."""
+        if self._decision is not None and not self._decision.is_allowed:
+            raise Undecided
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
         facts = {**self._facts(), "reason": error.reason}

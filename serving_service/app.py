@@ -30,6 +30,7 @@ from serving_service.routes import RouteTable
 from serving_service.servicer import RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
+from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ async def running(
                     (services["ServingEndpoints"], ServingEndpointsServicer(endpoints, queries)),
                     (services["Routes"], RoutesServicer(routes)),
                 ],
+                table=POLICY,
                 readiness={"database": opened.ping},
                 # Routes last: its streams end with it, and would hold the service up if they did not.
                 jobs={

@@ -20,7 +20,7 @@ import grpc
 
 from servicekit import once
 from servicekit.access import AccessTable
-from servicekit.context import Level, Principal
+from servicekit.context import Level, Principal, current_decision
 from servicekit.database import Database
 from servicekit.errors import ServiceError
 from servicekit.once import Answers
@@ -38,6 +38,7 @@ from serving_service.errors import (
 from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
+from tessera import policy
 from tessera.serving.v1 import serving_pb2 as pb
 
 T = TypeVar("T")
@@ -104,14 +105,18 @@ class Endpoints:
 
     async def get(self, name: str, *, caller: Principal) -> View:
         """The endpoint of that name."""
-        return self._view(*await self._found(name, caller, Level.CAN_VIEW))
+        return self._view(*await self._found(name, caller))
 
     async def list_visible(self, *, caller: Principal) -> list[View]:
         """Every endpoint that the caller may see, by name."""
         await self._access.known()
         endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
         levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
-        return [self._view(endpoint, level) for endpoint, level in zip(endpoints, levels, strict=True) if level]
+        decision.allow()  # everybody may ask; what is shown is decided for each
+        known = zip(endpoints, levels, strict=True)
+        return [self._view(endpoint, level) for endpoint, level in known if level and level >= needed]
 
     async def delete(self, name: str, *, caller: Principal) -> None:
         """Deletes an endpoint at once; its replicas are stopped afterwards."""
@@ -119,13 +124,13 @@ class Endpoints:
 
     async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
         """The latest output of a served entity: the pending configuration's when it has one of that name."""
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+        endpoint, _ = await self._found(name, caller)
         config = _config_with(endpoint, entity, None)
         return await self._controllers.logs(endpoint.id, config.version, entity, LOG_BYTES)
 
     async def build_logs(self, name: str, entity: str, version: int | None, *, caller: Principal) -> str:
         """How the environment of a served entity came about."""
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+        endpoint, _ = await self._found(name, caller)
         config = _config_with(endpoint, entity, version)
         return (
             f"Served entity '{entity}' of configuration version {config.version}: "
@@ -176,7 +181,7 @@ class Endpoints:
 
     async def _update_config(self, name: str, config: pb.EndpointCoreConfigInput, caller: Principal) -> View:
         await self._database.read(self._answers.look)
-        endpoint, level = await self._found(name, caller, Level.CAN_MANAGE)
+        endpoint, level = await self._found(name, caller)
         if endpoint.is_updating:
             raise UpdateInProgress(name)
         pending = configs.read_config(
@@ -214,7 +219,7 @@ class Endpoints:
 
     async def _delete(self, name: str, caller: Principal) -> None:
         await self._database.read(self._answers.look)
-        endpoint, _ = await self._found(name, caller, Level.CAN_MANAGE)
+        endpoint, _ = await self._found(name, caller)
 
         def delete(connection: sqlite3.Connection) -> None:
             if not store.mark_deleted(connection, endpoint.id):
@@ -243,8 +248,13 @@ class Endpoints:
         if not task.cancelled():
             task.exception()  # whoever waited has it; nobody need hear of it when the caller is gone
 
-    async def _found(self, name: str, caller: Principal, needed: Level) -> tuple[Endpoint, Level]:
-        """An endpoint and what the caller may do with it; raises EndpointNotFound, EndpointPermissionDenied."""
+    async def _found(self, name: str, caller: Principal) -> tuple[Endpoint, Level]:
+        """An endpoint on which the caller has the level that the policy asks for, and the level that it has.
+
+        Raises EndpointNotFound and EndpointPermissionDenied.
+        """
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
         await self._access.known()
         endpoint = await self._database.read(store.endpoint_named, name)
         # Asked in any case, so that an endpoint that cannot be judged looks like one that does not exist.
@@ -253,6 +263,7 @@ class Endpoints:
             raise EndpointNotFound(name)
         if level < needed:
             raise EndpointPermissionDenied(caller.name, needed, name)
+        decision.allow()
         return endpoint, level
 
     async def _with_models(self, config: EndpointConfig) -> EndpointConfig:

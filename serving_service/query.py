@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from servicekit.access import AccessTable
-from servicekit.context import Level, Principal
+from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from serving_service.errors import EndpointPermissionDenied, ModelServerFailed, NotDeployed, NotReady
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
+from tessera import policy
 
 MAX_BODY_BYTES = 16 << 20
 DEFAULT_CONTENT_TYPE = "application/json"
@@ -77,13 +78,16 @@ class Queries:
 
     async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
         """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
+        decision = current_decision(policy.ENDPOINT)
+        needed = Level[decision.row.level]
         await self._access.known()
         routes = await self._routes.find(name)
         level = self._access.level(caller, routes.endpoint_id if routes else "", may_be_stale=True)
         if routes is None or level is None:
             raise NotDeployed
-        if level < Level.CAN_QUERY:
-            raise EndpointPermissionDenied(caller.name, Level.CAN_QUERY, name)
+        if level < needed:
+            raise EndpointPermissionDenied(caller.name, needed, name)
+        decision.allow()
         return routes
 
 

@@ -2,7 +2,7 @@
 
 Generated code is never committed: protobuf's generated modules refuse to run on a runtime older than their compiler,
 so they are made at install time by the exact compiler that `pyproject.toml` pins. Only the generated sub-packages are
-wiped and rebuilt; the hand-written parts of `tessera/` (the command line) are left alone.
+wiped and rebuilt; the hand-written parts of `tessera/` (command line, policy) are left alone.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_public_rpc_is_refused_without_a_token(channel: grpc.Channel, service: s
 def test_internal_rpcs_do_not_exist_on_a_public_listener(stack: Stack, channel: grpc.Channel, service: str) -> None:
     authorized = grpc.intercept_channel(channel, _Authorized(stack.token))
     known = [known for file in FILES[service] for known in file.services_by_name.values()]
-    methods = [method for one in known for method in one.methods if not exposure(method).is_public]
+    methods = [method for one in known for method in one.methods if exposure(method).callers]
     assert methods
     for method in methods:
         with pytest.raises(grpc.RpcError) as refused:

@@ -17,7 +17,10 @@ from gateway import app, http, invocations
 from gateway.settings import GatewaySettings
 from servicekit import access, channels, identity
 from servicekit.context import Level
+from servicekit.errors import StartError
 from servicekit.http_client import ConnectionLost
+from servicekit.policy import AUTHENTICATED, OPEN, Row, internal, permission
+from tessera.policy import POLICY
 from tests.support.eventually import eventually
 from tests.support.gateway import (
     OWNER,
@@ -165,6 +168,59 @@ class CountingProxy:
         while piece := await reader.read(65536):
             writer.write(piece)
         writer.close()
+
+
+# --- the policy is what is enforced
+
+
+def with_row(monkeypatch: pytest.MonkeyPatch, name: str, row: Row | None) -> None:
+    """Gives the gateway the policy with another row for one route, or with none."""
+    rows = {each: POLICY[each] for each in POLICY if each != name}
+    monkeypatch.setattr(app, "POLICY", rows if row is None else rows | {name: row})
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("GET /health", None, "GET /health has no row"),
+        ("GET /healthy", OPEN, "the row GET /healthy is for no route"),
+        ("tessera.secrets.v1.Secrets/PutSecret", None, "tessera.secrets.v1.Secrets/PutSecret has no row"),
+        ("tessera.secrets.v1.Secrets/PutSecret", internal("serving"), "PutSecret is exposed to the public"),
+    ],
+)
+async def test_gateway_does_not_start_when_the_policy_does_not_fit(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, row: Row | None, problem: str
+) -> None:
+    with_row(monkeypatch, name, row)
+    with pytest.raises(StartError, match=problem):
+        async with app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")):
+            pass
+
+
+async def test_route_needs_a_credential_unless_its_row_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_row(monkeypatch, "GET /health", AUTHENTICATED)
+    async with platform() as stack:
+        assert (await fetch(stack.url, "GET", "/health")).status == 401
+        assert (await fetch(stack.url, "GET", "/health", token="stranger-token")).status == 200
+    with_row(monkeypatch, "POST /telemetry-ext", OPEN)
+    async with platform() as stack:
+        assert (await fetch(stack.url, "POST", "/telemetry-ext", json={})).status == 200
+
+
+async def test_answer_of_a_route_without_the_decision_that_its_row_asks_for_is_withheld(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_row(monkeypatch, "GET /health", permission("shelf", "READ"))
+    async with platform() as stack:
+        answer = await fetch(stack.url, "GET", "/health", token="owner-token")
+        assert (answer.status, answer.json()["error_code"]) == (500, "INTERNAL_ERROR")
+
+
+async def test_decision_about_an_endpoint_belongs_to_a_row_that_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_row(monkeypatch, "POST /serving-endpoints/{name}/invocations", AUTHENTICATED)
+    async with platform() as stack:
+        await serve(stack, "ep", Echo())
+        assert (await invoke(stack, "ep")).status == 500
 
 
 # --- who gets in

@@ -25,9 +25,11 @@ from servicekit import channels, context, errors, grpc_server, interceptors, log
 from servicekit.errors import NotFound, StartError, from_rpc_error
 from servicekit.grpc_server import Listener
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.policy import AUTHENTICATED, OPEN, Row, Table, on_behalf, permission
 from servicekit.sockets import socket_address
 from tessera.identity.v1 import identity_pb2 as identity_pb
 from tessera.identity.v1 import identity_pb2_grpc as identity_rpc
+from tessera.policy import ENDPOINT, POLICY
 from tessera.serving.v1 import serving_pb2 as serving_pb
 from tessera.serving.v1 import serving_pb2_grpc as serving_rpc
 from tests.support.authority import ADA, GRACE, ScriptedAuthority, authority_server
@@ -77,10 +79,13 @@ class Endpoints(serving_rpc.ServingEndpointsServicer):
 
     def __init__(self) -> None:
         self.failure: BaseException | None = None
+        self.is_deciding = True
         self.closed = asyncio.Event()
         self.hold: asyncio.Event | None = None
 
     async def Query(self, request: serving_pb.QueryRequest, rpc: Any) -> AsyncIterator[httpbody_pb2.HttpBody]:
+        if self.is_deciding:
+            context.current_decision(ENDPOINT).allow()
         try:
             yield httpbody_pb2.HttpBody(data=context.current_caller().name.encode())
             if self.hold is not None:
@@ -131,6 +136,7 @@ async def running(
     readiness: dict[str, grpc_server.Check] | None = None,
     reflection: bool = False,
     identify: Any = None,
+    table: Table = POLICY,
 ) -> AsyncIterator[Platform]:
     """The platform, served by the code under test."""
     platform = Platform()
@@ -158,6 +164,7 @@ async def running(
                     (serving_services["ServingEndpoints"], platform.endpoints),
                     (serving_services["Routes"], Routes()),
                 ],
+                table=table,
                 readiness=readiness or {},
                 message_limit=LIMIT,
             ) as addresses:
@@ -207,6 +214,87 @@ GET_PLATFORM = "/tessera.identity.v1.Authority/GetPlatform"
 RENEW = "/tessera.identity.v1.Authority/RenewAdminToken"
 RESOLVE = "/tessera.secrets.v1.SecretResolver/Resolve"
 WATCH = "/tessera.serving.v1.Routes/Watch"
+
+
+# --- the policy is what is enforced
+
+
+def with_row(name: str, row: Row | None) -> dict[str, Row]:
+    """The policy with another row for one RPC, or with none."""
+    rows = {each: POLICY[each] for each in POLICY if each != name}
+    return rows if row is None else rows | {name: row}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "problem"),
+    [
+        ("tessera.identity.v1.Scim/GetMe", None, "tessera.identity.v1.Scim/GetMe has no row"),
+        ("tessera.identity.v1.Scim/GetYou", AUTHENTICATED, "the row tessera.identity.v1.Scim/GetYou is for no RPC"),
+        ("tessera.serving.v1.Routes/Watch", AUTHENTICATED, "tessera.serving.v1.Routes/Watch is exposed to gateway"),
+        ("grpc.health.v1.Health/Checks", OPEN, "the row grpc.health.v1.Health/Checks is for no RPC"),
+    ],
+)
+async def test_nothing_is_served_when_the_policy_does_not_fit(name: str, row: Row | None, problem: str) -> None:
+    with pytest.raises(StartError, match=problem):
+        async with running(table=with_row(name, row)):
+            pass
+
+
+async def test_method_of_grpc_without_a_row_is_not_there(platform: Platform) -> None:
+    for method, metadata, code in (
+        ("/grpc.health.v1.Health/List", (), UNAUTHENTICATED),
+        ("/grpc.health.v1.Health/List", TOKEN, UNIMPLEMENTED),
+    ):
+        assert await code_of(platform.raw("public", method, metadata)) is code
+
+
+async def test_open_rpc_is_answered_without_looking_at_a_credential() -> None:
+    async def identify(metadata: Any, method: str) -> Any:
+        raise AssertionError("nobody asked who calls")
+
+    async with running(table=with_row("tessera.identity.v1.Scim/GetUser", OPEN), identify=identify) as platform:
+        assert await platform.raw("public", "/tessera.identity.v1.Scim/GetUser") == b"\x12\x010"
+
+
+async def test_internal_rpc_whose_row_asks_for_a_caller_needs_an_assertion() -> None:
+    on_behalf_of_somebody = on_behalf("gateway", "serving")
+    async with running(table=with_row("tessera.identity.v1.Authority/GetPlatform", on_behalf_of_somebody)) as platform:
+        assert await code_of(platform.raw("gateway", GET_PLATFORM)) is UNAUTHENTICATED
+        assert await platform.raw("gateway", GET_PLATFORM, platform.assertion())
+
+
+async def test_answer_without_the_decision_that_its_row_asks_for_is_withheld(logged: Callable[[], str]) -> None:
+    async with running(table=with_row("tessera.identity.v1.Scim/GetMe", permission("shelf", "READ"))) as platform:
+        error = await refusal(platform.me())
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert (error.details() or "").startswith("Internal error. Request id: ")
+        assert "Undecided" in logged()
+
+        async def decide(rpc: Any) -> identity_pb.User:
+            context.current_decision("shelf").allow()
+            return await whoever_calls(rpc)
+
+        platform.scim.answer = decide
+        assert await platform.me() == ADA.name
+        # The decision was made for that call alone.
+        platform.scim.answer = whoever_calls
+        assert await code_of(platform.me()) is grpc.StatusCode.INTERNAL
+
+
+async def test_stream_without_the_decision_that_its_row_asks_for_is_withheld() -> None:
+    name = "tessera.serving.v1.ServingEndpoints/Query"
+    async with running(table=with_row(name, permission(ENDPOINT, "CAN_QUERY"))) as platform:
+        platform.endpoints.is_deciding = False
+        assert await code_of(platform.raw("public", f"/{name}", TOKEN)) is grpc.StatusCode.INTERNAL
+
+
+async def test_decision_that_the_row_does_not_ask_for_is_a_failure_of_ours(platform: Platform) -> None:
+    async def decide(rpc: Any) -> identity_pb.User:
+        context.current_decision("shelf").allow()
+        return identity_pb.User(user_name=CANARY)
+
+    platform.scim.answer = decide
+    assert await code_of(platform.me()) is grpc.StatusCode.INTERNAL
 
 
 # --- what exists where
@@ -630,7 +718,7 @@ async def start(address: str) -> None:
         return None
 
     listener = Listener(address=address, identify=identify)
-    async with grpc_server.serving([listener], services=[], readiness={}, message_limit=LIMIT):
+    async with grpc_server.serving([listener], services=[], table=POLICY, readiness={}, message_limit=LIMIT):
         pass
 
 
@@ -658,7 +746,7 @@ async def test_listener_that_fails_closes_the_ones_before_it(platform: Platform)
 
     listeners = [Listener(address=at, identify=identify) for at in (f"127.0.0.1:{port}", platform.addresses[0])]
     with pytest.raises(StartError):
-        async with grpc_server.serving(listeners, services=[], readiness={}, message_limit=LIMIT):
+        async with grpc_server.serving(listeners, services=[], table=POLICY, readiness={}, message_limit=LIMIT):
             pass
     with socket.create_server(("127.0.0.1", port)):
         pass

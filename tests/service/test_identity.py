@@ -75,7 +75,7 @@ def every_rpc() -> list[tuple[str, bool, frozenset[str]]]:
     from servicekit.exposure import exposure
 
     return [
-        (f"/{service.full_name}/{method.name}", exposure(method).is_public, exposure(method).callers)
+        (f"/{service.full_name}/{method.name}", not exposure(method).callers, exposure(method).callers)
         for file in (pb.DESCRIPTOR, secrets_pb2.DESCRIPTOR)
         for service in file.services_by_name.values()
         for method in service.methods

@@ -173,7 +173,7 @@ CHANGES: dict[str, Request] = {
 """A request of every RPC that changes something; what it is about is made first."""
 
 PUBLIC = [
-    (stub, method) for stub, service in SERVICES.items() for method in service.methods if exposure(method).is_public
+    (stub, method) for stub, service in SERVICES.items() for method in service.methods if not exposure(method).callers
 ]
 
 

@@ -28,6 +28,7 @@ from servicekit.errors import Unavailable
 from servicekit.identity import ALGORITHM, AssertionVerifier, InvalidToken, by_assertion, claims_of
 from servicekit.sockets import socket_address, socket_directory
 from tessera.identity.v1 import identity_pb2, permissions_pb2
+from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
 WORKSPACE_ID = "1234567890123456"
@@ -298,7 +299,9 @@ async def neighbours(
             address = socket_address(socket_directory(directory), callee=name, caller="gateway")
             listener = grpc_server.Listener(address=address, identify=identify, peer="gateway")
             await stack.enter_async_context(
-                grpc_server.serving([listener], services=services[name], readiness={}, message_limit=1 << 20)
+                grpc_server.serving(
+                    [listener], services=services[name], table=POLICY, readiness={}, message_limit=1 << 20
+                )
             )
         yield
 

@@ -21,6 +21,7 @@ from gateway.openapi.schemas import Schemas
 from tessera.errors.v1 import errors_pb2
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.options.v1 import options_pb2
+from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 from tests.support.descriptors import ProtoFile, service
@@ -73,6 +74,7 @@ def test_every_route_that_is_a_message_is_described(rules: RouteTable, document:
 
 def test_every_special_route_is_described_and_nothing_else(rules: RouteTable, document: Any) -> None:
     specials = Gateway(
+        table=POLICY,
         rules=rules,
         transcoder=Mock(),
         exchange=Mock(),

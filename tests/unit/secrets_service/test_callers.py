@@ -24,7 +24,10 @@ from secrets_service.values import SecretValues
 from servicekit import database
 from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
+from servicekit.policy import AUTHENTICATED
+from tessera.policy import ADMIN
 from tests.support.answers import plain_answers
+from tests.support.policy import serving
 
 KEY = SecretBytes(b"k" * 32)
 
@@ -56,14 +59,14 @@ async def test_who_was_taken_away_meanwhile_makes_nothing(opened: RememberingDat
     scopes = SecretScopes(opened, SecretValues(Cipher(KEY, b"s" * 16), keep=1, now=lambda: 0.0))
     tokens = Tokens(opened, TokenMac(KEY), Throttle(10, lambda: 0.0), lambda: 0.0)
     users = Accounts(Directory(opened), Kind.USER)
-    for call in (
-        scopes.create_scope(scope="s", initial_manage_principal="", caller=caller),
-        tokens.create_token(comment="", lifetime=None, caller=caller),
-        tokens.create_obo_token(application_id="ada", comment="", lifetime=None, caller=caller),
-        tokens.list_managed_tokens(creator_id=None, creator_name="", caller=caller),
-        users.create(Profile(name="bob"), caller=caller),
+    for row, call in (
+        (AUTHENTICATED, scopes.create_scope(scope="s", initial_manage_principal="", caller=caller)),
+        (AUTHENTICATED, tokens.create_token(comment="", lifetime=None, caller=caller)),
+        (ADMIN, tokens.create_obo_token(application_id="ada", comment="", lifetime=None, caller=caller)),
+        (ADMIN, tokens.list_managed_tokens(creator_id=None, creator_name="", caller=caller)),
+        (ADMIN, users.create(Profile(name="bob"), caller=caller)),
     ):
-        with pytest.raises(InvalidToken):
+        with serving(row), pytest.raises(InvalidToken):
             await call
     assert await scopes.list_scopes() == []
 
@@ -75,6 +78,8 @@ async def test_what_an_assertion_says_about_groups_makes_nobody_an_admin(opened:
         callers.require_admin(connection, caller, "do this")
         connection.execute("DELETE FROM memberships")
 
-    await opened.write(leave)
-    with pytest.raises(AdminsOnly, match="Only admins may do this"):
+    with serving(ADMIN):
+        await opened.write(leave)
+    with serving(ADMIN) as decision, pytest.raises(AdminsOnly, match="Only admins may do this"):
         await opened.read(lambda connection: callers.require_admin(connection, caller, "do this"))
+    assert not decision.is_allowed

@@ -22,9 +22,6 @@ def test_each_way_to_expose_an_rpc_is_read() -> None:
     assert exposure(a_method(http=[{"get": "/a"}])) == REST
     assert exposure(a_method(grpc_only=True)) == GRPC_ONLY
     assert exposure(a_method(internal_to=["serving", "gateway"])) == internal("gateway", "serving")
-    assert REST.is_public
-    assert GRPC_ONLY.is_public
-    assert not internal("serving").is_public
 
 
 def test_rpc_that_says_nothing_is_refused_by_name() -> None:

@@ -1,0 +1,121 @@
+"""Who may do what: the one table, read from top to bottom. It is what is enforced, and it is complete.
+
+A row stands for one RPC, or for one route of the gateway that is no RPC. A service does not start with an RPC or route
+that has no row here, with a row for one that it does not have, or with one that contradicts how its RPC is exposed.
+
+| Row | Who may |
+|---|---|
+| `OPEN` | anybody, without a credential |
+| `AUTHENTICATED` | whoever has a good token: what everybody may know, or what concerns the caller alone |
+| `OWN` | the one to whom the object belongs |
+| `ADMIN` | members of the group `admins` |
+| `READ` < `WRITE` < `MANAGE` | who has that permission on the scope, through itself or a group, and admins |
+| `CAN_VIEW` < `CAN_QUERY` < `CAN_MANAGE` | who has that permission on the endpoint, likewise |
+| `internal(peer)` | that one of our own processes, over its socket; `operator` is who runs this machine |
+| `on_behalf(peer)` | as `internal`, but with proof of a caller on whose behalf it asks |
+
+A public RPC is called over REST or gRPC with a token, and by a peer with proof of its caller; the row is the same.
+"""
+
+from __future__ import annotations
+
+from servicekit.policy import AUTHENTICATED, OPEN, Table, internal, on_behalf, permission
+
+ADMINS, OWNER, SCOPE, ENDPOINT = "admins", "owner", "scope", "endpoint"
+"""What the use cases decide about."""
+
+ADMIN = permission(ADMINS)
+OWN = permission(OWNER)
+READ, WRITE, MANAGE = (permission(SCOPE, level) for level in ("READ", "WRITE", "MANAGE"))
+CAN_VIEW, CAN_QUERY, CAN_MANAGE = (permission(ENDPOINT, level) for level in ("CAN_VIEW", "CAN_QUERY", "CAN_MANAGE"))
+
+POLICY: Table = {
+    # Secrets: scopes and what is in them. The names of scopes are public (contract 4.1).
+    "tessera.secrets.v1.Secrets/CreateScope": AUTHENTICATED,
+    "tessera.secrets.v1.Secrets/ListScopes": AUTHENTICATED,
+    "tessera.secrets.v1.Secrets/DeleteScope": MANAGE,
+    "tessera.secrets.v1.Secrets/PutSecret": WRITE,
+    "tessera.secrets.v1.Secrets/DeleteSecret": WRITE,
+    "tessera.secrets.v1.Secrets/ListSecrets": READ,
+    "tessera.secrets.v1.Secrets/GetSecret": READ,
+    "tessera.secrets.v1.Secrets/PutAcl": MANAGE,
+    "tessera.secrets.v1.Secrets/GetAcl": MANAGE,
+    "tessera.secrets.v1.Secrets/ListAcls": MANAGE,
+    "tessera.secrets.v1.Secrets/DeleteAcl": MANAGE,
+    "tessera.secrets.v1.Secrets/ListSecretVersions": READ,
+    "tessera.secrets.v1.Secrets/RestoreSecret": WRITE,
+    "tessera.secrets.v1.Secrets/PurgeSecret": WRITE,
+    # Values for launches. A grant takes CAN_MANAGE of its author, and READ of author and creator; a launch takes the
+    # grant, and READ of the creator.
+    "tessera.secrets.v1.SecretResolver/GrantLaunches": on_behalf("serving"),
+    "tessera.secrets.v1.SecretResolver/Resolve": internal("serving"),
+    "tessera.secrets.v1.SecretResolver/Settle": internal("serving"),
+    "tessera.secrets.v1.SecretResolver/Reconcile": internal("serving"),
+    # The directory: everybody may look, admins may change.
+    "tessera.identity.v1.Scim/GetMe": AUTHENTICATED,
+    "tessera.identity.v1.Scim/ListUsers": AUTHENTICATED,
+    "tessera.identity.v1.Scim/GetUser": AUTHENTICATED,
+    "tessera.identity.v1.Scim/CreateUser": ADMIN,
+    "tessera.identity.v1.Scim/PatchUser": ADMIN,
+    "tessera.identity.v1.Scim/ReplaceUser": ADMIN,
+    "tessera.identity.v1.Scim/DeleteUser": ADMIN,
+    "tessera.identity.v1.Scim/ListGroups": AUTHENTICATED,
+    "tessera.identity.v1.Scim/GetGroup": AUTHENTICATED,
+    "tessera.identity.v1.Scim/CreateGroup": ADMIN,
+    "tessera.identity.v1.Scim/PatchGroup": ADMIN,
+    "tessera.identity.v1.Scim/ReplaceGroup": ADMIN,
+    "tessera.identity.v1.Scim/DeleteGroup": ADMIN,
+    "tessera.identity.v1.Scim/ListServicePrincipals": AUTHENTICATED,
+    "tessera.identity.v1.Scim/GetServicePrincipal": AUTHENTICATED,
+    "tessera.identity.v1.Scim/CreateServicePrincipal": ADMIN,
+    "tessera.identity.v1.Scim/PatchServicePrincipal": ADMIN,
+    "tessera.identity.v1.Scim/ReplaceServicePrincipal": ADMIN,
+    "tessera.identity.v1.Scim/DeleteServicePrincipal": ADMIN,
+    # Tokens: one's own, and those of others.
+    "tessera.identity.v1.Tokens/CreateToken": AUTHENTICATED,
+    "tessera.identity.v1.Tokens/ListTokens": AUTHENTICATED,
+    "tessera.identity.v1.Tokens/UpdateToken": OWN,
+    "tessera.identity.v1.Tokens/DeleteToken": OWN,
+    "tessera.identity.v1.Tokens/CreateOboToken": ADMIN,
+    "tessera.identity.v1.Tokens/ListManagedTokens": ADMIN,
+    "tessera.identity.v1.Tokens/GetManagedToken": ADMIN,
+    "tessera.identity.v1.Tokens/UpdateManagedToken": ADMIN,
+    "tessera.identity.v1.Tokens/DeleteManagedToken": ADMIN,
+    # Who is calling.
+    "tessera.identity.v1.Authority/ExchangeToken": internal("gateway", "serving"),
+    "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving"),
+    "tessera.identity.v1.Authority/RenewAdminToken": internal("operator"),
+    # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
+    "tessera.identity.v1.Permissions/GetPermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/SetPermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/UpdatePermissions": CAN_MANAGE,
+    "tessera.identity.v1.Permissions/GetPermissionLevels": CAN_VIEW,
+    "tessera.identity.v1.AccessFeed/Watch": internal("gateway", "serving"),
+    # Endpoints (contract 3.4). A list shows those that the caller may view; logs may hold what models were sent.
+    "tessera.serving.v1.ServingEndpoints/CreateServingEndpoint": AUTHENTICATED,
+    "tessera.serving.v1.ServingEndpoints/GetServingEndpoint": CAN_VIEW,
+    "tessera.serving.v1.ServingEndpoints/ListServingEndpoints": CAN_VIEW,
+    "tessera.serving.v1.ServingEndpoints/DeleteServingEndpoint": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/UpdateServingEndpointConfig": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/Query": CAN_QUERY,
+    "tessera.serving.v1.Routes/Watch": internal("gateway"),
+    # Inference over REST, which the gateway answers by itself.
+    "POST /serving-endpoints/{name}/invocations": CAN_QUERY,
+    "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": CAN_QUERY,
+    "POST /serving-endpoints/chat/completions": CAN_QUERY,
+    "POST /serving-endpoints/completions": CAN_QUERY,
+    "POST /serving-endpoints/embeddings": CAN_QUERY,
+    "POST /serving-endpoints/responses": CAN_QUERY,
+    # About the gateway. Clients ask the first before they know where to log in; the second is for supervisors.
+    "GET /.well-known/databricks-config": OPEN,
+    "GET /health": OPEN,
+    "GET /api/openapi.json": AUTHENTICATED,
+    "POST /telemetry-ext": AUTHENTICATED,
+    # gRPC's own services, at every listener; what is not named is not there. Reflection, where it is switched on, shows
+    # public services only.
+    "grpc.health.v1.Health/Check": OPEN,
+    "grpc.health.v1.Health/Watch": OPEN,
+    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": AUTHENTICATED,
+}
