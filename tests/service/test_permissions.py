@@ -404,6 +404,29 @@ async def test_a_follower_that_does_not_acknowledge_delays_a_change_and_is_cut_o
         assert follower.level(endpoint, "1", *[await users_id(service)]) is Level.CAN_VIEW
 
 
+async def test_a_change_is_answered_when_it_is_followed(
+    service: RunningSecrets, ann: Caller, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "FOLLOW_SECONDS", 30.0)
+    stream = service.peer("gateway").feed.Watch()
+
+    async def follow() -> pb.AccessChanges:
+        changes = await stream.read()
+        assert isinstance(changes, pb.AccessChanges)
+        return changes
+
+    await stream.write(pb.AccessReport(acknowledged_revision=(await follow()).revision))
+    changing = asyncio.create_task(patch(ann, endpoint, entry(VIEW, group_name="users")))
+    while not (changes := await follow()).endpoints:
+        pass
+    for _ in range(3):  # calls that come later are answered, and this one is not
+        assert await get(ann, endpoint)
+    assert not changing.done()
+    await stream.write(pb.AccessReport(acknowledged_revision=changes.revision))
+    assert await changing
+    stream.cancel()
+
+
 async def users_id(service: RunningSecrets) -> str:
     admin = service.admin
     groups = await admin(admin.scim.ListGroups, identity_pb2.ListRequest(filter='displayName eq "users"'))

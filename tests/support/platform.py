@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,8 @@ class Platform:
     secrets: RunningSecrets
     serving: RunningServing
     url: str
+    stop_secrets: Callable[[], Awaitable[None]]
+    """Stops Secrets, for good."""
     tokens: dict[str, str] = field(default_factory=dict, repr=False)
 
     async def introduce(self, *names: str) -> None:
@@ -47,10 +49,17 @@ async def running_platform(**changes: Any) -> AsyncIterator[Platform]:
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(data_directory())
         await stack.enter_async_context(no_replicas(directory))
-        secrets = await stack.enter_async_context(running_secrets(directory, **changes))
+        own = await stack.enter_async_context(AsyncExitStack())
+        secrets = await own.enter_async_context(running_secrets(directory, **changes))
         serving = await stack.enter_async_context(running_serving(directory))
         settings = GatewaySettings(data_dir=directory, listen="127.0.0.1:0")
         url = await stack.enter_async_context(gateway_app.running(settings))
         made = await secrets.admin(secrets.admin.tokens.CreateToken, identity_pb2.CreateTokenRequest(comment="second"))
         # Not the operator's own, which a renewal takes away.
-        yield Platform(secrets=secrets, serving=serving, url=url, tokens={"admin": made.token_value})
+        yield Platform(
+            secrets=secrets,
+            serving=serving,
+            url=url,
+            tokens={"admin": made.token_value},
+            stop_secrets=own.aclose,
+        )
