@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from serving_service.shim import processes
+from serving_service.shim.confinement import Confinement
 from serving_service.shim.spec import Spec
 from serving_service.shim.supervisor import is_held
 
@@ -31,6 +32,9 @@ _START_SECONDS = 20.0
 _ANSWER_SECONDS = 5.0
 _LONG_POLL_SECONDS = 40.0  # the shim answers a wait after 30 s
 _ANSWER_BYTES = 64 * 2**20  # a full log, with every byte escaped
+
+OPEN_FILES = 1_024
+"""How many files a model process may have open."""
 
 OWN_VARIABLES = frozenset({"PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED"})
 """The variables that every replica gets from us and that nobody may declare."""
@@ -257,6 +261,7 @@ class LocalLauncher:
                 command=list(launch.command or _model_server(launch.model_path)),
                 environment=environment,
                 masked_values=list(launch.masked_values),
+                confinement=Confinement(open_files=OPEN_FILES),
                 supervisor_lock=str(self._supervisor_lock) if self._supervisor_lock else None,
                 orphan_seconds=self._orphan_seconds,
                 idle_seconds=self._idle_seconds,

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from serving_service.shim import processes
+from serving_service.shim import confinement, processes
 from serving_service.shim.masking import Masker
 from serving_service.shim.ring import LineRing, LineWriter
 from serving_service.shim.spec import Spec
@@ -24,7 +24,6 @@ STARTING, READY, FAILED, STOPPED = "STARTING", "READY", "FAILED", "STOPPED"
 _LISTEN_FD, _REPORT_FD = 3, 4
 _REPORT_BYTES = 65_536
 _CAUSE_BYTES = 4_096
-_SETTABLE = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
 
 
 class Replica:
@@ -48,27 +47,10 @@ class Replica:
         errors, errors_end = _pipe()
         report, report_end = _pipe()
         listen = _out_of_the_way(listener.detach())
-        words = {"{listen_fd}": str(_LISTEN_FD), "{report_fd}": str(_REPORT_FD)}
-        command = [words.get(word, word) for word in self._spec.command]
         try:
-            self._pid = os.posix_spawn(
-                command[0],
-                command,
-                {name.encode(): value.encode() for name, value in self._spec.environment.items()},
-                file_actions=[
-                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                    (os.POSIX_SPAWN_DUP2, output_end, 1),
-                    (os.POSIX_SPAWN_DUP2, errors_end, 2),
-                    (os.POSIX_SPAWN_DUP2, listen, _LISTEN_FD),
-                    (os.POSIX_SPAWN_DUP2, report_end, _REPORT_FD),
-                ],
-                setsid=True,
-                setsigmask=[],
-                setsigdef=_SETTABLE,  # what this process or its starter ignores must not be ignored by the model
-            )
-        except (OSError, ValueError) as error:  # a ValueError for a NUL in a name or value
-            cause = (error.strerror or "") if isinstance(error, OSError) else str(error)
-            self._become(STOPPED, f"the model server could not be started: {cause}")
+            self._pid = _forked(self._spec, (output_end, errors_end, listen, report_end))
+        except OSError as error:
+            self._become(STOPPED, f"the model server could not be started: {error}")
         finally:
             # Only the model holds these now: its end is the end of the pipes, and nobody queues at a dead server.
             for fd in (output_end, errors_end, report_end, listen):
@@ -175,6 +157,44 @@ class Replica:
             return ""
         how = f"exited with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
         return f"the model server {how}" + (" before it was ready" if self._state == STARTING else "")
+
+
+def _forked(spec: Spec, inherited: tuple[int, int, int, int]) -> int:
+    """Starts the model process and returns its number; raises OSError with what was in the way.
+
+    A fork, not a spawn, because there is much to give up before the program runs. This process has one thread so far.
+    """
+    told, tells = _pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _become_model(spec, inherited)
+        except BaseException as error:
+            cause = error.strerror if isinstance(error, OSError) else str(error)
+            os.write(tells, (cause or type(error).__name__).encode("utf-8", "replace"))
+        finally:
+            os._exit(127)
+    os.close(tells)
+    with os.fdopen(told, "rb") as pipe:
+        cause = pipe.read().decode("utf-8", "replace")  # its end is the start of the program: it is closed by exec
+    if cause:
+        os.waitpid(pid, 0)
+        raise OSError(cause)
+    return pid
+
+
+def _become_model(spec: Spec, inherited: tuple[int, int, int, int]) -> None:
+    """Becomes the model server, in the forked process; raises where that cannot be."""
+    os.setsid()
+    output_end, errors_end, listen, report_end = inherited
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for source, number in ((output_end, 1), (errors_end, 2), (listen, _LISTEN_FD), (report_end, _REPORT_FD)):
+        os.dup2(source, number)
+    words = {"{listen_fd}": str(_LISTEN_FD), "{report_fd}": str(_REPORT_FD)}
+    command = [words.get(word, word) for word in spec.command]
+    confinement.enter(spec.confinement)
+    environment = {name.encode(): value.encode() for name, value in spec.environment.items()}
+    os.execve(command[0], command, environment)  # noqa: S606 (no shell is what is meant)
 
 
 def _pipe() -> tuple[int, int]:

@@ -8,6 +8,8 @@ import struct
 from dataclasses import asdict, dataclass, field
 from typing import BinaryIO
 
+from serving_service.shim.confinement import Confinement
+
 _LENGTH = struct.Struct(">I")
 
 
@@ -31,6 +33,7 @@ class Spec:
     """The whole environment of the model process."""
     masked_values: list[str] = field(repr=False)
     """Secret values that must not be kept when the model prints them."""
+    confinement: Confinement
     supervisor_lock: str | None
     """The lock file of `tessera up`, or None when nobody supervises."""
     orphan_seconds: float
@@ -48,7 +51,8 @@ class Spec:
 def read_spec(pipe: BinaryIO) -> Spec:
     """Reads one frame; raises IncompleteSpecError when the pipe ends early."""
     document = _read_exactly(pipe, _LENGTH.unpack(_read_exactly(pipe, _LENGTH.size))[0])
-    return Spec(**json.loads(document))
+    content = json.loads(document)
+    return Spec(**{**content, "confinement": Confinement(**content["confinement"])})
 
 
 def _read_exactly(pipe: BinaryIO, size: int) -> bytes:

@@ -31,7 +31,7 @@ from serving_service.launcher import (
 from serving_service.shim import __main__ as shim_program
 from tests.support.eventually import eventually
 from tests.support.mlflow_models import fingerprint, save_model
-from tests.support.model_servers import answer, command, found_by
+from tests.support.model_servers import answer, command, found_by, privileges
 
 SECRET = "sk-0123456789-abcdefghij"
 ROOT = Path(__file__).parents[2]
@@ -116,15 +116,20 @@ async def test_a_replica_becomes_ready_and_answers_on_its_socket(launcher: Local
 
 
 @pytest.fixture
-def odd_signals() -> Iterator[None]:
-    """What a starter may have been given by a shell that ran it in the background: signals that it ignores."""
+def odd_starter() -> Iterator[None]:
+    """What a starter may be: in the background of a shell, so that it ignores signals, and a member of groups."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGQUIT, signal.SIGUSR1)}
+    groups = os.getgroups()
+    if os.getuid() == 0:
+        os.setgroups([*groups, 54_321])
     yield
+    if os.getuid() == 0:
+        os.setgroups(groups)
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("odd_signals")
+@pytest.mark.usefixtures("odd_starter")
 async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: LocalLauncher, directory: Path) -> None:
     replica = await launcher.start(a_launch(OPENAI_API_KEY=SECRET, EMPTY="", NAME="ü \n"))
     await ready(replica)
@@ -148,6 +153,15 @@ async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: 
         "directory": f"{own}/work",
         "umask": 0o077,
         "core": [1, 1],
+        "files": [1_024, 1_024],
+        "uid": os.getuid(),
+        "groups": [] if os.getuid() == 0 else os.getgroups(),
+        "privileges": {
+            **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), "0" * 16),
+            # Without rights the bounding set stays what it was, and nothing can be made of it.
+            "CapBnd": "0" * 16 if os.getuid() == 0 else privileges()["CapBnd"],
+            "NoNewPrivs": "1",
+        },
         "leads_session": True,
         "ignored_signals": ["SIGPIPE", "SIGXFSZ"],  # what Python itself ignores
     }

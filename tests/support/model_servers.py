@@ -60,10 +60,21 @@ def _surroundings() -> dict[str, Any]:
         "directory": str(Path.cwd()),
         "umask": umask,
         "core": resource.getrlimit(resource.RLIMIT_CORE),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "uid": os.getuid(),
+        "groups": os.getgroups(),
+        "privileges": privileges(),
         "pid": os.getpid(),
         "leads_session": os.getsid(0) == os.getpid(),
         "ignored_signals": [s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN],
     }
+
+
+def privileges() -> dict[str, str]:
+    """What the kernel says of this process's capabilities, and whether it can ever gain any."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {name: value for name, value in fields.items() if name.startswith("Cap") or name == "NoNewPrivs"}
 
 
 def _is_open(fd: int) -> bool:

@@ -4,6 +4,7 @@ from io import BytesIO
 
 import pytest
 
+from serving_service.shim.confinement import Confinement
 from serving_service.shim.spec import IncompleteSpecError, Spec, read_spec
 
 
@@ -16,6 +17,7 @@ def a_spec() -> Spec:
         command=["/bin/true", "{listen_fd}"],
         environment={"KEY": "value-é\n"},
         masked_values=["value-é\n"],
+        confinement=Confinement(open_files=100),
         supervisor_lock=None,
         orphan_seconds=60,
         idle_seconds=100,
