@@ -91,6 +91,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required"
     if field.default_factory is not dataclasses.MISSING:
         return f"default: {field.default_factory()}"
+    if isinstance(field.default, range):
+        return f"default: {field.default[0]}-{field.default[-1]}"
     return "optional" if field.default in (None, "", ()) else f"default: {field.default}"
 
 
@@ -133,6 +135,15 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise ValueError("expected a whole number")
     return int(text)
+
+
+def numbers(text: str) -> range:
+    """Two whole numbers with `-` between: the first and the last of a range."""
+    first, dash, last = text.partition("-")
+    found = range(count(first), count(last) + 1) if dash else range(0)
+    if not found:
+        raise ValueError("expected two whole numbers, such as 200000-209999")
+    return found
 
 
 def directory(text: str) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,6 +21,7 @@ from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
+from serving_service.isolation import Isolation, ModelUsers, probed
 from serving_service.launcher import Launcher, LocalLauncher
 from serving_service.launches import Launches
 from serving_service.query import Queries
@@ -39,6 +39,9 @@ MIGRATIONS = files("serving_service") / "migrations"
 
 MESSAGE_LIMIT = 17 << 20
 """Bytes of one message: the body of a query, and room for what is around it."""
+
+ISOLATION_FILE = "isolation.txt"
+"""Beside the database: what isolates models here, for whoever starts the platform."""
 
 QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
 
@@ -76,15 +79,21 @@ async def running(
         registry = registry or MlflowRegistry(
             settings.registry_uri, data / "models", service_environment=own_environment()
         )
+        isolation = Isolation()
+        if launcher is None:
+            launcher = LocalLauncher(
+                directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
+            )
+            isolation = await probed(launcher, settings.model_users, is_required=settings.isolation == "required")
+            (data / ISOLATION_FILE).write_text(f"{isolation.summary}\n")
+        users = ModelUsers(opened, isolation.users) if isolation.users else None
         routes = RouteTable(ack_seconds=settings.route_ack_seconds)
         controllers = Controllers(
             Doors(
                 database=opened,
-                launcher=launcher
-                or LocalLauncher(
-                    directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
-                ),
-                launches=Launches(registry, references, settlement),
+                launcher=launcher,
+                launches=Launches(registry, references, settlement, users, refusal=isolation.refusal),
+                notice=isolation.notice,
                 routes=routes,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
@@ -133,9 +142,5 @@ async def running(
                 },
                 message_limit=MESSAGE_LIMIT,
             )
-        )
-        log.warning(
-            "models are not isolated: they run as this service's own user and can read what it can",
-            extra={"user": os.getuid()},
         )
         yield Running(addresses[0])

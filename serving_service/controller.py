@@ -55,6 +55,8 @@ class Doors:
     launcher: Launcher
     launches: Launches
     routes: RouteTable
+    notice: str
+    """What the state of every served entity that is ready says besides; empty when there is nothing to say."""
     inference_deadline: float
     deploy_deadline: float
 
@@ -112,7 +114,7 @@ class EndpointController:
         is_ready = observed.is_ready(config.version, entity)
         if endpoint.active is not None and config.version == endpoint.active.version:
             if is_ready:
-                return EntityState(Deployment.READY, "")
+                return EntityState(Deployment.READY, self._doors.notice)
             return EntityState(Deployment.RECOVERING, self._doing(config.version, entity))
         if not endpoint.is_updating:
             return endpoint.failures.get(entity, EntityState(Deployment.FAILED, ""))

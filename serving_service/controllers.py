@@ -65,7 +65,7 @@ class Controllers:
             return controller.state_of(endpoint, config, entity)
         if endpoint.active is not None and config.version == endpoint.active.version:
             # The service has just started: what was ready counts as ready until it is found otherwise.
-            return EntityState(Deployment.READY, "")
+            return EntityState(Deployment.READY, self._doors.notice)
         waiting = EntityState(Deployment.CREATING, "Waiting to be started.")
         return waiting if endpoint.is_updating else endpoint.failures.get(entity, waiting)
 

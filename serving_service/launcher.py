@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -35,6 +36,9 @@ _ANSWER_BYTES = 64 * 2**20  # a full log, with every byte escaped
 
 OPEN_FILES = 1_024
 """How many files a model process may have open."""
+
+USER_PROCESSES = 2_048
+"""How many processes and threads the user of an endpoint may have, in all its replicas together."""
 
 OWN_VARIABLES = frozenset({"PATH", "HOME", "TMPDIR", "PYTHONUNBUFFERED"})
 """The variables that every replica gets from us and that nobody may declare."""
@@ -83,6 +87,8 @@ class Launch:
     masked_values: tuple[str, ...] = field(default=(), repr=False)
     command: tuple[str, ...] | None = None
     """Another program than our model server: an absolute path and arguments; see `Spec.command`."""
+    user: int | None = None
+    """The user and group that it runs as, and that is nobody else's; None: the service's own."""
 
 
 class LaunchError(Exception):
@@ -231,6 +237,8 @@ class LocalLauncher:
         self._directory = directory
         self._supervisor_lock = supervisor_lock
         self._service_environment = service_environment
+        bundles = [Path(service_environment[name]) for name in _CERTIFICATES if name in service_environment]
+        self._certificates = [bundle for bundle in bundles if bundle.is_absolute() and bundle.exists()]
         self._orphan_seconds, self._idle_seconds = orphan_seconds, idle_seconds
         self._log_bytes, self._log_line_bytes = log_bytes, log_line_bytes
 
@@ -250,6 +258,8 @@ class LocalLauncher:
             directory.mkdir(mode=0o700)
             for name in ("work", "tmp"):
                 (directory / name).mkdir(mode=0o700)
+                if launch.user is not None:
+                    os.chown(directory / name, launch.user, launch.user)
         except FileExistsError:
             raise LaunchError(f"A replica {launch.replica_id} exists already.") from None
         with _locked(directory / "lock") as lock:
@@ -261,7 +271,7 @@ class LocalLauncher:
                 command=list(launch.command or _model_server(launch.model_path)),
                 environment=environment,
                 masked_values=list(launch.masked_values),
-                confinement=Confinement(open_files=OPEN_FILES),
+                confinement=_confinement(launch, directory, self._certificates),
                 supervisor_lock=str(self._supervisor_lock) if self._supervisor_lock else None,
                 orphan_seconds=self._orphan_seconds,
                 idle_seconds=self._idle_seconds,
@@ -324,6 +334,36 @@ def _spawn_shim(spec: Spec) -> None:
     if process.returncode != 0:
         reason = errors.decode("utf-8", "replace").strip().rpartition("\n")[2]
         raise LaunchError(f"Replica {spec.replica_id} did not start: {reason or 'its shim ended'}")
+
+
+def _confinement(launch: Launch, directory: Path, certificates: list[Path]) -> Confinement:
+    if launch.user is None:
+        return Confinement(open_files=OPEN_FILES)
+    if launch.command is None:
+        _let_read(launch.model_path)
+    return Confinement(
+        open_files=OPEN_FILES,
+        user=launch.user,
+        user_processes=USER_PROCESSES,
+        readable=[str(path) for path in (*_interpreter(), *certificates, launch.model_path.absolute())],
+        writable=[str(directory / "work"), str(directory / "tmp")],
+    )
+
+
+def _interpreter() -> list[Path]:
+    """Where this interpreter and all that it imports lie."""
+    places = {Path(sys.executable).resolve().parent, *map(Path, (sys.prefix, sys.base_prefix, *sys.path))}
+    return sorted(place for place in places if place.is_absolute() and place.exists())
+
+
+def _let_read(model: Path) -> None:
+    """Lets whoever comes as far read a model's files, and nobody else than us write them."""
+    for _, _, files, directory in os.fwalk(model):
+        os.fchmod(directory, 0o755)
+        for name in files:
+            mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
+            if stat.S_ISREG(mode):  # what a link leads to is not the model's
+                os.chmod(name, 0o644 | (mode & 0o111), dir_fd=directory)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import grpc
 
 from servicekit.errors import ServiceError
 from serving_service.environment import SecretReferences, UnresolvableError
+from serving_service.isolation import ModelUsers, UsersExhausted
 from serving_service.launcher import Launch
 from serving_service.model import Endpoint, ServedEntity
 from serving_service.registry import Registry
@@ -31,10 +32,21 @@ class LaunchDelayed(Exception):
 class Launches:
     """Makes launches of what the registry and Secrets hold."""
 
-    def __init__(self, registry: Registry, references: SecretReferences, settlement: Settlement) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        references: SecretReferences,
+        settlement: Settlement,
+        users: ModelUsers | None,
+        *,
+        refusal: str = "",
+    ) -> None:
+        """`users` is None where models run as the service's own user; with a `refusal`, nothing may be launched."""
         self._registry = registry
         self._references = references
         self._settlement = settlement
+        self._users = users
+        self._refusal = refusal
 
     async def prepare(
         self, endpoint: Endpoint, version: int, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
@@ -43,14 +55,17 @@ class Launches:
 
         Raises LaunchImpossible or LaunchDelayed.
         """
+        if self._refusal:
+            raise LaunchImpossible(self._refusal)
         try:
+            user = await self._users.of(endpoint.id) if self._users else None
             say("Fetching the model.")
             path = await self._registry.fetch(entity.model)
             say("Reading secrets.")
             resolved = await self._references.resolve(
                 entity, endpoint_id=endpoint.id, version=version, replica_id=replica_id
             )
-        except UnresolvableError as error:
+        except (UnresolvableError, UsersExhausted) as error:
             raise LaunchImpossible(str(error)) from None
         except ServiceError as error:
             kind = LaunchDelayed if error.code in _PASSING else LaunchImpossible
@@ -63,6 +78,7 @@ class Launches:
             model_path=path,
             environment=resolved.variables,
             masked_values=resolved.secrets,
+            user=user,
         )
 
     def ended(self, replica_id: str) -> None:

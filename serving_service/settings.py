@@ -10,6 +10,8 @@ from pathlib import Path
 from servicekit import settings
 from servicekit.settings import setting
 
+_LAST_USER = 2**32 - 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServingSettings(settings.ServiceSettings):
@@ -63,10 +65,26 @@ class ServingSettings(settings.ServiceSettings):
         default=3600.0,
         help="For how long a known caller may go on querying models while Secrets does not answer, in seconds.",
     )
+    model_users: range = setting(
+        "TESSERA_MODEL_USERS",
+        settings.numbers,
+        default=range(200_000, 210_000),
+        help="User ids that models run as when Serving runs as root, one for each endpoint: first-last. Nobody else may"
+        " have them; platforms on one machine each need their own.",
+    )
+    isolation: str = setting(
+        "TESSERA_ISOLATION",
+        settings.one_of("auto", "required"),
+        default="auto",
+        help="Whether models run where something that isolates them is missing: `auto`, then it is said; or `required`,"
+        " then they do not.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)
+        if self.model_users[0] < 1 or self.model_users[-1] > _LAST_USER:
+            raise ValueError(f"TESSERA_MODEL_USERS is not right: expected users between 1 and {_LAST_USER}, never root")
 
     @property
     def registry_uri(self) -> str:

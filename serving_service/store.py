@@ -6,7 +6,7 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import orjson
@@ -164,6 +164,21 @@ def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoi
 def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
     """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
+
+
+def user_of(connection: sqlite3.Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:
+    """The user of an endpoint's models: the one it has, or else the first that is nobody's and not `busy`, now its own.
+
+    None when there is no such user. One that it has is kept, unless `users` has changed and does not hold it any more.
+    """
+    taken = dict(connection.execute("SELECT endpoint_id, uid FROM users").fetchall())
+    if taken.get(endpoint_id) in users:
+        return int(taken[endpoint_id])
+    unusable = {*taken.values(), *busy}
+    free = next((uid for uid in users if uid not in unusable), None)
+    if free is not None:
+        connection.execute("INSERT OR REPLACE INTO users (uid, endpoint_id) VALUES (?, ?)", (free, endpoint_id))
+    return free
 
 
 def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:

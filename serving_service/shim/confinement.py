@@ -10,10 +10,12 @@ import os
 import resource
 import signal
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
+from serving_service.shim import view
+from serving_service.shim.libc import LIBC, checked
+
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 24, 38, 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAPABILITIES_OF_64_BITS = 0x20080522
@@ -27,6 +29,14 @@ class Confinement:
 
     open_files: int
     """How many files it may have open; fewer, where the service itself may not have so many."""
+    user: int | None = None
+    """The user and the group that it runs as, with a view of the files of its own; None: those of the service."""
+    user_processes: int = 0
+    """How many processes and threads that user may have, in all its replicas together."""
+    readable: list[str] = field(default_factory=list)
+    """What it must be able to read though that may lie behind closed directories: absolute paths."""
+    writable: list[str] = field(default_factory=list)
+    """The only directories that it may write to and that outlive it; they belong to its user."""
 
 
 def enter(confinement: Confinement) -> None:
@@ -36,19 +46,27 @@ def enter(confinement: Confinement) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     _limit(resource.RLIMIT_NOFILE, confinement.open_files)
-    _drop_privileges()
+    if confinement.user is not None:
+        _limit(resource.RLIMIT_NPROC, confinement.user_processes)
+        view.enter(readable=confinement.readable, writable=confinement.writable)
+    _drop_privileges(confinement.user)
 
 
-def _drop_privileges() -> None:
+def _drop_privileges(user: int | None) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     with contextlib.suppress(PermissionError):
         for capability in range(int(_LAST_CAPABILITY.read_text()) + 1):
             _prctl(_PR_CAPBSET_DROP, capability)
-    with contextlib.suppress(PermissionError):
+    if user is not None:
         os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    else:
+        with contextlib.suppress(PermissionError):
+            os.setgroups([])
     _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     header, none = struct.pack("Ii", _CAPABILITIES_OF_64_BITS, 0), bytes(24)
-    checked(_LIBC.capset(header, none), "giving up capabilities")
+    checked(LIBC.capset(header, none), "giving up capabilities")
 
 
 def _limit(which: int, value: int) -> None:
@@ -59,11 +77,4 @@ def _limit(which: int, value: int) -> None:
 
 def _prctl(option: int, value: int) -> None:
     unsigned = [ctypes.c_ulong(number) for number in (value, 0, 0, 0)]
-    checked(_LIBC.prctl(option, *unsigned), f"prctl {option}")
-
-
-def checked(result: int, what: str) -> None:
-    """Raises the OSError that a call of the C library left behind, with what was being done."""
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+    checked(LIBC.prctl(option, *unsigned), f"prctl {option}")

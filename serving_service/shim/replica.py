@@ -193,6 +193,7 @@ def _become_model(spec: Spec, inherited: tuple[int, int, int, int]) -> None:
     words = {"{listen_fd}": str(_LISTEN_FD), "{report_fd}": str(_REPORT_FD)}
     command = [words.get(word, word) for word in spec.command]
     confinement.enter(spec.confinement)
+    os.chdir(spec.working_directory)  # again, for it may be another one in the model's own view
     environment = {name.encode(): value.encode() for name, value in spec.environment.items()}
     os.execve(command[0], command, environment)  # noqa: S606 (no shell is what is meant)
 

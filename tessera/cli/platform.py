@@ -63,6 +63,8 @@ class Platform:
     """The base URL of the REST API as clients are told it."""
     registry_uri: str
     """The MLflow registry that models are served from."""
+    isolation: str
+    """What isolates the models from the platform, or that nothing does, as Serving says."""
     lives: Sequence[asyncio.Task[None]] = field(repr=False)
 
     async def stay(self) -> None:
@@ -116,12 +118,19 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
                 addresses=chosen,
                 public_url=config.environment.get("TESSERA_PUBLIC_URL") or chosen.url,
                 registry_uri=registry,
+                isolation=_isolation(configured.data_dir),
                 lives=lives,
             )
         finally:
             up_lock.say("stopping")
             await _to_the_end(_stopped(services, lives, configured.sockets, hurry, tell), hurry)
             rotation.cancel()
+
+
+def _isolation(data_dir: Path) -> str:
+    with contextlib.suppress(OSError):
+        return (data_dir / "serving" / "isolation.txt").read_text().strip()
+    return "unknown"
 
 
 async def _first_end(lives: Sequence[asyncio.Task[None]]) -> None:

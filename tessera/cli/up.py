@@ -86,6 +86,7 @@ def summary(running: Platform) -> str:
         "Logs": running.data_dir / "run" / "*.log",
         "Token": token,
         "Model registry": running.registry_uri,
+        "Isolation": running.isolation,
     }
     lines = [f"  {name:15} {value}" for name, value in rows.items()]
     return "\n".join(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +81,21 @@ def test_queries_see_no_gap_while_versions_change_and_a_bad_version_changes_noth
     until(lambda: model_servers(stack) == others, within=20, what="no replica is left")
 
 
+def test_it_is_said_at_the_start_and_by_every_endpoint_whether_models_are_isolated(stack: Stack, api: Api) -> None:
+    (said,) = (line for line in stack.output().splitlines() if line.startswith("  Isolation "))
+    api.create_endpoint("shown", entity(GOOD))
+    state = api.deployed("shown")["config"]["served_entities"][0]["state"]["deployment_state_message"]
+    user = Path(f"/proc/{api.ask('shown', 'pid')[0]}").stat().st_uid
+    api.delete_endpoint("shown")
+    if os.getuid() == 0:
+        assert user != 0
+        assert f"({user}-" in said
+    else:
+        assert "only root can start them as others" in said
+        assert "only root can start them as others" in state
+    assert state == "" or state in said
+
+
 def test_first_deployment_that_fails_says_why_and_can_be_put_right(api: Api) -> None:
     api.create_endpoint("unlucky", entity(FAILING, name="one", **KEY))
     found = api.failed("unlucky")
@@ -91,10 +108,23 @@ def test_first_deployment_that_fails_says_why_and_can_be_put_right(api: Api) -> 
     api.delete_endpoint("unlucky")
 
 
-def test_one_failing_entity_fails_the_update_and_aborts_the_other(tmp_path: Path, api: Api) -> None:
-    """The other waits for a file that never comes, so that it is certainly not ready yet."""
+@pytest.fixture
+def gate() -> Iterator[socket.socket]:
+    """A closed gate: it opens when this listens. Not a file, since a model sees none of ours."""
+    with socket.socket() as gate:
+        gate.bind(("127.0.0.1", 0))
+        yield gate
+
+
+def address(gate: socket.socket) -> str:
+    host, port = gate.getsockname()
+    return f"{host}:{port}"
+
+
+def test_one_failing_entity_fails_the_update_and_aborts_the_other(gate: socket.socket, api: Api) -> None:
+    """The other waits at a gate that never opens, so that it is certainly not ready yet."""
     routes = [{"served_entity_name": name, "traffic_percentage": 50} for name in ("bad", "slow")]
-    entities = [entity(FAILING, name="bad"), entity(WAITING, name="slow", GATE=str(tmp_path / "gate"))]
+    entities = [entity(FAILING, name="bad"), entity(WAITING, name="slow", GATE=address(gate))]
     config = {"served_entities": entities, "traffic_config": {"routes": routes}}
     api.call("POST", ENDPOINTS, {"name": "mixed", "config": config})
     bad, slow = api.failed("mixed")["pending_config"]["served_entities"]
@@ -104,11 +134,11 @@ def test_one_failing_entity_fails_the_update_and_aborts_the_other(tmp_path: Path
     api.delete_endpoint("mixed")
 
 
-def test_second_update_waits_its_turn_and_delete_does_not(tmp_path: Path, stack: Stack, api: Api) -> None:
+def test_second_update_waits_its_turn_and_delete_does_not(gate: socket.socket, stack: Stack, api: Api) -> None:
     api.create_endpoint("impatient", entity(GOOD))
     first = api.deployed("impatient")
     others = model_servers(stack) - {int(api.ask("impatient", "pid")[0])}
-    waiting = entity(WAITING, name="waiting", GATE=str(tmp_path / "gate"))
+    waiting = entity(WAITING, name="waiting", GATE=address(gate))
     api.update_endpoint("impatient", waiting)
     until(lambda: f"version {WAITING} loads" in api.logs("impatient", "waiting"), within=60, what="the model loads")
     status, code, message = api.refused("PUT", f"{ENDPOINTS}/impatient/config", {"served_entities": [waiting]})
@@ -129,17 +159,16 @@ def test_second_update_waits_its_turn_and_delete_does_not(tmp_path: Path, stack:
     api.delete_endpoint("impatient")
 
 
-def test_waiting_update_takes_over_when_its_model_is_ready(tmp_path: Path, api: Api) -> None:
-    gate = tmp_path / "gate"
+def test_waiting_update_takes_over_when_its_model_is_ready(gate: socket.socket, api: Api) -> None:
     api.create_endpoint("patient", entity(GOOD))
     api.deployed("patient")
     with api.querying("patient", "version") as queries:
-        api.update_endpoint("patient", entity(WAITING, name="waiting", GATE=str(gate)))
+        api.update_endpoint("patient", entity(WAITING, name="waiting", GATE=address(gate)))
         until(lambda: f"version {WAITING} loads" in api.logs("patient", "waiting"), within=60, what="the model loads")
         queries.more()
         assert {answer[0] for answer in queries.answers} == {GOOD}
         assert api.endpoint("patient")["state"]["config_update"] == "IN_PROGRESS"
-        gate.touch()
+        gate.listen()
         api.deployed("patient")
         until(lambda: queries.answers[-1] == [WAITING], within=20, what="the new version answers")
     api.delete_endpoint("patient")

@@ -23,7 +23,7 @@ MODEL = "model-name"
 CHAT_MODEL = "chat-model"
 
 GOOD, BETTER, FAILING, WAITING = "1", "2", "3", "4"
-"""Versions of `model-name`: two that load, one that raises, one that waits for the file that GATE names."""
+"""Versions of `model-name`: two that load, one that raises, one that waits until somebody listens at GATE."""
 
 LOAD_FAILURE = "the model cannot work with"
 
@@ -76,16 +76,21 @@ def _register(folder: Path) -> None:
 
         def load_context(self, context: Any) -> None:
             import os
+            import socket
             import sys
             import time
-            from pathlib import Path
 
             value = os.environ.get("OPENAI_API_KEY", "nothing")
             sys.stdout.write(f"version {self.version} loads with {value}\n")
             if self.load_failure:
                 raise RuntimeError(f"{self.load_failure} {value}")
-            while self.waits and not Path(os.environ["GATE"]).exists():
-                time.sleep(0.02)
+            if self.waits:
+                host, _, port = os.environ["GATE"].partition(":")
+                while True:
+                    with socket.socket() as visitor:
+                        if visitor.connect_ex((host, int(port))) == 0:
+                            break
+                    time.sleep(0.02)
 
         def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
             return [self.answer(*question.partition(":")[::2]) for question in model_input["ask"]]

@@ -1,0 +1,171 @@
+"""What a hostile model can do where models are isolated: to the platform, to the others, to what comes after it.
+
+Only root can isolate. What this kernel offers must then be used: nothing is skipped for it.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from serving_service.isolation import Isolation, probed
+from serving_service.launcher import Launch, LocalLauncher, LocalReplica, ReplicaState
+from tests.support import hostile_model
+from tests.support.model_servers import answer, command, found_by
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start models as other users")
+
+USERS = range(1_999_990_000, 1_999_990_010)
+SECRET = "sk-0123456789-abcdefghij"
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+async def launcher(directory: Path) -> AsyncIterator[LocalLauncher]:
+    launcher = LocalLauncher(directory / "replicas", None, service_environment={"PATH": "/usr/bin:/bin"})
+    yield launcher
+    for replica in (await launcher.adopt()).values():
+        await replica.stop(0)
+
+
+async def ready(replica: LocalReplica) -> int:
+    async with asyncio.timeout(60):
+        seen = await replica.wait(ReplicaState.STARTING)
+    assert seen.state == ReplicaState.READY, (seen, await replica.logs(2_000))
+    assert seen.pid is not None
+    return seen.pid
+
+
+async def test_everything_that_isolates_is_in_force_here_and_a_trial_leaves_nothing(
+    launcher: LocalLauncher, directory: Path
+) -> None:
+    assert await probed(launcher, USERS, is_required=True) == Isolation(users=USERS, is_required=True)
+    assert list((directory / "replicas").iterdir()) == []
+
+
+async def test_a_model_runs_as_its_own_user_in_its_own_directories(launcher: LocalLauncher, directory: Path) -> None:
+    launch = Launch(
+        replica_id="r1", model_path=Path(__file__).parent, environment={}, command=command("ready"), user=USERS[3]
+    )
+    replica = await launcher.start(launch)
+    await ready(replica)
+    found = await found_by(replica.address)
+    own = directory / "replicas" / "r1"
+    assert (found["uid"], found["groups"], found["directory"]) == (USERS[3], [], f"{own}/work")
+    assert found["fds"] == [0, 1, 2, 3, 4]
+    assert found["privileges"] == {
+        **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16), "NoNewPrivs": "1"
+    }  # fmt: skip
+    owners = {path.name: (path.stat().st_uid, path.stat().st_mode & 0o777) for path in (own, *own.iterdir())}
+    assert owners == {
+        "r1": (0, 0o700),
+        "work": (USERS[3], 0o700),
+        "tmp": (USERS[3], 0o700),
+        "http.sock": (0, 0o600),
+        "control.sock": (0, 0o600),
+        "lock": (0, 0o600),
+    }
+
+
+@dataclass
+class Scene:
+    """A hostile model beside a good one, and a data directory around both."""
+
+    directory: Path
+    hostile: LocalReplica
+    good: LocalReplica
+
+    async def attempt(self, name: str) -> str:
+        return (await answer(self.hostile.address, path=f"/{name.replace(' ', '_')}"))[2].decode()
+
+
+@pytest.fixture
+async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene]:
+    for name in ("root.key", "visible-to-root"):
+        (directory / name).write_text(SECRET)
+        (directory / name).chmod(0o644)  # what protects it is that nobody comes there
+    connection = sqlite3.connect(directory / "serving.db")
+    connection.execute("CREATE TABLE t (c)")
+    connection.close()
+    model = directory / "models" / "m"
+    model.mkdir(parents=True)
+    shutil.copy(Path(hostile_model.__file__), model / "hostile.py")
+    program = model / "id"
+    shutil.copy("/usr/bin/id", program)
+    program.chmod(0o4755)
+    good = await launcher.start(
+        Launch(
+            replica_id="good",
+            model_path=model,
+            environment={"KEY": SECRET},
+            command=command("ready"),
+            user=USERS[1],
+        )
+    )
+    victim = await ready(good)
+    own = directory / "replicas" / "bad"
+    targets = {
+        "other_model": victim,
+        "service": os.getpid(),
+        "database": str(directory / "serving.db"),
+        "key_file": str(directory / "root.key"),
+        "data_directory": str(directory),
+        "service_socket": str(directory / "service.sock"),
+        "other_directory": str(directory / "replicas" / "good"),
+        "own_directory": str(own),
+        "model": str(model),
+        "setuid_program": str(program),
+    }
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(str(directory / "service.sock"))
+        service.listen()
+        (directory / "service.sock").chmod(0o666)
+        hostile = await launcher.start(
+            Launch(
+                replica_id="bad",
+                model_path=model,
+                environment={"TARGETS": json.dumps(targets)},
+                command=hostile_model.command(),
+                user=USERS[2],
+            )
+        )
+        await ready(hostile)
+        yield Scene(directory, hostile, good)
+
+
+async def test_a_hostile_model_is_denied_everything(scene: Scene) -> None:
+    outcomes = {name: await scene.attempt(name) for name in hostile_model.ATTEMPTS}
+    assert {name: said for name, said in outcomes.items() if not said.startswith("denied")} == {}
+    assert len(outcomes) >= 25
+    await scene.attempt("kill everybody")
+    assert (await scene.good.state()).state is ReplicaState.READY
+    assert (await found_by(scene.good.address))["environment"]["KEY"] == SECRET
+    assert (await scene.hostile.state()).state is ReplicaState.READY
+
+
+async def test_a_model_may_have_so_many_files_and_no_more(scene: Scene) -> None:
+    assert 900 < int(await scene.attempt("files")) <= 1_024
+
+
+async def test_nothing_that_a_model_leaves_in_shared_places_or_behind_links_outlives_it(scene: Scene) -> None:
+    assert await scene.attempt("shared") == "done"
+    assert await scene.attempt("links") == "done"
+    await scene.hostile.stop(5)
+    left = [path for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock") for path in Path(place).glob("left-by-*")]
+    assert left == []
+    assert (scene.directory / "root.key").read_text() == SECRET
+    assert [path.name for path in (scene.directory / "replicas").iterdir()] == ["good"]
