@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.once import Answers, Unsealed
-from serving_service import store
+from serving_service import cgroups, store
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
@@ -81,10 +82,16 @@ async def running(
         )
         isolation = Isolation()
         if launcher is None:
+            groups = await asyncio.to_thread(cgroups.found, settings.limits)
             launcher = LocalLauncher(
-                directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
+                directory / "replicas",
+                settings.supervisor_lock,
+                service_environment=own_environment(),
+                cgroups=groups,
             )
-            isolation = await probed(launcher, settings.model_users, is_required=settings.isolation == "required")
+            isolation = await probed(
+                launcher, groups, settings.model_users, is_required=settings.isolation == "required"
+            )
             (data / ISOLATION_FILE).write_text(f"{isolation.summary}\n")
         users = ModelUsers(opened, isolation.users) if isolation.users else None
         routes = RouteTable(ack_seconds=settings.route_ack_seconds)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from servicekit.database import Database
 from serving_service import store
+from serving_service.cgroups import Cgroups
 from serving_service.launcher import Launch, Launcher, LaunchError, ReplicaGoneError, ReplicaState
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,15 @@ class Isolation:
     @property
     def notice(self) -> str:
         """What those who deploy models are told; empty when there is nothing to tell."""
-        return f"Not isolated from the platform: {' '.join(self.missing)}" if self.missing else ""
+        how = "Not wholly isolated" if self.users else "Not isolated from the platform"
+        return f"{how}: {' '.join(self.missing)}" if self.missing else ""
 
     @property
     def summary(self) -> str:
         """What the person who starts the platform is told."""
         if self.users:
-            return f"each endpoint's models run as a user of their own ({self.users[0]}-{self.users[-1]})"
+            own = f"each endpoint's models run as a user of their own ({self.users[0]}-{self.users[-1]})"
+            return " ".join([f"{own}." if self.missing else own, *self.missing])
         return self.refusal or self.notice
 
     @property
@@ -78,12 +81,12 @@ class ModelUsers:
         return uid
 
 
-async def probed(launcher: Launcher, users: range, *, is_required: bool) -> Isolation:
-    """What is in force here, with `launcher`; says in the log what is not."""
-    missing = []
+async def probed(launcher: Launcher, cgroups: Cgroups, users: range, *, is_required: bool) -> Isolation:
+    """What is in force here, with `launcher`, which uses `cgroups`; says in the log what is not."""
+    missing = list(cgroups.missing)
     reason = await _why_not(launcher, users[-1])
     if reason:
-        missing.append(f"Models run as the service's own user: {reason}.")
+        missing.insert(0, f"Models run as the service's own user: {reason}.")
     isolation = Isolation(users=None if reason else users, missing=tuple(missing), is_required=is_required)
     if missing:
         log.warning("models are not isolated", extra={"missing": missing, "user": os.getuid(), "required": is_required})

@@ -21,6 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from serving_service.cgroups import Cgroups
+from serving_service.shim import cgroups as members
 from serving_service.shim import processes
 from serving_service.shim.confinement import Confinement
 from serving_service.shim.spec import Spec
@@ -228,12 +230,17 @@ class LocalLauncher:
         supervisor_lock: Path | None,
         *,
         service_environment: Mapping[str, str],
+        cgroups: Cgroups | None = None,
         orphan_seconds: float = 60,
         idle_seconds: float = 24 * 3600,
         log_bytes: int = 10 * 2**20,
         log_line_bytes: int = 16 * 2**10,
     ) -> None:
-        """`service_environment` is what `model_environment` may take from; for the rest see `Spec`."""
+        """`service_environment` is what `model_environment` may take from, `cgroups` where every replica gets groups.
+
+        For the rest see `Spec`.
+        """
+        self._cgroups = cgroups
         self._directory = directory
         self._supervisor_lock = supervisor_lock
         self._service_environment = service_environment
@@ -262,6 +269,11 @@ class LocalLauncher:
                     os.chown(directory / name, launch.user, launch.user)
         except FileExistsError:
             raise LaunchError(f"A replica {launch.replica_id} exists already.") from None
+        try:
+            groups = self._cgroups.make(launch.replica_id) if self._cgroups else []
+        except OSError as error:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise LaunchError(f"Replica {launch.replica_id} gets no control group: {error.strerror}.") from None
         with _locked(directory / "lock") as lock:
             spec = Spec(
                 replica_id=launch.replica_id,
@@ -271,7 +283,7 @@ class LocalLauncher:
                 command=list(launch.command or _model_server(launch.model_path)),
                 environment=environment,
                 masked_values=list(launch.masked_values),
-                confinement=_confinement(launch, directory, self._certificates),
+                confinement=_confinement(launch, directory, self._certificates, groups),
                 supervisor_lock=str(self._supervisor_lock) if self._supervisor_lock else None,
                 orphan_seconds=self._orphan_seconds,
                 idle_seconds=self._idle_seconds,
@@ -281,6 +293,7 @@ class LocalLauncher:
             try:
                 _spawn_shim(spec)
             except LaunchError:
+                members.remove(groups)
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
         return LocalReplica(directory)
@@ -336,13 +349,14 @@ def _spawn_shim(spec: Spec) -> None:
         raise LaunchError(f"Replica {spec.replica_id} did not start: {reason or 'its shim ended'}")
 
 
-def _confinement(launch: Launch, directory: Path, certificates: list[Path]) -> Confinement:
+def _confinement(launch: Launch, directory: Path, certificates: list[Path], groups: list[str]) -> Confinement:
     if launch.user is None:
-        return Confinement(open_files=OPEN_FILES)
+        return Confinement(open_files=OPEN_FILES, cgroups=groups)
     if launch.command is None:
         _let_read(launch.model_path)
     return Confinement(
         open_files=OPEN_FILES,
+        cgroups=groups,
         user=launch.user,
         user_processes=USER_PROCESSES,
         readable=[str(path) for path in (*_interpreter(), *certificates, launch.model_path.absolute())],
@@ -385,6 +399,8 @@ def _remove_dead(directory: Path) -> None:
         identity = json.loads((directory / "lock").read_bytes())
         if identity["model_pid"] is not None:
             processes.kill_session(identity["model_pid"], identity["model_mark"])
+        members.kill(identity["cgroups"])
+        members.remove(identity["cgroups"])
     shutil.rmtree(directory, ignore_errors=True)
 
 

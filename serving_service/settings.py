@@ -9,6 +9,7 @@ from pathlib import Path
 
 from servicekit import settings
 from servicekit.settings import setting
+from serving_service.cgroups import Limits, memory_of_machine
 
 _LAST_USER = 2**32 - 2
 
@@ -72,6 +73,18 @@ class ServingSettings(settings.ServiceSettings):
         help="User ids that models run as when Serving runs as root, one for each endpoint: first-last. Nobody else may"
         " have them; platforms on one machine each need their own.",
     )
+    model_processes: int = setting(
+        "TESSERA_MODEL_PROCESSES",
+        settings.count,
+        default=512,
+        help="How many processes and threads one replica may have.",
+    )
+    model_memory: int | None = setting(
+        "TESSERA_MODEL_MEMORY_MIB",
+        settings.count,
+        default=None,
+        help="How much memory one replica may use, in MiB. Not set: three quarters of the machine's.",
+    )
     isolation: str = setting(
         "TESSERA_ISOLATION",
         settings.one_of("auto", "required"),
@@ -85,6 +98,12 @@ class ServingSettings(settings.ServiceSettings):
         self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)
         if self.model_users[0] < 1 or self.model_users[-1] > _LAST_USER:
             raise ValueError(f"TESSERA_MODEL_USERS is not right: expected users between 1 and {_LAST_USER}, never root")
+
+    @property
+    def limits(self) -> Limits:
+        """What one replica may use."""
+        memory = self.model_memory << 20 if self.model_memory else memory_of_machine() * 3 // 4
+        return Limits(processes=self.model_processes, memory=memory)
 
     @property
     def registry_uri(self) -> str:

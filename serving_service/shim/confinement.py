@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serving_service.shim import view
+from serving_service.shim import cgroups, view
 from serving_service.shim.libc import LIBC, checked
 
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 24, 38, 47
@@ -29,6 +29,8 @@ class Confinement:
 
     open_files: int
     """How many files it may have open; fewer, where the service itself may not have so many."""
+    cgroups: list[str] = field(default_factory=list)
+    """The control groups that it belongs to from its first moment on: directories."""
     user: int | None = None
     """The user and the group that it runs as, with a view of the files of its own; None: those of the service."""
     user_processes: int = 0
@@ -41,6 +43,7 @@ class Confinement:
 
 def enter(confinement: Confinement) -> None:
     """Gives up, for good, what the model is not to have; raises OSError where that cannot be."""
+    cgroups.join(confinement.cgroups)
     # What the shim or its starter ignores must not be ignored by the model.
     for number in _SETTABLE:
         signal.signal(number, signal.SIG_DFL)

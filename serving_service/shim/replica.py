@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from serving_service.shim import confinement, processes
+from serving_service.shim import cgroups, confinement, processes
 from serving_service.shim.masking import Masker
 from serving_service.shim.ring import LineRing, LineWriter
 from serving_service.shim.spec import Spec
@@ -60,12 +60,14 @@ class Replica:
         self._read(lambda: self._listen_to(report))
 
     def identity(self) -> dict[str, Any]:
-        """Number and mark of the model process, for whoever finds the replica without its shim."""
-        return {"model_pid": self._pid, "model_mark": processes.started(self._pid) if self._pid else None}
+        """Number and mark of the model process and its groups, for whoever finds the replica without its shim."""
+        mark = processes.started(self._pid) if self._pid else None
+        return {"model_pid": self._pid, "model_mark": mark, "cgroups": self._spec.confinement.cgroups}
 
     def reap(self) -> None:
         """Waits for every descendant; returns when none is left. To be called by the main thread only."""
         if self._pid is None:
+            cgroups.remove(self._spec.confinement.cgroups)
             return
         while True:
             try:
@@ -78,10 +80,13 @@ class Replica:
                 if ended.si_pid == self._pid:
                     self._exit_code = os.waitstatus_to_exitcode(status)
                 if self._exit_code is not None:
+                    cgroups.kill(self._spec.confinement.cgroups)
                     processes.kill_children()
         for reader in self._readers:
             reader.join(timeout=1)
-        self._become(STOPPED, self._cause or self._cause_of_exit())
+        cause = self._cause or self._cause_of_exit()
+        cgroups.remove(self._spec.confinement.cgroups)
+        self._become(STOPPED, cause)
 
     def stop(self, grace_seconds: float) -> None:
         """TERM to the process group, KILL to everything after `grace_seconds`; returns when nothing is left."""
@@ -156,6 +161,8 @@ class Replica:
         if self._stopping or code is None:
             return ""
         how = f"exited with status {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL and cgroups.has_run_out_of_memory(self._spec.confinement.cgroups):
+            how = "used all the memory that it may"
         return f"the model server {how}" + (" before it was ready" if self._state == STARTING else "")
 
 

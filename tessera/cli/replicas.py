@@ -10,6 +10,7 @@ import contextlib
 import json
 from pathlib import Path
 
+from serving_service.shim import cgroups
 from serving_service.shim.processes import kill_session
 from serving_service.shim.supervisor import is_held
 
@@ -27,3 +28,5 @@ def kill(directory: Path, *, shim: bool) -> None:
         pid, mark = (identity[field] for field in who)
         if pid is not None and is_held(directory / "lock"):
             kill_session(pid, mark)
+            if not shim:
+                cgroups.kill(identity["cgroups"])

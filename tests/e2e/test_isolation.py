@@ -4,9 +4,11 @@ Only root can isolate. What this kernel offers must then be used: nothing is ski
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import tempfile
@@ -16,14 +18,18 @@ from pathlib import Path
 
 import pytest
 
+from serving_service import cgroups
 from serving_service.isolation import Isolation, probed
 from serving_service.launcher import Launch, LocalLauncher, LocalReplica, ReplicaState
+from serving_service.shim.supervisor import is_held
 from tests.support import hostile_model
+from tests.support.eventually import eventually
 from tests.support.model_servers import answer, command, found_by
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start models as other users")
 
 USERS = range(1_999_990_000, 1_999_990_010)
+LIMITS = cgroups.Limits(processes=100, memory=256 << 20)
 SECRET = "sk-0123456789-abcdefghij"
 
 
@@ -34,9 +40,20 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def member_of_a_group() -> Iterator[None]:
+    """A starter's groups must not be the model's."""
+    groups = os.getgroups()
+    os.setgroups([*groups, 54_321])
+    yield
+    os.setgroups(groups)
+
+
 @pytest.fixture
 async def launcher(directory: Path) -> AsyncIterator[LocalLauncher]:
-    launcher = LocalLauncher(directory / "replicas", None, service_environment={"PATH": "/usr/bin:/bin"})
+    launcher = LocalLauncher(
+        directory / "replicas", None, service_environment={"PATH": "/usr/bin:/bin"}, cgroups=cgroups.found(LIMITS)
+    )
     yield launcher
     for replica in (await launcher.adopt()).values():
         await replica.stop(0)
@@ -53,7 +70,9 @@ async def ready(replica: LocalReplica) -> int:
 async def test_everything_that_isolates_is_in_force_here_and_a_trial_leaves_nothing(
     launcher: LocalLauncher, directory: Path
 ) -> None:
-    assert await probed(launcher, USERS, is_required=True) == Isolation(users=USERS, is_required=True)
+    assert await probed(launcher, cgroups.found(LIMITS), USERS, is_required=True) == Isolation(
+        users=USERS, is_required=True
+    )
     assert list((directory / "replicas").iterdir()) == []
 
 
@@ -65,7 +84,8 @@ async def test_a_model_runs_as_its_own_user_in_its_own_directories(launcher: Loc
     await ready(replica)
     found = await found_by(replica.address)
     own = directory / "replicas" / "r1"
-    assert (found["uid"], found["groups"], found["directory"]) == (USERS[3], [], f"{own}/work")
+    assert (found["uid"], found["gid"], found["groups"]) == (USERS[3], USERS[3], [])
+    assert found["directory"] == f"{own}/work"
     assert found["fds"] == [0, 1, 2, 3, 4]
     assert found["privileges"] == {
         **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"), "0" * 16), "NoNewPrivs": "1"
@@ -104,6 +124,8 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
     model = directory / "models" / "m"
     model.mkdir(parents=True)
     shutil.copy(Path(hostile_model.__file__), model / "hostile.py")
+    (model / "open").mkdir()
+    (model / "open").chmod(0o777)
     program = model / "id"
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o4755)
@@ -128,6 +150,9 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
         "other_directory": str(directory / "replicas" / "good"),
         "own_directory": str(own),
         "model": str(model),
+        "own_group": next(
+            str(h.parent / "tessera-bad") for h in cgroups.found(LIMITS).hierarchies if "pids" in h.kinds
+        ),
         "setuid_program": str(program),
     }
     with socket.socket(socket.AF_UNIX) as service:
@@ -162,10 +187,55 @@ async def test_a_model_may_have_so_many_files_and_no_more(scene: Scene) -> None:
 
 
 async def test_nothing_that_a_model_leaves_in_shared_places_or_behind_links_outlives_it(scene: Scene) -> None:
-    assert await scene.attempt("shared") == "done"
+    assert await scene.attempt("shared") == "3"  # it may write there, in places of its own
     assert await scene.attempt("links") == "done"
     await scene.hostile.stop(5)
-    left = [path for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock") for path in Path(place).glob("left-by-*")]
+    left = [path for place in hostile_model.SHARED for path in Path(place).glob("left-by-*")]
     assert left == []
     assert (scene.directory / "root.key").read_text() == SECRET
     assert [path.name for path in (scene.directory / "replicas").iterdir()] == ["good"]
+
+
+async def test_a_fork_bomb_is_bounded_and_its_neighbour_does_not_notice(scene: Scene) -> None:
+    assert 50 < int(await scene.attempt("forks")) < LIMITS.processes
+    assert (await found_by(scene.good.address))["environment"]["KEY"] == SECRET
+
+
+async def test_a_memory_bomb_ends_where_its_limit_is_and_its_neighbour_does_not_notice(scene: Scene) -> None:
+    assert await scene.attempt("memory") == "denied: killed"
+    assert (await found_by(scene.good.address))["environment"]["KEY"] == SECRET
+
+
+async def test_a_model_that_uses_all_its_memory_is_said_to_have_done_so(scene: Scene) -> None:
+    with contextlib.suppress(ConnectionError, IndexError):
+        await scene.attempt("own memory")
+    async with asyncio.timeout(60):
+        seen = await scene.hostile.wait(ReplicaState.READY)
+    assert seen.cause == "the model server used all the memory that it may"
+
+
+def groups() -> set[Path]:
+    """Every group of a replica that there is on this machine."""
+    return {path for hierarchy in cgroups.found(LIMITS).hierarchies for path in hierarchy.parent.glob("tessera-*")}
+
+
+async def test_what_was_forked_away_ends_with_its_replica_even_when_the_shim_was_killed(
+    scene: Scene, launcher: LocalLauncher
+) -> None:
+    survivor = int(await scene.attempt("second life"))
+    others = groups() - {path for path in groups() if path.name == "tessera-bad"}
+    shim = json.loads((scene.directory / "replicas" / "bad" / "lock").read_bytes())["pid"]
+    os.kill(shim, signal.SIGKILL)
+    await eventually(lambda: not is_held(scene.directory / "replicas" / "bad" / "lock"))
+    assert Path(f"/proc/{survivor}").exists()
+    assert list(await launcher.adopt()) == ["good"]
+    await eventually(lambda: not Path(f"/proc/{survivor}").exists(), within=10)
+    assert groups() <= others
+
+
+async def test_groups_end_with_their_replica(scene: Scene) -> None:
+    before = {path for path in groups() if path.name == "tessera-bad"}
+    assert before
+    await scene.attempt("second life")
+    await scene.hostile.stop(1)
+    assert not before & groups()

@@ -155,6 +155,7 @@ async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: 
         "core": [1, 1],
         "files": [1_024, 1_024],
         "uid": os.getuid(),
+        "gid": os.getgid(),
         "groups": [] if os.getuid() == 0 else os.getgroups(),
         "privileges": {
             **dict.fromkeys(("CapInh", "CapPrm", "CapEff", "CapAmb"), "0" * 16),

@@ -22,6 +22,7 @@ TARGETS: dict[str, Any] = json.loads(os.environ.get("TARGETS", "{}"))
 LIBC = ctypes.CDLL(None, use_errno=True)
 PTRACE_ATTACH, CLONE_NEWNS, AF_PACKET = 16, 0x20000, 17
 
+SHARED = ("/tmp", "/var/tmp", "/dev/shm")
 FORKS = 700
 BOMB_MIB = 512
 
@@ -100,24 +101,31 @@ def _forks() -> str:
     return str(len(children))
 
 
+def _take_memory() -> str:
+    taken = bytearray(BOMB_MIB << 20)
+    for index in range(0, len(taken), 4096):
+        taken[index] = 1
+    return f"it took {BOMB_MIB} MiB"
+
+
 def _memory() -> str:
     """How a child ends that takes a lot of it."""
     child = os.fork()
     if child == 0:
-        taken = bytearray(BOMB_MIB << 20)
-        for index in range(0, len(taken), 4096):
-            taken[index] = 1
+        _take_memory()
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return "denied: killed" if status == -signal.SIGKILL else f"it took {BOMB_MIB} MiB"
 
 
 def _shared_files() -> str:
-    """Whether anything can be left where the next owner of this user would find it."""
-    for place in ("/tmp", "/var/tmp", "/dev/shm", "/run/lock"):
+    """Leaves files where the next owner of this user could find them; in how many places that was possible."""
+    left = 0
+    for place in SHARED:
         with contextlib.suppress(OSError):
             Path(place, f"left-by-{os.getuid()}").write_text("left")
-    return "done"
+            left += 1
+    return str(left)
 
 
 def _links() -> str:
@@ -136,6 +144,7 @@ def _second_life() -> str:
         if os.fork() == 0:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             os.write(writing, str(os.getpid()).encode())
+            os.closerange(3, 1_024)  # the connection above all, whose end somebody waits for
             while True:
                 time.sleep(1)
         os._exit(0)
@@ -165,6 +174,8 @@ ATTEMPTS: dict[str, Callable[[], str]] = {
     "list another model's work": lambda: _listed(f"{TARGETS['other_directory']}/work"),
     "write to the interpreter": lambda: _written(f"{sys.prefix}/hostile.pth"),
     "write to the model": lambda: _written(f"{TARGETS['model']}/hostile"),
+    "write where everybody may": lambda: _written(f"{TARGETS['model']}/open/hostile"),
+    "write to its limits": lambda: _written(f"{TARGETS['own_group']}/pids.max"),
     "write beside the work directory": lambda: _written("../hostile"),
     "write to the system": lambda: _written("/etc/hostile"),
     "write to the kernel": lambda: _written("/proc/sys/kernel/core_pattern"),
@@ -185,6 +196,7 @@ MEASURED: dict[str, Callable[[], str]] = {
     "files": _every_file,
     "forks": _forks,
     "memory": _memory,
+    "own memory": _take_memory,
     "shared": _shared_files,
     "links": _links,
     "second life": _second_life,

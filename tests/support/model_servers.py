@@ -62,6 +62,7 @@ def _surroundings() -> dict[str, Any]:
         "core": resource.getrlimit(resource.RLIMIT_CORE),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),
         "uid": os.getuid(),
+        "gid": os.getgid(),
         "groups": os.getgroups(),
         "privileges": privileges(),
         "pid": os.getpid(),
