@@ -87,6 +87,7 @@ async def running(
                 directory / "replicas",
                 settings.supervisor_lock,
                 service_environment=own_environment(),
+                epoch=await opened.write(store.next_epoch),
                 cgroups=groups,
             )
             isolation = await probed(

@@ -163,8 +163,9 @@ def model_environment(declared: Mapping[str, str], *, directory: Path, service: 
 class LocalReplica:
     """A replica on this machine, reached through the control socket in its directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, epoch: int) -> None:
         self._directory = directory
+        self._epoch = epoch
 
     @property
     def replica_id(self) -> str:
@@ -203,7 +204,8 @@ class LocalReplica:
                     self._directory / "control.sock", limit=_ANSWER_BYTES
                 )
                 try:
-                    writer.write(json.dumps(request).encode() + b"\n")
+                    writer.write(json.dumps({**request, "epoch": self._epoch}).encode() + b"\n")
+                    writer.write_eof()  # what is refused is not followed by an end of the shim: it closes then
                     line = await reader.readline()
                     if until_closed:
                         await reader.read()
@@ -230,6 +232,7 @@ class LocalLauncher:
         supervisor_lock: Path | None,
         *,
         service_environment: Mapping[str, str],
+        epoch: int = 0,
         cgroups: Cgroups | None = None,
         orphan_seconds: float = 60,
         idle_seconds: float = 24 * 3600,
@@ -238,8 +241,9 @@ class LocalLauncher:
     ) -> None:
         """`service_environment` is what `model_environment` may take from, `cgroups` where every replica gets groups.
 
-        For the rest see `Spec`.
+        `epoch`: shims obey none that is lower than one that they have heard of. For the rest see `Spec`.
         """
+        self._epoch = epoch
         self._cgroups = cgroups
         self._directory = directory
         self._supervisor_lock = supervisor_lock
@@ -277,6 +281,7 @@ class LocalLauncher:
         with _locked(directory / "lock") as lock:
             spec = Spec(
                 replica_id=launch.replica_id,
+                epoch=self._epoch,
                 directory=str(directory),
                 lock_fd=lock,
                 working_directory=str(directory / "work"),
@@ -296,7 +301,7 @@ class LocalLauncher:
                 members.remove(groups)
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
-        return LocalReplica(directory)
+        return LocalReplica(directory, self._epoch)
 
     def _directories(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
@@ -305,7 +310,7 @@ class LocalLauncher:
 
     async def _adopted(self, directory: Path) -> LocalReplica | None:
         """The replica of a directory; None after the remains of a dead one were removed."""
-        replica = LocalReplica(directory)
+        replica = LocalReplica(directory, self._epoch)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while await asyncio.to_thread(is_held, directory / "lock"):

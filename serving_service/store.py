@@ -166,6 +166,11 @@ def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endp
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
 
 
+def next_epoch(connection: sqlite3.Connection) -> int:
+    """A number that is higher than every one before."""
+    return int(connection.execute("UPDATE epochs SET epoch = epoch + 1 RETURNING epoch").fetchone()[0])
+
+
 def user_of(connection: sqlite3.Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:
     """The user of an endpoint's models: the one it has, or else the first that is nobody's and not `busy`, now its own.
 

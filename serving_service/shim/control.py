@@ -1,5 +1,8 @@
 """The shim's control socket: one JSON request a line, one JSON answer a line, for processes of the same user only.
 
+Every request holds the `epoch` of who asks. Each Serving has a higher one than its predecessor, and only the highest
+that was ever heard is obeyed: one that was paused or cut off, and has a successor by now, does nothing more.
+
 Requests: `state`; `wait` (`state`: answers when it is another one, at the latest after 30 s); `logs` (`max_bytes`);
 `stop` (`grace_seconds`, `dismiss`); `dismiss`, which removes the directory of a replica that has ended, and ends the
 shim.
@@ -27,6 +30,8 @@ class Control:
 
     def __init__(self, spec: Spec, replica: Replica) -> None:
         self._spec, self._replica = spec, replica
+        self._epoch = spec.epoch
+        self._epoch_lock = threading.Lock()
         self.dismissed = threading.Event()
         self.last_contact = time.monotonic()
 
@@ -51,7 +56,6 @@ class Control:
         try:
             with connection.makefile("rwb") as stream:
                 while not is_last and (request := stream.readline(_REQUEST_BYTES)):
-                    self.last_contact = time.monotonic()
                     answer, is_last = self._answer(request)
                     stream.write(json.dumps(answer).encode() + b"\n")
                     stream.flush()
@@ -67,6 +71,9 @@ class Control:
         """The answer, and whether it is the last one this shim gives."""
         try:
             asked = json.loads(request)
+            if not self._is_current(int(asked["epoch"])):
+                return {"error": f"a later Serving than that of epoch {asked['epoch']} has taken over"}, False
+            self.last_contact = time.monotonic()
             operation = asked["op"]
             if operation == "logs":
                 return {"logs": self._replica.log.tail(int(asked["max_bytes"]))}, False
@@ -85,6 +92,11 @@ class Control:
         if dismiss:
             self._remove()
         return snapshot, dismiss
+
+    def _is_current(self, epoch: int) -> bool:
+        with self._epoch_lock:
+            self._epoch = max(self._epoch, epoch)
+            return epoch == self._epoch
 
     def _remove(self) -> None:
         shutil.rmtree(self._spec.directory, ignore_errors=True)

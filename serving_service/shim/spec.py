@@ -22,6 +22,8 @@ class Spec:
     """One launch, as the shim needs it."""
 
     replica_id: str
+    epoch: int
+    """Of the Serving that starts it; see `control`."""
     directory: str
     """The replica's own 0700 directory; the shim removes it when the replica is dismissed."""
     lock_fd: int

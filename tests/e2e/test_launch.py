@@ -44,12 +44,15 @@ def directory() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def a_launcher(directory: Path, supervisor_lock: Path | None = None, orphan_seconds: float = 1) -> LocalLauncher:
+def a_launcher(
+    directory: Path, supervisor_lock: Path | None = None, orphan_seconds: float = 1, epoch: int = 0
+) -> LocalLauncher:
     return LocalLauncher(
         directory / "replicas",
         supervisor_lock,
         service_environment={"PATH": "/usr/bin:/bin", "SERVICE_TOKEN": SECRET},
         orphan_seconds=orphan_seconds,
+        epoch=epoch,
     )
 
 
@@ -316,7 +319,7 @@ async def test_a_dismissed_replica_ends_also_when_nobody_waits_for_the_answer(
     replica = await launcher.start(a_launch("stubborn"))
     seen, shim = await ready(replica), shim_of(directory)
     _, writer = await asyncio.open_unix_connection(directory / "replicas" / "r1" / "control.sock")
-    writer.write(b'{"op":"stop","grace_seconds":0.2,"dismiss":true}\n')
+    writer.write(b'{"epoch":0,"op":"stop","grace_seconds":0.2,"dismiss":true}\n')
     await writer.drain()
     writer.close()
     await gone(seen.pid, shim)
@@ -357,10 +360,11 @@ async def test_a_running_replica_cannot_be_dismissed(launcher: LocalLauncher, di
     replica = await launcher.start(a_launch())
     await ready(replica)
     for request, refusal in [
-        (b'{"op":"dismiss"}', "stop it before"),
-        (b'{"op":"explode"}', "unknown operation"),
+        (b'{"epoch":0,"op":"dismiss"}', "stop it before"),
+        (b'{"epoch":0,"op":"explode"}', "unknown operation"),
         (b"nonsense", "not a request"),
-        (b'{"op":"logs"}', "not a request"),
+        (b'{"op":"state"}', "not a request"),
+        (b'{"epoch":0,"op":"logs"}', "not a request"),
     ]:
         reader, writer = await asyncio.open_unix_connection(directory / "replicas" / "r1" / "control.sock")
         writer.write(request + b"\n")
@@ -386,7 +390,7 @@ async def test_another_user_gets_no_answer_even_where_the_files_let_him_in(
             os.seteuid(0)
         stranger.settimeout(10)
         with contextlib.suppress(BrokenPipeError):
-            stranger.sendall(b'{"op":"state"}\n')
+            stranger.sendall(b'{"epoch":0,"op":"state"}\n')
         with contextlib.suppress(ConnectionResetError):
             assert stranger.recv(1_000) == b""
     await ready(replica)
@@ -458,6 +462,68 @@ async def test_a_folder_whose_process_number_is_somebody_elses_now_harms_nobody(
     finally:
         await stranger.communicate(b"\n")
     assert stranger.returncode == 0
+
+
+async def test_only_the_latest_that_was_heard_of_is_obeyed(launcher: LocalLauncher, directory: Path) -> None:
+    first = a_launcher(directory, epoch=1)
+    replica = await first.start(a_launch())
+    await ready(replica)
+    assert (await replica.state()).state == ReplicaState.READY
+    (late,) = (await a_launcher(directory, epoch=2).adopt()).values()
+    assert (await late.state()).state == ReplicaState.READY
+    for act in (replica.state, lambda: replica.logs(1), lambda: replica.stop(0)):
+        with pytest.raises(RuntimeError, match="a later Serving than that of epoch 1"):
+            await act()
+    assert (await late.state()).state == ReplicaState.READY
+    assert (await found_by(late.address))["uid"] == os.getuid()
+    await late.stop(5)
+
+
+REUSE = """
+import asyncio, json, os, shutil, signal, subprocess, sys
+from pathlib import Path
+from serving_service.launcher import ReplicaState
+from tests.e2e.test_launch import a_launch, a_launcher
+
+def started_as(pid):
+    # The next process of this namespace gets the number that we want.
+    Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+    stranger = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    assert stranger.pid == pid, (stranger.pid, pid)
+    return stranger
+
+async def main():
+    directory = Path(sys.argv[1])
+    launcher = a_launcher(directory)
+    replica = await launcher.start(a_launch())
+    while (seen := await replica.state()).state != ReplicaState.READY:
+        await replica.wait(seen.state)
+    identity = json.loads((directory / "replicas" / "r1" / "lock").read_bytes())
+    for pid in (identity["pid"], identity["model_pid"]):
+        os.kill(pid, signal.SIGKILL)
+        # Both come to us, the first process of the namespace.
+        os.waitpid(pid, 0)
+    strangers = [started_as(identity[name]) for name in ("pid", "model_pid")]
+    assert await launcher.adopt() == {}
+    assert [stranger.poll() for stranger in strangers] == [None, None]
+    for stranger in strangers:
+        stranger.kill()
+        stranger.wait()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can make a pid namespace and choose numbers in it")
+async def test_who_gets_the_number_of_a_dead_shim_or_model_is_neither_killed_nor_adopted(directory: Path) -> None:
+    inside = await asyncio.create_subprocess_exec(
+        *("unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", REUSE, str(directory)),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    _, errors = await asyncio.wait_for(inside.communicate(), 60)
+    assert inside.returncode == 0, errors.decode()
+    assert list((directory / "replicas").iterdir()) == []
 
 
 # --- supervision ----------------------------------------------------------------------------------------------------

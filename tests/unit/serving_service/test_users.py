@@ -56,6 +56,10 @@ def test_an_endpoint_gets_another_user_when_the_range_has_moved(connection: sqli
     assert store.user_of(connection, "a", range(300, 301), ()) == 300
 
 
+def test_each_start_has_a_higher_epoch(connection: sqlite3.Connection) -> None:
+    assert [store.next_epoch(connection) for _ in range(3)] == [1, 2, 3]
+
+
 def test_users_of_processes_are_seen() -> None:
     assert os.getuid() in isolation._users_of_processes()
 

@@ -11,6 +11,7 @@ from serving_service.shim.spec import IncompleteSpecError, Spec, read_spec
 def a_spec() -> Spec:
     return Spec(
         replica_id="r1",
+        epoch=1,
         directory="/d",
         lock_fd=5,
         working_directory="/d/work",
