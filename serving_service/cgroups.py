@@ -67,8 +67,12 @@ class Cgroups:
     missing: tuple[str, ...] = ()
     """What cannot be limited, and why: a sentence each."""
 
-    def make(self, name: str) -> list[str]:
-        """The groups of one replica; raises OSError, and then there are none."""
+    def named(self, name: str) -> list[str]:
+        """The directories of the groups of one replica, made or not."""
+        return [str(hierarchy.parent / f"tessera-{name}") for hierarchy in self.hierarchies]
+
+    def make(self, name: str) -> None:
+        """Makes the groups of one replica; raises OSError, and then there are none."""
         made: list[str] = []
         try:
             for hierarchy in self.hierarchies:
@@ -76,7 +80,6 @@ class Cgroups:
         except OSError:
             members.remove(made)
             raise
-        return made
 
 
 def found(limits: Limits) -> Cgroups:

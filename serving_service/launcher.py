@@ -273,12 +273,10 @@ class LocalLauncher:
                     os.chown(directory / name, launch.user, launch.user)
         except FileExistsError:
             raise LaunchError(f"A replica {launch.replica_id} exists already.") from None
-        try:
-            groups = self._cgroups.make(launch.replica_id) if self._cgroups else []
-        except OSError as error:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise LaunchError(f"Replica {launch.replica_id} gets no control group: {error.strerror}.") from None
+        groups = self._cgroups.named(launch.replica_id) if self._cgroups else []
         with _locked(directory / "lock") as lock:
+            # Before they are made, so that a successor of this process finds them whenever it ends.
+            os.write(lock, json.dumps({"model_pid": None, "cgroups": groups}).encode())
             spec = Spec(
                 replica_id=launch.replica_id,
                 epoch=self._epoch,
@@ -296,12 +294,21 @@ class LocalLauncher:
                 log_line_bytes=self._log_line_bytes,
             )
             try:
+                self._make_groups(launch.replica_id)
                 _spawn_shim(spec)
             except LaunchError:
+                members.kill(groups)
                 members.remove(groups)
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
         return LocalReplica(directory, self._epoch)
+
+    def _make_groups(self, replica_id: str) -> None:
+        try:
+            if self._cgroups:
+                self._cgroups.make(replica_id)
+        except OSError as error:
+            raise LaunchError(f"Replica {replica_id} gets no control group: {error.strerror}.") from None
 
     def _directories(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):

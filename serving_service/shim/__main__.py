@@ -52,7 +52,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, on_terminate)
     replica.start(model_listener)
     identity = {"pid": os.getpid(), "mark": processes.started(os.getpid()), **replica.identity()}
-    os.write(spec.lock_fd, json.dumps(identity).encode())
+    os.pwrite(spec.lock_fd, json.dumps(identity).encode(), 0)  # over what its starter wrote, which is shorter
     threading.Thread(target=control.serve, args=(control_listener,), daemon=True).start()
     threading.Thread(target=supervise, args=(spec, control), daemon=True).start()
     replica.reap()

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start mo
 
 USERS = range(1_999_990_000, 1_999_990_010)
 LIMITS = cgroups.Limits(processes=100, memory=256 << 20)
+BAD, GOOD = f"bad-{os.getpid()}", f"good-{os.getpid()}"  # names of groups are the machine's, which others may use
 SECRET = "sk-0123456789-abcdefghij"
 
 
@@ -131,7 +132,7 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
     program.chmod(0o4755)
     good = await launcher.start(
         Launch(
-            replica_id="good",
+            replica_id=GOOD,
             model_path=model,
             environment={"KEY": SECRET},
             command=command("ready"),
@@ -139,7 +140,7 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
         )
     )
     victim = await ready(good)
-    own = directory / "replicas" / "bad"
+    own = directory / "replicas" / BAD
     targets = {
         "other_model": victim,
         "service": os.getpid(),
@@ -147,11 +148,11 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
         "key_file": str(directory / "root.key"),
         "data_directory": str(directory),
         "service_socket": str(directory / "service.sock"),
-        "other_directory": str(directory / "replicas" / "good"),
+        "other_directory": str(directory / "replicas" / GOOD),
         "own_directory": str(own),
         "model": str(model),
         "own_group": next(
-            str(h.parent / "tessera-bad") for h in cgroups.found(LIMITS).hierarchies if "pids" in h.kinds
+            str(h.parent / f"tessera-{BAD}") for h in cgroups.found(LIMITS).hierarchies if "pids" in h.kinds
         ),
         "setuid_program": str(program),
     }
@@ -161,7 +162,7 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
         (directory / "service.sock").chmod(0o666)
         hostile = await launcher.start(
             Launch(
-                replica_id="bad",
+                replica_id=BAD,
                 model_path=model,
                 environment={"TARGETS": json.dumps(targets)},
                 command=hostile_model.command(),
@@ -193,7 +194,7 @@ async def test_nothing_that_a_model_leaves_in_shared_places_or_behind_links_outl
     left = [path for place in hostile_model.SHARED for path in Path(place).glob("left-by-*")]
     assert left == []
     assert (scene.directory / "root.key").read_text() == SECRET
-    assert [path.name for path in (scene.directory / "replicas").iterdir()] == ["good"]
+    assert [path.name for path in (scene.directory / "replicas").iterdir()] == [GOOD]
 
 
 async def test_a_fork_bomb_is_bounded_and_its_neighbour_does_not_notice(scene: Scene) -> None:
@@ -223,19 +224,32 @@ async def test_what_was_forked_away_ends_with_its_replica_even_when_the_shim_was
     scene: Scene, launcher: LocalLauncher
 ) -> None:
     survivor = int(await scene.attempt("second life"))
-    others = groups() - {path for path in groups() if path.name == "tessera-bad"}
-    shim = json.loads((scene.directory / "replicas" / "bad" / "lock").read_bytes())["pid"]
+    own = {path for path in groups() if path.name == f"tessera-{BAD}"}
+    shim = json.loads((scene.directory / "replicas" / BAD / "lock").read_bytes())["pid"]
     os.kill(shim, signal.SIGKILL)
-    await eventually(lambda: not is_held(scene.directory / "replicas" / "bad" / "lock"))
+    await eventually(lambda: not is_held(scene.directory / "replicas" / BAD / "lock"))
     assert Path(f"/proc/{survivor}").exists()
-    assert list(await launcher.adopt()) == ["good"]
+    assert list(await launcher.adopt()) == [GOOD]
     await eventually(lambda: not Path(f"/proc/{survivor}").exists(), within=10)
-    assert groups() <= others
+    assert own
+    assert not own & groups()
 
 
 async def test_groups_end_with_their_replica(scene: Scene) -> None:
-    before = {path for path in groups() if path.name == "tessera-bad"}
+    before = {path for path in groups() if path.name == f"tessera-{BAD}"}
     assert before
     await scene.attempt("second life")
     await scene.hostile.stop(1)
     assert not before & groups()
+
+
+async def test_groups_of_a_replica_whose_starter_ended_half_way_are_removed(
+    launcher: LocalLauncher, directory: Path
+) -> None:
+    found = cgroups.found(LIMITS)
+    folder = directory / "replicas" / BAD
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text(json.dumps({"model_pid": None, "cgroups": found.named(BAD)}))
+    found.make(BAD)
+    assert await launcher.adopt() == {}
+    assert not any(Path(group).exists() for group in found.named(BAD))
