@@ -20,6 +20,7 @@ from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, 
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
+from gateway.oauth import CredentialRefused, OAuth
 from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
@@ -27,7 +28,7 @@ from gateway.transcoding import Transcoder
 from servicekit import background, channels, tls
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
-from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, token_from
+from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from servicekit.tls import Certificate
@@ -55,6 +56,7 @@ _OWNED = {
 _JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 _ORG_ID = b"x-databricks-org-id"
 _INVOCATION = re.compile(r"/serving-endpoints/([^/]+)(?:/served-models/([^/]+))?/invocations/?")
+_OAUTH_METADATA = re.compile(r"/oidc/(?:accounts/[^/]+/)?\.well-known/oauth-authorization-server")
 _OPENAI_STYLE = re.compile(r"/serving-endpoints/(?:chat/completions|completions|embeddings|responses)/?")
 
 
@@ -92,6 +94,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             invocations=Invocations(
                 table, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
+            oauth=OAuth(open_channel["secrets"], public_url),
             document=Document(rules, public_url),
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
@@ -127,6 +130,7 @@ class Gateway:
         transcoder: Transcoder,
         exchange: TokenExchange,
         invocations: Invocations,
+        oauth: OAuth,
         document: Document,
         public_url: str,
         trusted_proxies: Sequence[Network],
@@ -151,6 +155,10 @@ class Gateway:
             _Special("GET", re.compile(r"/health"), self._health),
             # The command line waits for the count of what it sent; nothing is kept.
             _Special("POST", re.compile(r"/telemetry-ext"), self._telemetry),
+            # OAuth has forms for requests and a shape of its own for errors, and asks without a token.
+            _Special("GET", _OAUTH_METADATA, oauth.metadata),
+            _Special("GET", re.compile(r"/oidc/v1/authorize"), oauth.authorize),
+            _Special("POST", re.compile(r"/oidc/v1/token"), oauth.token),
             # It describes the others.
             _Special("GET", re.compile(r"/api/openapi\.json"), self._openapi),
         )
@@ -186,7 +194,7 @@ class Gateway:
                     extra={"request_id": request.id, "method": request.method, "path": request.path},
                     exc_info=(type(error), error, error.__traceback__),
                 )
-            if isinstance(error, CREDENTIAL_REFUSED):
+            if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
                 facts = {"request_id": request.id, "reason": error.reason}
                 log.info("credential refused", extra=facts | self._source(scope).fields())
             if not is_started:
@@ -206,12 +214,18 @@ class Gateway:
             trusted=self._trusted_proxies,
         )
 
-    async def _identify(self, request: Request, headers: Headers, *, may_be_stale: bool = False) -> Identity:
-        """Who sent a request; the answer's headers name the workspace from here on."""
+    async def _identify(self, request: Request, headers: Headers, *, for_inference: bool = False) -> Identity:
+        """Who sent a request; the answer's headers name the workspace from here on.
+
+        Only inference goes on with a caller that was known while Secrets does not answer, and only for inference a
+        token that is bound to an endpoint is good.
+        """
         identity = await self._exchange.identify(
-            token_from(request.header(b"authorization")), may_be_stale=may_be_stale
+            token_from(request.header(b"authorization")), may_be_stale=for_inference
         )
         headers[:] = self._named(headers)
+        if not for_inference:
+            refuse_bound(identity.principal)
         return identity
 
     def _named(self, headers: Headers) -> Headers:
@@ -243,11 +257,11 @@ class Gateway:
         await answer(send, binding.success_status, [*headers, *warnings, _JSON], transcoded.body)
 
     async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
-        identity = await self._identify(request, headers, may_be_stale=True)
+        identity = await self._identify(request, headers, for_inference=True)
         await self._invocations.invoke(request, send, headers, identity.principal, match[1], match[2])
 
     async def _invoke_openai_style(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        identity = await self._identify(request, headers, may_be_stale=True)
+        identity = await self._identify(request, headers, for_inference=True)
         await self._invocations.invoke_named_in_body(request, send, headers, identity.principal)
 
     async def _discovery(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:

@@ -99,6 +99,8 @@ class Invocations:
         endpoint = self._table.endpoint(name)
         if endpoint is None or not (caller.is_admin or caller.id == endpoint.creator_id) or not endpoint.entities:
             raise EndpointNotFound
+        if not caller.may_query(endpoint.id):
+            raise EndpointNotFound
         return endpoint
 
     async def _first_table(self) -> None:

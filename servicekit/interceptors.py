@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from servicekit import channels, context
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
-from servicekit.identity import CREDENTIAL_REFUSED, Identify
+from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.source import Source
 
 log = logging.getLogger("servicekit.access")
@@ -29,6 +29,9 @@ LONGEST_DEADLINE = 60.0
 
 OPEN_SERVICES = ("grpc.health.v1.Health",)
 """Services that answer without a credential."""
+
+INFERENCE = "/tessera.serving.v1.ServingEndpoints/Query"
+"""The one method that a token which is bound to an endpoint is good for."""
 
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
@@ -86,6 +89,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if method not in self._internal:
                 raise Unauthenticated
             return context.RequestContext(request_id)
+        if method != INFERENCE:
+            refuse_bound(identity.principal)
         return context.RequestContext(request_id, identity.principal, identity.assertion)
 
 

@@ -13,6 +13,7 @@ from servicekit import channels, database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.interceptors import INFERENCE
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
@@ -33,8 +34,6 @@ MIGRATIONS = files("serving_service") / "migrations"
 
 MESSAGE_LIMIT = 17 << 20
 """Bytes of one message: the body of a query, and room for what is around it."""
-
-QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ async def running(
                 [
                     Listener(
                         address=settings.listen,
-                        identify=by_token(exchange, stale_methods=frozenset({QUERY})),
+                        identify=by_token(exchange, stale_methods=frozenset({INFERENCE})),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
                         trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,

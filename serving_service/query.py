@@ -49,6 +49,8 @@ class Queries:
         routes = await self._routes.find(name)
         if routes is None or not may_manage(caller, routes.creator_id):
             raise NotDeployed
+        if not caller.may_query(routes.endpoint_id):
+            raise NotDeployed
         entity = _chosen(routes, entity_name)
         if entity is None:
             raise NotReady(name, [each.name for each in routes.entities if each.percentage])

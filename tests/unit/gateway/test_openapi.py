@@ -77,6 +77,7 @@ def test_every_special_route_is_described_and_nothing_else(rules: RouteTable, do
         transcoder=Mock(),
         exchange=Mock(),
         invocations=Mock(),
+        oauth=Mock(),
         document=Mock(),
         public_url="",
         trusted_proxies=(),
@@ -126,7 +127,7 @@ def test_every_reason_is_an_error_code_with_its_status(document: Any) -> None:
 
 def test_every_route_that_needs_a_credential_says_how_it_refuses(document: Any) -> None:
     public = {path for _, path, operation in operations(document) if operation.get("security") == []}
-    assert public == {"/.well-known/databricks-config", "/health"}
+    assert {path for path in public if not path.startswith("/oidc/")} == {"/.well-known/databricks-config", "/health"}
     silent = [path for _, path, operation in operations(document) if path not in public and not refuses(operation)]
     assert silent == []
 
