@@ -174,7 +174,7 @@ class Gateway:
         )
         given = request.header(b"x-tessera-request-id") or ""
         request.id = given if channels.is_request_id(given) else channels.new_request_id()
-        headers: Headers = [(b"x-tessera-request-id", request.id.encode())]
+        headers: Headers = self._named([(b"x-tessera-request-id", request.id.encode())])
         is_started = False
 
         async def send_once(message: Message) -> None:
@@ -268,7 +268,7 @@ class Gateway:
         document = {"oidc_endpoint": f"{self._public_url}/oidc"}
         if self._exchange.workspace_id is not None:
             document["workspace_id"] = self._exchange.workspace_id
-        await answer(send, 200, [*self._named(headers), _JSON], orjson.dumps(document))
+        await answer(send, 200, [*headers, _JSON], orjson.dumps(document))
 
     async def _health(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')

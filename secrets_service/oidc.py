@@ -43,7 +43,7 @@ class ExternalIssuer:
         """Whom a token speaks of; raises `jwts.Refused`, or Unavailable while there are no keys to judge by."""
         header, unverified = jwts.peeked(text)
         algorithm, kind = header.get("alg"), header.get("typ", "jwt")
-        if algorithm not in ALGORITHMS:
+        if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
             raise jwts.Refused("its algorithm is not allowed")
         if not isinstance(kind, str) or kind.lower() not in TYPES:
             raise jwts.Refused("its type is not allowed")

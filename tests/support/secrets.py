@@ -44,6 +44,7 @@ class Caller:
         self.resolver = secrets_pb2_grpc.SecretResolverStub(channel)
         self.scim = identity_pb2_grpc.ScimStub(channel)
         self.tokens = identity_pb2_grpc.TokensStub(channel)
+        self.client_secrets = identity_pb2_grpc.ServicePrincipalSecretsStub(channel)
         self.authority = identity_pb2_grpc.AuthorityStub(channel)
 
     async def __call__(self, method: Callable[..., Awaitable[Any]], message: Any) -> Any:
