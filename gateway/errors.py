@@ -78,8 +78,8 @@ class OAuthError(ServiceError):
     code = grpc.StatusCode.INVALID_ARGUMENT
     reason = "INVALID_PARAMETER_VALUE"
 
-    def __init__(self, error: str, description: str, *, status: int = 400) -> None:
-        super().__init__(description)
+    def __init__(self, error: str, description: str, *, status: int = 400, retry_after: int | None = None) -> None:
+        super().__init__(description, retry_after=retry_after)
         self.error = error
         self.http_status = status
 
@@ -88,6 +88,8 @@ class OAuthError(ServiceError):
         headers = [(b"content-type", b"application/json")]
         if self.http_status == 401:
             headers.append((b"www-authenticate", b'Basic realm="tessera"'))
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
         document = {"error": self.error, "error_description": self.message}
         return ErrorResponse(self.http_status or 400, headers, orjson.dumps(document))
 

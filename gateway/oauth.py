@@ -37,6 +37,7 @@ _FORM = "application/x-www-form-urlencoded"
 _JSON = (b"content-type", b"application/json")
 _NO_STORE = (b"cache-control", b"no-store")
 _OBJECT_PATH = re.compile(r"/serving-endpoints/([0-9a-f]{32})")
+_SILENCES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 _VERDICTS = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 
@@ -117,6 +118,8 @@ class OAuth:
                 waiting_for=self._channel,
             )
         except ServiceError as error:
+            if error.code in _SILENCES:
+                raise OAuthError("temporarily_unavailable", error.message, status=503, retry_after=1) from None
             if error.code not in _VERDICTS:
                 raise
         if grant == CLIENT_CREDENTIALS:

@@ -21,7 +21,6 @@ from google.protobuf.empty_pb2 import Empty
 from secrets_service import client_secrets, tokens
 from secrets_service.authority import SigningKeys
 from secrets_service.model import TokenKind
-from servicekit import identity
 from servicekit.exposure import exposure
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2
@@ -728,7 +727,7 @@ async def test_authorization_details_of_any_other_form_are_refused(strict: Platf
 async def test_no_token_is_issued_while_secrets_is_gone_and_a_retry_is_asked_for(stack: Platform) -> None:
     stack.authority.is_gone = True
     answer = await post(stack, (GRANT,), **basic(*CLIENT))
-    assert (answer.status, answer.json()["error_code"]) == (503, "TEMPORARILY_UNAVAILABLE")
+    assert (answer.status, answer.json()["error"]) == (503, "temporarily_unavailable")
     assert answer.headers["retry-after"] == "1"
 
 
@@ -747,9 +746,3 @@ async def test_only_post_gets_tokens(stack: Platform) -> None:
     answer = await fetch(stack.url, "GET", "/oidc/v1/token?grant_type=client_credentials", headers=basic(*CLIENT))
     assert answer.status == 401
     assert stack.authority.issued == []
-
-
-def test_assertions_and_access_tokens_have_types_of_their_own() -> None:
-    from secrets_service import access_tokens
-
-    assert access_tokens.TYPE != identity.ASSERTION_TYPE

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from secrets_service import issuer_keys
 from servicekit.identity import TokenExchange
 from tessera.identity.v1 import identity_pb2 as pb
+from tests.support.certificates import CertificateAuthority, Files
 from tests.support.eventually import eventually
 from tests.support.issuer import (
     AUDIENCE,
@@ -317,6 +320,58 @@ async def test_keys_are_fetched_from_the_configured_address_without_discovery() 
     async with serving(keys), trusting(issuer, oidc_jwks_url=f"{keys.url}{KEYS}") as service:
         assert (await me(service.public(issuer.mint().token()))).user_name == "bob"
         assert (issuer.asked, keys.asked) == ([], [KEYS])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_issuer_must_show_a_certificate_of_its_own_name_from_a_trusted_authority(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, is_trusted: bool
+) -> None:
+    authority, files = CertificateAuthority(), Files(tmp_path)
+    issued = authority.issue()  # for 127.0.0.1
+    files.hold(issued.cert, issued.key)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(files.cert, files.key)
+    if is_trusted:
+        (tmp_path / "root.pem").write_bytes(authority.pem)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "root.pem"))
+    issuer = Issuer()
+    async with (
+        serving(issuer, host=host, context=context),
+        running_secrets(oidc_issuer=issuer.url, oidc_audience=AUDIENCE) as service,
+    ):
+        await service.admin.create_user("bob")
+        if is_trusted and host == "127.0.0.1":
+            assert (await me(service.public(issuer.mint().token()))).user_name == "bob"
+        else:
+            said = await refusal(me(service.public(issuer.mint().token())))
+            assert (said.code, issuer.asked) == (grpc.StatusCode.UNAVAILABLE, [])
+
+
+@pytest.mark.parametrize("where", ["http://127.0.0.1:1/keys", "ftp://login.example.com/keys", "/keys", 7, None])
+async def test_keys_are_not_fetched_from_where_a_discovery_document_should_not_lead(
+    monkeypatch: pytest.MonkeyPatch, where: Any
+) -> None:
+    issuer = Issuer()
+    issuer.url = "https://login.example.com"
+    fetched = Fetched({"issuer": issuer.url, "jwks_uri": where})
+    monkeypatch.setattr(issuer_keys, "fetched", fetched)
+    async with running_secrets(oidc_issuer=issuer.url, oidc_audience=AUDIENCE) as service:
+        said = await refusal(me(service.public(issuer.mint().token())))
+        assert said.code is grpc.StatusCode.UNAVAILABLE
+        assert fetched.urls == [f"{issuer.url}/.well-known/openid-configuration"]
+
+
+class Fetched:
+    """Answers every fetch with one document."""
+
+    def __init__(self, document: dict[str, Any]) -> None:
+        self.document = document
+        self.urls: list[str] = []
+
+    async def __call__(self, url: str) -> dict[str, Any]:
+        self.urls.append(url)
+        return self.document
 
 
 async def test_proxy_of_the_environment_is_not_asked(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -53,7 +54,7 @@ class Issuer:
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.writers.add(writer)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, ssl.SSLError):
             head = await reader.readuntil(b"\r\n\r\n")
             self.asked.append(head.split(b" ")[1].decode())
             await self.answer(self.asked[-1], writer)
@@ -131,10 +132,12 @@ class KeylessIssuer(Issuer):
 
 
 @asynccontextmanager
-async def serving(issuer: Issuer) -> AsyncIterator[Issuer]:
-    """Listens on a free port of this machine, which becomes the issuer's name."""
-    server = await asyncio.start_server(issuer.serve, "127.0.0.1", 0)
-    issuer.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+async def serving(
+    issuer: Issuer, *, host: str = "127.0.0.1", context: ssl.SSLContext | None = None
+) -> AsyncIterator[Issuer]:
+    """Listens on a free port of this machine, which becomes the issuer's name; with `context` over TLS."""
+    server = await asyncio.start_server(issuer.serve, host, 0, ssl=context)
+    issuer.url = f"{'http' if context is None else 'https'}://{host}:{server.sockets[0].getsockname()[1]}"
     try:
         yield issuer
     finally:
