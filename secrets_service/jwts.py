@@ -76,6 +76,6 @@ def expiry_of(claims: dict[str, Any]) -> float:
 def _time(claims: dict[str, Any], name: str) -> float:
     value = claims.get(name)
     # JSON here knows NaN, infinities, and numbers that no float holds: none of them is below the bound.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**53:
+    if not isinstance(value, int | float) or not abs(value) < 2**53:
         raise Refused(f"its {name} is no time")
     return float(value)

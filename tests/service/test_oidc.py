@@ -25,6 +25,7 @@ from tests.support.issuer import (
     KEYS,
     BabblingIssuer,
     DrippingIssuer,
+    EndlessIssuer,
     FailingIssuer,
     HugeIssuer,
     Issuer,
@@ -283,6 +284,20 @@ async def test_known_keys_go_on_while_the_issuer_is_gone_and_others_are_refused(
             long = issuer.mint(exp=int(time.time()) + 3600)
             assert (await me(service.public(long.token()))).user_name == "bob"
             assert await is_invalid(service, long.token(header={"kid": "unknown"}))
+
+
+async def test_issuer_that_never_ends_is_not_listened_to_for_long() -> None:
+    issuer = EndlessIssuer()
+    async with trusting(issuer) as service:
+        said = await refusal(me(service.public(issuer.mint().token())))
+        assert said.code is grpc.StatusCode.UNAVAILABLE
+        assert issuer.sent < 16 << 20
+
+
+async def test_issuer_is_not_asked_about_tokens_of_others(service: RunningSecrets, issuer: Issuer) -> None:
+    for iss in ("https://other.example.com", None, f"{issuer.url}/"):
+        assert await is_invalid(service, issuer.mint(iss=iss).token())
+    assert issuer.asked == []
 
 
 MISBEHAVING = [

@@ -94,6 +94,19 @@ class HugeIssuer(Issuer):
         self.send(writer, json.dumps({**found, "padding": "x" * 300_000}).encode())
 
 
+class EndlessIssuer(Issuer):
+    """Never comes to an end; `sent` is how many bytes it got rid of."""
+
+    sent = 0
+
+    async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n{")
+        while True:
+            writer.write(b" " * 65_536)
+            await writer.drain()
+            self.sent += 65_536
+
+
 class RedirectingIssuer(Issuer):
     """Sends everybody to `elsewhere`."""
 

@@ -89,7 +89,7 @@ def _hmac(mint: Mint, form: serialization.Encoding) -> str:
 
 def _spliced(mint: Mint, part: int) -> str:
     """Parts of two good tokens: the claims, header or signature of another."""
-    parts, others = mint.token().split("."), mint.token(iat=int(time.time()) - 1, header={"cty": "x"}).split(".")
+    parts, others = mint.token().split("."), mint.token(iat=mint.claims["iat"] - 5, header={"cty": "x"}).split(".")
     parts[part] = others[part]
     return ".".join(parts)
 
@@ -125,6 +125,7 @@ FORGERIES: dict[str, Callable[[Mint], str]] = {
     "another type": lambda mint: mint.token(header={"typ": "secevent+jwt"}),
     "type that is a number": lambda mint: mint.token(header={"typ": 1}),
     "extension that must be understood": lambda mint: mint.token(header={"crit": ["exp"], "exp": 1}),
+    "extension that changes nothing": lambda mint: mint.token(header={"crit": ["b64"], "b64": True}),
     "payload outside": lambda mint: mint.token(header={"crit": ["b64"], "b64": False}),
     "another audience": lambda mint: mint.token(aud="another"),
     "audience of assertions": lambda mint: mint.token(aud="tessera"),
