@@ -125,6 +125,9 @@ async def test_client_secret_is_shown_once_and_listed_without_its_value(
     assert made.create_time == made.update_time
     assert made.create_time.endswith("Z")
     assert int(made.expire_time[:4]) - int(made.create_time[:4]) in (1, 2, 3)
+    assert len(made.secret_hash) == 64
+    assert made.secret_hash != (await create_secret(service.admin, robot.id, lifetime="1s")).secret_hash
+    service.clock.offset = 2
     for hashed in (made.secret.encode(), made.secret[16:-6].encode()):
         assert made.secret_hash != hashlib.sha256(hashed).hexdigest()
     listed = await list_secrets(service.admin, robot.id)

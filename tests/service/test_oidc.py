@@ -286,6 +286,13 @@ async def test_known_keys_go_on_while_the_issuer_is_gone_and_others_are_refused(
             assert await is_invalid(service, long.token(header={"kid": "unknown"}))
 
 
+async def test_document_may_be_as_long_as_the_limit() -> None:
+    issuer = HugeIssuer()
+    issuer.size = issuer_keys.DOCUMENT_LIMIT
+    async with trusting(issuer) as service:
+        assert (await me(service.public(issuer.mint().token()))).user_name == "bob"
+
+
 async def test_issuer_that_never_ends_is_not_listened_to_for_long() -> None:
     issuer = EndlessIssuer()
     async with trusting(issuer) as service:

@@ -44,9 +44,12 @@ class Issuer:
     def discovery(self) -> dict[str, Any]:
         return {"issuer": self.url, "jwks_uri": f"{self.url}{KEYS}"}
 
-    async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
+    def document(self, path: str) -> bytes:
         found = {DISCOVERY: self.discovery(), KEYS: {"keys": self.documents}}
-        self.send(writer, json.dumps(found[path]).encode())
+        return json.dumps(found[path]).encode()
+
+    async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
+        self.send(writer, self.document(path))
 
     def send(self, writer: asyncio.StreamWriter, body: bytes, *, status: str = "200 OK", more: str = "") -> None:
         head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
@@ -63,10 +66,10 @@ class Issuer:
 
 
 class FailingIssuer(Issuer):
-    """Answers every request with an error."""
+    """Answers every request with an error, whatever it says besides."""
 
     async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
-        self.send(writer, b"{}", status="503 Service Unavailable")
+        self.send(writer, self.document(path), status="503 Service Unavailable")
 
 
 class SilentIssuer(Issuer):
@@ -87,11 +90,12 @@ class DrippingIssuer(Issuer):
 
 
 class HugeIssuer(Issuer):
-    """Has more to say than anybody should listen to."""
+    """Answers with `size` bytes: by default one more than anybody should listen to."""
 
-    async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
-        found = self.discovery() if path == DISCOVERY else {"keys": self.documents}
-        self.send(writer, json.dumps({**found, "padding": "x" * 300_000}).encode())
+    size = 256 * 1024 + 1
+
+    def document(self, path: str) -> bytes:
+        return super().document(path).ljust(self.size)
 
 
 class EndlessIssuer(Issuer):
@@ -113,7 +117,7 @@ class RedirectingIssuer(Issuer):
     elsewhere = ""
 
     async def answer(self, path: str, writer: asyncio.StreamWriter) -> None:
-        self.send(writer, b"{}", status="302 Found", more=f"Location: {self.elsewhere}{path}\r\n")
+        self.send(writer, self.document(path), status="302 Found", more=f"Location: {self.elsewhere}{path}\r\n")
 
 
 class LyingIssuer(Issuer):
