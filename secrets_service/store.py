@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from secrets_service.model import (
+    ClientSecret,
     Email,
     Grant,
     Group,
@@ -26,6 +27,7 @@ from secrets_service.model import (
     Standing,
     StoredToken,
     TokenInfo,
+    TokenKind,
     User,
     VersionInfo,
 )
@@ -128,50 +130,66 @@ def account(row: sqlite3.Row, groups: tuple[Group, ...]) -> User:
     return User(principal_id, profile, groups, Kind(kind))
 
 
-# --- tokens ---
+# --- tokens and client secrets ---
 
 
 def insert_token(
-    connection: sqlite3.Connection, info: TokenInfo, *, owner_id: int, creator_id: int, mac: bytes
+    connection: sqlite3.Connection,
+    info: TokenInfo,
+    *,
+    owner_id: int,
+    creator_id: int,
+    mac: bytes,
+    kind: TokenKind = TokenKind.PERSONAL,
 ) -> None:
-    """Records a token, which its owner or an admin made."""
+    """Records a token, which its owner or an admin made, or a client secret."""
     connection.execute(
-        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms),
+        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms, kind)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms, kind),
     )
 
 
 def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
-    """A token and its owner, whether or not it has expired."""
+    """A token or client secret and its owner, whether or not it has expired."""
     row = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, mac, owner_id FROM tokens WHERE id = ?", (token_id,)
+        "SELECT id, created_ms, expires_ms, comment, mac, owner_id, kind FROM tokens WHERE id = ?", (token_id,)
     ).fetchone()
     if row is None:
         return None
     owner = find_user(connection, row[5])
-    return StoredToken(TokenInfo(*row[:4]), row[4], owner) if owner else None
+    return StoredToken(TokenInfo(*row[:4]), row[4], owner, TokenKind(row[6])) if owner else None
 
 
 def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
     """A principal's tokens that have not expired, oldest first."""
     rows = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment FROM tokens WHERE owner_id = ? AND expires_ms > ?"
-        " ORDER BY created_ms, rowid",
+        "SELECT id, created_ms, expires_ms, comment FROM tokens"
+        " WHERE owner_id = ? AND kind = 'personal' AND expires_ms > ? ORDER BY created_ms, rowid",
         (owner_id, now_ms),
     )
     return [TokenInfo(*row) for row in rows]
 
 
+def client_secrets_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[ClientSecret]:
+    """A service principal's client secrets that have not expired, oldest first."""
+    rows = connection.execute(
+        "SELECT id, created_ms, expires_ms, comment, mac FROM tokens"
+        " WHERE owner_id = ? AND kind = 'client_secret' AND expires_ms > ? ORDER BY created_ms, rowid",
+        (owner_id, now_ms),
+    )
+    return [ClientSecret(TokenInfo(*row[:4]), row[4]) for row in rows]
+
+
 _MANAGED = (
     "SELECT t.id, t.created_ms, t.expires_ms, t.comment, t.owner_id, t.creator_id, coalesce(p.name, '')"
-    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id"
+    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id WHERE t.kind = 'personal'"
 )
 
 
 def find_managed_token(connection: sqlite3.Connection, token_id: str, *, now_ms: int) -> ManagedToken | None:
     """Anybody's token that has not expired."""
-    row = connection.execute(f"{_MANAGED} WHERE t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
+    row = connection.execute(f"{_MANAGED} AND t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
     return _managed(row) if row else None
 
 
@@ -181,7 +199,7 @@ def newest_tokens(
     """The newest tokens that have not expired, oldest first: everybody's, or those that some principals made."""
     made_by = "" if creators is None else " AND t.creator_id IN (SELECT value FROM json_each(?))"
     rows = connection.execute(
-        f"{_MANAGED} WHERE t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
+        f"{_MANAGED} AND t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
         (now_ms, *([] if creators is None else [json.dumps(list(creators))]), count),
     ).fetchall()
     return [_managed(row) for row in reversed(rows)]
@@ -197,12 +215,12 @@ def comment_token(connection: sqlite3.Connection, token_id: str, comment: str) -
 
 
 def delete_token(connection: sqlite3.Connection, token_id: str) -> None:
-    """Deletes a token."""
+    """Deletes a token or client secret."""
     connection.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
 
 def delete_expired_tokens(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> None:
-    """Forgets those of a principal's tokens that have expired."""
+    """Forgets those of a principal's tokens and client secrets that have expired."""
     connection.execute("DELETE FROM tokens WHERE owner_id = ? AND expires_ms <= ?", (owner_id, now_ms))
 
 

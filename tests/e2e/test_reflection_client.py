@@ -24,6 +24,7 @@ PUBLIC = {
         "tessera.secrets.v1.Secrets",
         "tessera.identity.v1.Scim",
         "tessera.identity.v1.Tokens",
+        "tessera.identity.v1.ServicePrincipalSecrets",
         "tessera.identity.v1.Permissions",
     },
     "serving": {"tessera.serving.v1.ServingEndpoints"},

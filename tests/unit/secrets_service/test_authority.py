@@ -43,7 +43,7 @@ async def test_remembered_token_is_refused_the_moment_it_expires(opened: Remembe
     await opened.write(insert)
     times = [999.9]
     keys = SigningKeys({"k": Ed25519PrivateKey.generate()})
-    authority = Authority(opened, MAC, keys, workspace_id="1", now=lambda: times[-1])
+    authority = Authority(opened, MAC, keys, None, workspace_id="1", now=lambda: times[-1])
     assert (await authority.authenticate(token.text)).token_expires_at == 1_000
     times.append(1_000.0)
     with pytest.raises(InvalidToken):
