@@ -231,10 +231,9 @@ class ManagedToken:
 
 @dataclass(frozen=True, slots=True)
 class StoredToken:
-    """A token as it is stored, and whose it is."""
+    """A token that was found, and whose it is."""
 
     info: TokenInfo
-    mac: bytes = field(repr=False)
     owner: User
 
 

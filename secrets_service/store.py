@@ -142,15 +142,21 @@ def insert_token(
     )
 
 
+def find_token_mac(connection: sqlite3.Connection, token_id: str) -> bytes | None:
+    """The MAC of the token of that id."""
+    row = connection.execute("SELECT mac FROM tokens WHERE id = ?", (token_id,)).fetchone()
+    return row[0] if row else None
+
+
 def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
     """A token and its owner, whether or not it has expired."""
     row = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, mac, owner_id FROM tokens WHERE id = ?", (token_id,)
+        "SELECT id, created_ms, expires_ms, comment, owner_id FROM tokens WHERE id = ?", (token_id,)
     ).fetchone()
     if row is None:
         return None
-    owner = find_user(connection, row[5])
-    return StoredToken(TokenInfo(*row[:4]), row[4], owner) if owner else None
+    owner = find_user(connection, row[4])
+    return StoredToken(TokenInfo(*row[:4]), owner) if owner else None
 
 
 def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
