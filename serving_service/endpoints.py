@@ -6,6 +6,7 @@ For now an endpoint belongs to its creator and to admins; to everybody else it d
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 import uuid
 from dataclasses import dataclass, replace
@@ -141,8 +142,15 @@ class Endpoints:
         )
 
     async def _found(self, name: str, caller: Principal) -> Endpoint:
-        endpoint = await self._database.read(store.endpoint_named, name)
-        if endpoint is None or not may_manage(caller, endpoint.creator_id):
+        def find(connection: sqlite3.Connection) -> Endpoint | None:
+            # Nothing is read on behalf of who may not see it: the time of the answer would tell that it is there.
+            creator_id = store.creator_of(connection, name)
+            if creator_id is None or not may_manage(caller, creator_id):
+                return None
+            return store.endpoint_named(connection, name)
+
+        endpoint = await self._database.read(find)
+        if endpoint is None:
             raise EndpointNotFound(name)
         return endpoint
 

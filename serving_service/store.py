@@ -113,6 +113,12 @@ def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None
     return _first(_endpoints(connection, "name = ? AND NOT is_deleted", name))
 
 
+def creator_of(connection: sqlite3.Connection, name: str) -> str | None:
+    """The id of who made the endpoint of that name that is not deleted."""
+    row = connection.execute("SELECT creator_id FROM endpoints WHERE name = ? AND NOT is_deleted", (name,)).fetchone()
+    return row[0] if row else None
+
+
 def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
     """The endpoint with that id, deleted or not."""
     return _first(_endpoints(connection, "id = ?", endpoint_id))

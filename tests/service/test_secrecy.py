@@ -14,6 +14,7 @@ import pytest
 
 from gateway import app
 from gateway.settings import GatewaySettings
+from serving_service import store
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 from tests.support.http import fetch
@@ -109,6 +110,23 @@ async def test_without_manage_principals_that_are_granted_something_and_others_a
 async def test_endpoint_without_permission_is_one_that_does_not_exist(platform: Platform, rpc: str) -> None:
     asked = replace(ENDPOINTS[rpc], body=BODIES.get(rpc, ENDPOINTS[rpc].body))
     await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.bob, status=404)
+
+
+async def test_endpoint_is_not_read_for_somebody_who_may_not_see_it(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def endpoint_named(connection: Any, name: str, find: Any = store.endpoint_named) -> Any:
+        read.append(name)
+        return find(connection, name)
+
+    monkeypatch.setattr(store, "endpoint_named", endpoint_named)
+    path = f"/api/2.0/serving-endpoints/{PRESENT}"
+    assert (await fetch(platform.url, "GET", path, token=platform.bob)).status == 404
+    assert read == []
+    assert (await fetch(platform.url, "GET", path, token=platform.secrets.admin_token)).status == 200
+    assert read == [PRESENT]
 
 
 @pytest.mark.parametrize("asked", INVOCATIONS, ids=str)

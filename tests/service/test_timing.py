@@ -12,6 +12,7 @@ from secrets_service import tokens
 from secrets_service.model import SecretBytes
 from tests.support.secrets import Caller, RunningSecrets, running_secrets
 from tests.support.seed import seeded
+from tests.support.serving import no_replicas, running_serving
 from tests.support.timing import MOST_T, Ask, compared
 
 TIMES = 20_000
@@ -70,3 +71,16 @@ async def test_time_does_not_tell_whether_a_key_exists_where_one_may_not_read(
         return refused(lambda: bob.get("Shop", key), grpc.StatusCode.PERMISSION_DENIED)
 
     await assert_alike(f"key that exists ({length} bytes), missing key", asked("present"), asked("missing"))
+
+
+async def test_time_does_not_tell_whether_an_endpoint_exists_that_one_may_not_see(service: RunningSecrets) -> None:
+    directory = service.settings.data_dir
+    async with no_replicas(directory), running_serving(directory) as serving:
+        await serving.public(service.admin_token).create("present", None)
+        await service.admin.create_user("bob")
+        bob = serving.public(await service.token_for("bob"))
+
+        def asked(name: str) -> Ask:
+            return refused(lambda: bob.get(name), grpc.StatusCode.NOT_FOUND)
+
+        await assert_alike("invisible endpoint, missing endpoint", asked("present"), asked("missing"))
