@@ -206,6 +206,7 @@ class Real:
     async def _made(self, by: Caller, account_id: str, name: str, *, kind: str) -> Any:
         request = identity_pb2.CreateOboTokenRequest(application_id=name)
         token = (await by(by.tokens.CreateOboToken, request)).token_value
+        assert account_id not in self._ids, "an id is never given again"
         self._ids.append(account_id)
         self._kinds.append(kind)
         self._people.append(self._service.public(token))
@@ -226,6 +227,7 @@ class Real:
 
     async def create_group(self, by: Caller, name: str) -> Any:
         made, warnings = await self._sent(by, by.scim.CreateGroup, identity_pb2.CreateGroupRequest(display_name=name))
+        assert made.id not in self._teams, "an id is never given again"
         self._teams.append(made.id)
         return None, warnings
 
@@ -280,7 +282,9 @@ def _looked_at(model: Model, name: str, arguments: dict[str, Any]) -> Iterator[O
     if name in _CHANGES_STANDINGS:
         for caller in range(len(model.people)):
             yield "who_am_i", {"caller": caller}
-            yield "list_secrets", {"caller": caller, "scope": "One"}
+            # What needs READ, WRITE and MANAGE, and changes nothing.
+            yield "get", {"caller": caller, "scope": "One", "key": "Key"}
+            yield "restore", {"caller": caller, "scope": "One", "key": "Key", "version": 0}
             yield "list_acls", {"caller": caller, "scope": "One"}
 
 
