@@ -55,7 +55,7 @@ FAULTS = (
         file="secrets_service/resolver.py",
         old="denied = [reader for reader in readers if not _may_read(connection, scope, reader)]",
         new="denied: list[User | None] = []",
-        tests=(f"{_SECRETS}::test_permission_is_the_creators_at_the_moment_of_the_launch", _MODEL),
+        tests=(f"{_SECRETS}::test_permission_is_the_creators_at_the_moment_of_the_launch",),
     ),
     Fault(
         name="key-told-before-permission",
@@ -110,7 +110,7 @@ FAULTS = (
         new="""\
         "INSERT INTO principals (id, kind, name, folded) VALUES"
         " ((SELECT coalesce(max(id), 1000000000000000) + 1 FROM principals), ?, ?, ?)\"""",
-        tests=(f"{_DIRECTORY}::test_user_made_anew_under_an_old_name_inherits_nothing", _MODEL),
+        tests=(f"{_DIRECTORY}::test_user_made_anew_under_an_old_name_inherits_nothing",),
     ),
     Fault(
         name="deactivated-owner-accepted",
@@ -134,7 +134,7 @@ FAULTS = (
         file="secrets_service/directory.py",
         old="            if not directory_store.has_active_admin(connection):\n                raise LastAdmin\n",
         new="",
-        tests=(f"{_DIRECTORY}::test_last_active_admin_stays", _MODEL),
+        tests=(f"{_DIRECTORY}::test_last_active_admin_stays",),
     ),
     Fault(
         name="directory-changed-by-anybody",
