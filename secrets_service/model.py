@@ -242,10 +242,9 @@ class ManagedToken:
 
 @dataclass(frozen=True, slots=True)
 class StoredToken:
-    """A token or client secret as it is stored, and whose it is."""
+    """A token or client secret that was found, and whose it is."""
 
     info: TokenInfo
-    mac: bytes = field(repr=False)
     owner: User
     kind: TokenKind
 

@@ -150,15 +150,21 @@ def insert_token(
     )
 
 
+def find_token_mac(connection: sqlite3.Connection, token_id: str) -> bytes | None:
+    """The MAC of the token of that id."""
+    row = connection.execute("SELECT mac FROM tokens WHERE id = ?", (token_id,)).fetchone()
+    return row[0] if row else None
+
+
 def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
     """A token or client secret and its owner, whether or not it has expired."""
     row = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, mac, owner_id, kind FROM tokens WHERE id = ?", (token_id,)
+        "SELECT id, created_ms, expires_ms, comment, owner_id, kind FROM tokens WHERE id = ?", (token_id,)
     ).fetchone()
     if row is None:
         return None
-    owner = find_user(connection, row[5])
-    return StoredToken(TokenInfo(*row[:4]), row[4], owner, TokenKind(row[6])) if owner else None
+    owner = find_user(connection, row[4])
+    return StoredToken(TokenInfo(*row[:4]), owner, TokenKind(row[5])) if owner else None
 
 
 def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
@@ -391,41 +397,19 @@ def holders(connection: sqlite3.Connection) -> set[str]:
 # --- access control lists ---
 
 
-# One row for the principal itself and one for each of its groups: kind, name, and what is granted on the scope `s`.
-_STANDING = (
-    " FROM scopes s"
-    " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
-    " JOIN principals p ON p.id = who.id"
-    " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id"
-)
-
-
 def find_scope_and_standing(
     connection: sqlite3.Connection, folded: str, principal_id: int
 ) -> tuple[Scope, Standing] | None:
     """The scope of that name, and what decides about a principal in it."""
+    # One row for the principal itself and one for each of its groups.
     rows = connection.execute(
-        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission{_STANDING} WHERE s.folded = ?2",
+        "SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission FROM scopes s"
+        " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
+        " JOIN principals p ON p.id = who.id"
+        " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id WHERE s.folded = ?2",
         (principal_id, folded),
     ).fetchall()
     return (Scope(*rows[0][:3]), _standing(rows)) if rows else None
-
-
-def find_scope_standing_and_secret(
-    connection: sqlite3.Connection, scope: str, key: str, principal_id: int
-) -> tuple[Scope, Standing, SealedSecret | None] | None:
-    """As `find_scope_and_standing`, with the secret under a key: one statement, because this is what is read most."""
-    rows = connection.execute(
-        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission, k.id, k.key, v.version, v.record{_STANDING}"
-        " LEFT JOIN keys k ON k.scope_id = s.id AND k.folded = ?3 AND k.last_version >= k.first_version"
-        " LEFT JOIN versions v ON v.key_id = k.id AND v.version = k.last_version WHERE s.folded = ?2",
-        (principal_id, scope, key),
-    ).fetchall()
-    if not rows:
-        return None
-    found = rows[0]
-    secret = None if found[6] is None else SealedSecret(*found[6:])
-    return Scope(*found[:3]), _standing(rows), secret
 
 
 def _standing(rows: list[sqlite3.Row]) -> Standing:

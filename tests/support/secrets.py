@@ -256,6 +256,11 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
     raise AssertionError("the call succeeded")
 
 
+async def failing(error: grpc.aio.AioRpcError) -> None:
+    """A call that was answered with an error."""
+    raise error
+
+
 @contextmanager
 def data_directory() -> Iterator[Path]:
     """An empty directory whose path is short enough for sockets."""
