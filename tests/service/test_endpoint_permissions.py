@@ -354,6 +354,36 @@ async def test_what_a_killed_process_had_begun_is_undone_by_the_next(is_granted:
             assert (await ann.settled("demo")).config.config_version == 3
 
 
+async def test_an_endpoint_that_is_older_than_grants_goes_on_and_is_granted_at_its_next_launch() -> None:
+    with data_directory() as directory:
+        async with running_platform(directory) as platform:
+            made = await platform.ann.serving.create("demo", environment={"A": SECRET})
+            await platform.ann.serving.settled("demo")
+            token = platform.ann.secrets.metadata[0][1].removeprefix("Bearer ")
+        with closing(sqlite3.connect(directory / "secrets" / "secrets.db")) as connection:
+            connection.execute("DELETE FROM endpoints")
+            connection.execute("UPDATE platform SET knows_older_endpoints = 0")
+            connection.commit()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(no_replicas(directory))
+            secrets = await stack.enter_async_context(running_secrets(directory))
+            serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3))
+            platform = Platform(directory, secrets, serving)
+            ann = serving.public(token)
+
+            async def is_hers() -> bool:
+                return await ann.names() == ["demo"]
+
+            await eventually(is_hers, what="the endpoint is known again, with its creator")
+            for pid in (await serving.replicas()).values():
+                os.kill(pid, signal.SIGKILL)
+            await ann.until("demo", lambda endpoint: endpoint.state.ready == State.NOT_READY)
+            await ann.until("demo", lambda endpoint: endpoint.state.ready == State.READY)
+            assert await granted(platform) == {made.id: {1}}
+            await ann.update("demo", an_input("ready", entity_version="2", environment_vars={"A": SECRET}))
+            assert (await ann.settled("demo")).config.config_version == 2
+
+
 # --- retries ---
 
 
