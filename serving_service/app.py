@@ -98,6 +98,7 @@ async def running(
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
+            public_url=settings.public_url,
         )
         queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name

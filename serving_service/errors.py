@@ -50,6 +50,16 @@ class UpdateInProgress(errors.Conflict):
         super().__init__(f"Endpoint '{name}' is being updated. Wait until that update has ended, then send this one.")
 
 
+class TelemetryNotSupported(errors.InvalidParameter):
+    """The endpoint has no model that could report anything."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Telemetry configuration is not supported for endpoint type 'NO_CONFIG'. Give the endpoint a configuration"
+            " first."
+        )
+
+
 class TooManyEndpoints(errors.LimitExceeded):
     """The workspace is full."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class ConfigUpdate(StrEnum):
@@ -83,6 +84,8 @@ class EndpointConfig:
     created_at: int
     entities: tuple[ServedEntity, ...]
     routes: tuple[Route, ...]
+    auto_capture: Mapping[str, Any] | None = None
+    """As it was given; None when it was not."""
 
     def entity(self, name: str) -> ServedEntity | None:
         """The served entity of that name."""
@@ -100,7 +103,7 @@ class Endpoint:
     creator_kind: str
     """`User` or `ServicePrincipal`."""
     description: str
-    tags: tuple[tuple[str, str], ...]
+    tags: tuple[tuple[str, str | None], ...]
     created_at: int
     updated_at: int
     latest_version: int = 0
@@ -110,6 +113,12 @@ class Endpoint:
     failures: Mapping[str, EntityState] = field(default_factory=dict)
     """How each entity of a pending configuration ended that failed."""
     is_deleted: bool = False
+    ai_gateway: Mapping[str, Any] | None = None
+    """As it was given, like the two below; None when it was not."""
+    email_notifications: Mapping[str, Any] | None = None
+    telemetry_config: Mapping[str, Any] | None = None
+    budget_policy_id: str = ""
+    route_optimized: bool = False
 
     @property
     def is_updating(self) -> bool:

@@ -21,6 +21,13 @@ class ServingSettings(settings.ServiceSettings):
         default="127.0.0.1:8082",
         help="Where the public gRPC API listens: host:port.",
     )
+    public_url: str = setting(
+        "TESSERA_PUBLIC_URL",
+        settings.origin,
+        default="",
+        help="The address that clients reach the REST API under. Route-optimized endpoints are told by it; not set:"
+        " there are none.",
+    )
     model_registry: str | None = setting(
         "TESSERA_MODEL_REGISTRY",
         str,

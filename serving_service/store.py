@@ -28,7 +28,8 @@ MAX_ENDPOINTS = 1_000
 
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
-    "pending_version, config_update, failures, is_deleted, creator_kind"
+    "pending_version, config_update, failures, is_deleted, creator_kind, ai_gateway, email_notifications, "
+    "telemetry_config, budget_policy_id, route_optimized"
 )
 
 
@@ -42,7 +43,8 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
     if connection.execute("SELECT count(*) FROM endpoints WHERE NOT is_deleted").fetchone()[0] >= MAX_ENDPOINTS:
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
-        f"INSERT INTO endpoints ({_COLUMNS}, is_reserved) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0, ?, 1)",  # noqa: S608, E501
+        f"INSERT INTO endpoints ({_COLUMNS}, is_reserved)"  # noqa: S608
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 1)",
         (
             endpoint.id,
             endpoint.name,
@@ -56,6 +58,11 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
             endpoint.pending.version if endpoint.pending else None,
             endpoint.config_update,
             endpoint.creator_kind,
+            _optional_json(endpoint.ai_gateway),
+            _optional_json(endpoint.email_notifications),
+            _optional_json(endpoint.telemetry_config),
+            endpoint.budget_policy_id,
+            endpoint.route_optimized,
         ),
     )
 
@@ -140,6 +147,22 @@ def fail_update(
     )
 
 
+def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+    """Records what is said of an endpoint beside its configuration, and when it was."""
+    connection.execute(
+        "UPDATE endpoints SET tags = ?, ai_gateway = ?, email_notifications = ?, telemetry_config = ?, updated_at = ?"
+        " WHERE id = ?",
+        (
+            _json(endpoint.tags),
+            _optional_json(endpoint.ai_gateway),
+            _optional_json(endpoint.email_notifications),
+            _optional_json(endpoint.telemetry_config),
+            endpoint.updated_at,
+            endpoint.id,
+        ),
+    )
+
+
 def mark_deleted(connection: sqlite3.Connection, endpoint_id: str) -> bool:
     """Frees the endpoint's name; False when it was deleted before."""
     changed = connection.execute("UPDATE endpoints SET is_deleted = 1 WHERE id = ? AND NOT is_deleted", (endpoint_id,))
@@ -190,7 +213,8 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
     query = f"SELECT {_COLUMNS} FROM endpoints WHERE {condition} ORDER BY name"  # noqa: S608
     for row in connection.execute(query, (argument,)).fetchall():
         (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
-        (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:]
+        (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:15]
+        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized) = row[15:]
         configs = _configs(connection, id_)
         yield Endpoint(
             id=id_,
@@ -211,6 +235,11 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
                 for entity, (deployment, message) in orjson.loads(failures).items()
             },
             is_deleted=bool(is_deleted),
+            ai_gateway=_optional(ai_gateway),
+            email_notifications=_optional(email_notifications),
+            telemetry_config=_optional(telemetry_config),
+            budget_policy_id=budget_policy_id,
+            route_optimized=bool(route_optimized),
         )
 
 
@@ -229,13 +258,15 @@ def _config(version: int, created_at: int, content: dict[str, Any]) -> EndpointC
             ServedEntity(**{**entity, "model": ModelVersion(**entity["model"])}) for entity in content["entities"]
         ),
         routes=tuple(Route(**route) for route in content["routes"]),
+        auto_capture=content.get("auto_capture"),
     )
 
 
 def _add_config(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+    content = {"entities": config.entities, "routes": config.routes, "auto_capture": config.auto_capture}
     connection.execute(
         "INSERT INTO configs (endpoint_id, version, created_at, content) VALUES (?, ?, ?, ?)",
-        (endpoint_id, config.version, config.created_at, _json({"entities": config.entities, "routes": config.routes})),
+        (endpoint_id, config.version, config.created_at, _json(content)),
     )
 
 
@@ -250,6 +281,14 @@ def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
 
 def _json(value: Any) -> str:
     return orjson.dumps(value).decode()
+
+
+def _optional_json(value: Any) -> str | None:
+    return None if value is None else _json(value)
+
+
+def _optional(text: str | None) -> Any:
+    return None if text is None else orjson.loads(text)
 
 
 def _first(endpoints: Iterable[Endpoint]) -> Endpoint | None:

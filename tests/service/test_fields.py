@@ -218,6 +218,21 @@ CASES = {
         "ListServingEndpoints": Case(query={}),
         "DeleteServingEndpoint": Case(query={}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
         "UpdateServingEndpointConfig": Case(CONFIG, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "PatchServingEndpointTags": Case(
+            {"add_tags": [{"key": "k", "value": "v"}]}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "PutServingEndpointRateLimits": Case({"rate_limits": []}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "PutServingEndpointAiGateway": Case(
+            {"usage_tracking_config": {"enabled": False}}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "UpdateServingEndpointNotifications": Case(
+            {"email_notifications": {"on_update_failure": ["a@example.com"]}},
+            before=(BARE,),
+            views=(f"{ENDPOINTS}/<n>",),
+        ),
+        "PatchServingEndpointTelemetryConfig": Case(
+            {"telemetry_config": {}}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)
+        ),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },

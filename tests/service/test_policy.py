@@ -107,6 +107,11 @@ GOLDEN = {
         "ListServingEndpoints": "endpoint CAN_VIEW",
         "DeleteServingEndpoint": "endpoint CAN_MANAGE",
         "UpdateServingEndpointConfig": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTags": "endpoint CAN_MANAGE",
+        "PutServingEndpointRateLimits": "endpoint CAN_MANAGE",
+        "PutServingEndpointAiGateway": "endpoint CAN_MANAGE",
+        "UpdateServingEndpointNotifications": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
@@ -274,6 +279,11 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "GetServingEndpoint": lambda it: serving.GetServingEndpointRequest(name="steady"),
     "DeleteServingEndpoint": lambda it: serving.DeleteServingEndpointRequest(name=it.new),
     "UpdateServingEndpointConfig": lambda it: serving.UpdateServingEndpointConfigRequest(name=it.new),
+    "PatchServingEndpointTags": lambda it: serving.PatchServingEndpointTagsRequest(name="steady"),
+    "PutServingEndpointRateLimits": lambda it: serving.PutServingEndpointRateLimitsRequest(name="steady"),
+    "PutServingEndpointAiGateway": lambda it: serving.PutServingEndpointAiGatewayRequest(name="steady"),
+    "UpdateServingEndpointNotifications": lambda it: serving.UpdateServingEndpointNotificationsRequest(name="steady"),
+    "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"

@@ -370,12 +370,14 @@ async def test_nothing_is_there_after_a_refused_create(platform: Platform) -> No
         await refusal(platform.admin.create("demo", environment={"LD_PRELOAD": "x"})),
         await refusal(platform.admin.create("demo", environment={"A": "{{secrets/no/where}}"})),
         await refusal(platform.admin.create("demo", route_optimized=True)),
+        await refusal(platform.admin.create("demo", rate_limits=[pb.RateLimit(calls=1)])),
     ]
     assert [refused.reason for refused in refusals] == [
         "INVALID_PARAMETER_VALUE",
         "RESOURCE_DOES_NOT_EXIST",
         "INVALID_PARAMETER_VALUE",
         "INVALID_PARAMETER_VALUE",
+        "FEATURE_DISABLED",
         "FEATURE_DISABLED",
     ]
     assert "unknown-model" in refusals[1].message
