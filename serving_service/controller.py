@@ -98,11 +98,12 @@ class EndpointController:
     def publish(self, endpoint: Endpoint, config: EndpointConfig | None) -> None:
         """Puts the ready replicas of a configuration into the table of routes."""
         if not self._is_deleted:
+            entities = self._entity_routes(config) if config else ()
+            if endpoint.is_stopped and config is endpoint.active:
+                entities = tuple(replace(entity, replicas=()) for entity in entities)
             self._doors.routes.publish(
                 EndpointRoutes(
-                    endpoint_id=endpoint.id,
-                    name=endpoint.name,
-                    entities=self._entity_routes(config) if config else (),
+                    endpoint_id=endpoint.id, name=endpoint.name, entities=entities, is_stopped=endpoint.is_resting
                 )
             )
 
@@ -192,6 +193,7 @@ class EndpointController:
             is_updating=endpoint.is_updating,
             active=_named(endpoint.active),
             pending=_named(endpoint.pending),
+            is_stopped=endpoint.is_stopped,
             deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
         )
 

@@ -19,6 +19,9 @@ from serving_service.model import Deployment, Endpoint, EndpointConfig, EntitySt
 log = logging.getLogger(__name__)
 
 
+STOPPED = EntityState(Deployment.ABORTED, "The endpoint was stopped. Start it to have it serve again.")
+
+
 class Controllers:
     """The controllers of all endpoints."""
 
@@ -60,10 +63,13 @@ class Controllers:
 
     def state_of(self, endpoint: Endpoint, config: EndpointConfig, entity: str) -> EntityState:
         """How an entity of the active or the pending configuration is."""
+        is_active = endpoint.active is not None and config.version == endpoint.active.version
+        if is_active and endpoint.is_stopped:
+            return STOPPED
         controller = self._controllers.get(endpoint.id)
         if controller is not None:
             return controller.state_of(endpoint, config, entity)
-        if endpoint.active is not None and config.version == endpoint.active.version:
+        if is_active:
             # The service has just started: what was ready counts as ready until it is found otherwise.
             return EntityState(Deployment.READY, "")
         waiting = EntityState(Deployment.CREATING, "Waiting to be started.")

@@ -33,10 +33,13 @@ from serving_service.errors import (
     EndpointNotFound,
     EndpointPermissionDenied,
     EntityNotFound,
+    NothingToCancel,
+    NotStoppable,
+    NotStopped,
     TelemetryNotSupported,
     UpdateInProgress,
 )
-from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState
+from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
 from tessera import policy
@@ -126,6 +129,18 @@ class Endpoints:
     async def delete(self, name: str, *, caller: Principal) -> None:
         """Deletes an endpoint at once; its replicas are stopped afterwards."""
         await self._to_its_end(lambda: self._delete(name, caller))
+
+    async def stop(self, name: str, *, caller: Principal) -> View:
+        """Has the endpoint rest until it is started."""
+        return await self._to_its_end(lambda: self._stop(name, caller))
+
+    async def start(self, name: str, *, caller: Principal) -> View:
+        """Deploys the configuration of a stopped endpoint as a new version."""
+        return await self._to_its_end(lambda: self._start(name, caller))
+
+    async def cancel_update(self, name: str, *, caller: Principal) -> View:
+        """Gives up the update that is under way."""
+        return await self._to_its_end(lambda: self._cancel_update(name, caller))
 
     async def patch_tags(self, request: pb.PatchServingEndpointTagsRequest, *, caller: Principal) -> Endpoint:
         """Adds and removes tags."""
@@ -293,7 +308,10 @@ class Endpoints:
         pending = configs.read_config(
             config, at="", version=endpoint.latest_version + 1, author=caller.name, now=_now()
         )
-        pending = await self._with_models(pending)
+        return await self._proposed(endpoint, level, await self._with_models(pending))
+
+    async def _proposed(self, endpoint: Endpoint, level: Level, pending: EndpointConfig) -> View:
+        """Has the endpoint, as it was seen, deploy a configuration of the next version."""
         updated = replace(
             endpoint,
             pending=pending,
@@ -320,6 +338,65 @@ class Endpoints:
             raise
         if endpoint.pending is not None:
             self._settlement.dropped(endpoint.id, endpoint.pending.version)
+        self._controllers.wake(endpoint.id)
+        return view
+
+    async def _start(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if endpoint.is_updating:
+            raise UpdateInProgress(name)
+        if not endpoint.is_stopped or endpoint.active is None:
+            raise NotStopped(name)
+        pending = replace(endpoint.active, version=endpoint.latest_version + 1, created_at=_now())
+        return await self._proposed(endpoint, level, pending)
+
+    async def _stop(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if endpoint.is_updating:
+            raise NotStoppable(name, NotStoppable.IS_UPDATING)
+        if endpoint.active is None:
+            raise NotStoppable(name, NotStoppable.IS_BARE)
+        stopped = replace(
+            endpoint,
+            is_stopped=True,
+            pending=None,
+            config_update=ConfigUpdate.NOT_UPDATING,
+            failures={},
+            updated_at=_now(),
+        )
+        view = self._view(stopped, level)
+
+        def commit(connection: sqlite3.Connection) -> View:
+            store.stop_endpoint(connection, stopped)
+            return view
+
+        await self._database.write(self._answers.once, commit)
+        if endpoint.pending is not None:
+            self._settlement.dropped(endpoint.id, endpoint.pending.version)
+        self._controllers.wake(endpoint.id)
+        return view
+
+    async def _cancel_update(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if not endpoint.is_updating or endpoint.pending is None:
+            raise NothingToCancel(name)
+        state = EntityState(Deployment.ABORTED, f"Given up, because {caller.name} cancelled the update.")
+        canceled = replace(
+            endpoint,
+            config_update=ConfigUpdate.UPDATE_CANCELED,
+            failures={entity.name: state for entity in endpoint.pending.entities},
+            updated_at=_now(),
+        )
+        view = self._view(canceled, level)
+
+        def commit(connection: sqlite3.Connection) -> View:
+            store.cancel_update(connection, canceled)
+            return view
+
+        await self._database.write(self._answers.once, commit)
         self._controllers.wake(endpoint.id)
         return view
 

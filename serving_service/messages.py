@@ -93,18 +93,20 @@ def _data_plane(view: View) -> pb.ModelDataPlaneInfo:
 
 
 def _state(view: View) -> pb.EndpointState:
-    is_ready = view.endpoint.active is not None and all(
+    endpoint = view.endpoint
+    is_ready = endpoint.active is not None and all(
         state.deployment is Deployment.READY for state in view.active.values()
     )
     update: Mapping[ConfigUpdate, pb.EndpointState.ConfigUpdate.ValueType] = {
         ConfigUpdate.NOT_UPDATING: pb.EndpointState.NOT_UPDATING,
         ConfigUpdate.IN_PROGRESS: pb.EndpointState.IN_PROGRESS,
         ConfigUpdate.UPDATE_FAILED: pb.EndpointState.UPDATE_FAILED,
+        ConfigUpdate.UPDATE_CANCELED: pb.EndpointState.UPDATE_CANCELED,
     }
     return pb.EndpointState(
         ready=pb.EndpointState.READY if is_ready else pb.EndpointState.NOT_READY,
-        config_update=update[view.endpoint.config_update],
-        suspend=pb.EndpointState.NOT_SUSPENDED,
+        config_update=update[endpoint.config_update],
+        suspend=pb.EndpointState.STOPPED if endpoint.is_resting else pb.EndpointState.NOT_SUSPENDED,
     )
 
 

@@ -17,6 +17,7 @@ class ConfigUpdate(StrEnum):
     NOT_UPDATING = "NOT_UPDATING"
     IN_PROGRESS = "IN_PROGRESS"
     UPDATE_FAILED = "UPDATE_FAILED"
+    UPDATE_CANCELED = "UPDATE_CANCELED"
 
 
 class Deployment(StrEnum):
@@ -111,8 +112,10 @@ class Endpoint:
     pending: EndpointConfig | None = None
     config_update: ConfigUpdate = ConfigUpdate.NOT_UPDATING
     failures: Mapping[str, EntityState] = field(default_factory=dict)
-    """How each entity of a pending configuration ended that failed."""
+    """How each entity of a pending configuration ended that failed or was cancelled."""
     is_deleted: bool = False
+    is_stopped: bool = False
+    """Whether the active configuration is not to run. It stays so until another one has been deployed."""
     ai_gateway: Mapping[str, Any] | None = None
     """As it was given, like the two below; None when it was not."""
     email_notifications: Mapping[str, Any] | None = None
@@ -123,6 +126,11 @@ class Endpoint:
     @property
     def is_updating(self) -> bool:
         return self.config_update is ConfigUpdate.IN_PROGRESS
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is stopped and nobody is starting it."""
+        return self.is_stopped and not self.is_updating
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,23 @@ class ServingEndpointsServicer:
             self._endpoints.update_config(request.name, config, caller=current_caller()), messages.detailed
         )
 
+    async def StopServingEndpoint(
+        self, request: pb.StopServingEndpointRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(self._endpoints.stop(request.name, caller=current_caller()), messages.detailed)
+
+    async def StartServingEndpoint(
+        self, request: pb.StartServingEndpointRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(self._endpoints.start(request.name, caller=current_caller()), messages.detailed)
+
+    async def CancelServingEndpointUpdate(
+        self, request: pb.CancelServingEndpointUpdateRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(
+            self._endpoints.cancel_update(request.name, caller=current_caller()), messages.detailed
+        )
+
     async def PatchServingEndpointTags(
         self, request: pb.PatchServingEndpointTagsRequest, call: Call
     ) -> pb.EndpointTags:

@@ -6,12 +6,19 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
 
-from serving_service.errors import EndpointExists, EndpointNotFound, TooManyEndpoints, UpdateInProgress
+from serving_service.errors import (
+    EndpointExists,
+    EndpointNotFound,
+    NothingToCancel,
+    NotStoppable,
+    TooManyEndpoints,
+    UpdateInProgress,
+)
 from serving_service.model import (
     ConfigUpdate,
     Deployment,
@@ -29,7 +36,7 @@ MAX_ENDPOINTS = 1_000
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
     "pending_version, config_update, failures, is_deleted, creator_kind, ai_gateway, email_notifications, "
-    "telemetry_config, budget_policy_id, route_optimized"
+    "telemetry_config, budget_policy_id, route_optimized, is_stopped"
 )
 
 
@@ -44,7 +51,7 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
         f"INSERT INTO endpoints ({_COLUMNS}, is_reserved)"  # noqa: S608
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 1)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 0, 1)",
         (
             endpoint.id,
             endpoint.name,
@@ -126,10 +133,10 @@ def clear_reservations(connection: sqlite3.Connection) -> None:
 
 
 def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> bool:
-    """Makes the pending version the active one; False when it is no longer the pending one."""
+    """Makes the pending version the active one, which runs; False when it is no longer the pending one."""
     changed = connection.execute(
-        "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING' "
-        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING', "
+        "is_stopped = 0 WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
         (version, endpoint_id, version),
     )
     _drop_old_configs(connection, endpoint_id)
@@ -143,8 +150,37 @@ def fail_update(
     connection.execute(
         "UPDATE endpoints SET config_update = 'UPDATE_FAILED', failures = ? "
         "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS'",
-        (_json({name: [state.deployment, state.message] for name, state in failures.items()}), endpoint_id, version),
+        (_failures(failures), endpoint_id, version),
     )
+
+
+def cancel_update(connection: sqlite3.Connection, canceled: Endpoint) -> None:
+    """Records that the update under way was given up, as `canceled` says; raises NothingToCancel when it has ended."""
+    assert canceled.pending is not None
+    changed = connection.execute(
+        "UPDATE endpoints SET config_update = 'UPDATE_CANCELED', failures = ?, updated_at = ? "
+        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        (_failures(canceled.failures), canceled.updated_at, canceled.id, canceled.pending.version),
+    )
+    if not changed.rowcount:
+        raise NothingToCancel(canceled.name)
+
+
+def stop_endpoint(connection: sqlite3.Connection, stopped: Endpoint) -> None:
+    """Has the active configuration of `stopped` rest, and forgets the pending one.
+
+    Raises NotStoppable during an update.
+    """
+    assert stopped.active is not None
+    changed = connection.execute(
+        "UPDATE endpoints SET is_stopped = 1, pending_version = NULL, config_update = 'NOT_UPDATING', failures = '{}',"
+        " updated_at = ? WHERE id = ? AND active_version = ? AND config_update != 'IN_PROGRESS'"
+        " AND reserved_version IS NULL AND NOT is_deleted",
+        (stopped.updated_at, stopped.id, stopped.active.version),
+    )
+    if not changed.rowcount:
+        raise NotStoppable(stopped.name, NotStoppable.IS_UPDATING)
+    _drop_old_configs(connection, stopped.id)
 
 
 def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
@@ -214,7 +250,7 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
     for row in connection.execute(query, (argument,)).fetchall():
         (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
         (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:15]
-        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized) = row[15:]
+        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized, is_stopped) = row[15:]
         configs = _configs(connection, id_)
         yield Endpoint(
             id=id_,
@@ -240,6 +276,7 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
             telemetry_config=_optional(telemetry_config),
             budget_policy_id=budget_policy_id,
             route_optimized=bool(route_optimized),
+            is_stopped=bool(is_stopped),
         )
 
 
@@ -277,6 +314,10 @@ def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
         "SELECT coalesce(pending_version, 0) FROM endpoints WHERE id = ?1)",
         (endpoint_id,),
     )
+
+
+def _failures(states: Mapping[str, EntityState]) -> str:
+    return _json({name: [state.deployment, state.message] for name, state in states.items()})
 
 
 def _json(value: Any) -> str:

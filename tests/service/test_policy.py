@@ -107,6 +107,9 @@ GOLDEN = {
         "ListServingEndpoints": "endpoint CAN_VIEW",
         "DeleteServingEndpoint": "endpoint CAN_MANAGE",
         "UpdateServingEndpointConfig": "endpoint CAN_MANAGE",
+        "StopServingEndpoint": "endpoint CAN_MANAGE",
+        "StartServingEndpoint": "endpoint CAN_MANAGE",
+        "CancelServingEndpointUpdate": "endpoint CAN_MANAGE",
         "PatchServingEndpointTags": "endpoint CAN_MANAGE",
         "PutServingEndpointRateLimits": "endpoint CAN_MANAGE",
         "PutServingEndpointAiGateway": "endpoint CAN_MANAGE",
@@ -209,7 +212,10 @@ class World:
             token_id = made.token_info.token_id
         endpoint_id = self.steady_id
         if name.endswith(
-            ("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions")
+            (
+                *("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions"),
+                *("StopServingEndpoint", "StartServingEndpoint", "CancelServingEndpointUpdate"),
+            )
         ):
             endpoint_id = (await self.platform.endpoints_of("creator").create(thing, None)).id
             await share(self.platform, endpoint_id)
@@ -279,6 +285,9 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "GetServingEndpoint": lambda it: serving.GetServingEndpointRequest(name="steady"),
     "DeleteServingEndpoint": lambda it: serving.DeleteServingEndpointRequest(name=it.new),
     "UpdateServingEndpointConfig": lambda it: serving.UpdateServingEndpointConfigRequest(name=it.new),
+    "StopServingEndpoint": lambda it: serving.StopServingEndpointRequest(name=it.new),
+    "StartServingEndpoint": lambda it: serving.StartServingEndpointRequest(name=it.new),
+    "CancelServingEndpointUpdate": lambda it: serving.CancelServingEndpointUpdateRequest(name=it.new),
     "PatchServingEndpointTags": lambda it: serving.PatchServingEndpointTagsRequest(name="steady"),
     "PutServingEndpointRateLimits": lambda it: serving.PutServingEndpointRateLimitsRequest(name="steady"),
     "PutServingEndpointAiGateway": lambda it: serving.PutServingEndpointAiGatewayRequest(name="steady"),
@@ -301,6 +310,10 @@ LET_IN = {
     **dict.fromkeys(("GetManagedToken", "UpdateManagedToken", "DeleteManagedToken"), Code.NOT_FOUND),
     # Without entities there is no configuration, and who may not manage does not learn that.
     "UpdateServingEndpointConfig": Code.INVALID_ARGUMENT,
+    # Nothing of theirs has ever run.
+    "StopServingEndpoint": Code.FAILED_PRECONDITION,
+    "StartServingEndpoint": Code.FAILED_PRECONDITION,
+    "CancelServingEndpointUpdate": Code.FAILED_PRECONDITION,
     # A good one would end whatever it does not name.
     "Reconcile": Code.INVALID_ARGUMENT,
 }
