@@ -15,6 +15,7 @@ from serving_service import store
 from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointController
 from serving_service.launcher import Observation, ReplicaGoneError, ReplicaHandle
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord
+from serving_service.phases import LaunchEvent
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,11 @@ class Controllers:
             return EntityState(Deployment.READY, "")
         waiting = EntityState(Deployment.CREATING, "Waiting to be started.")
         return waiting if endpoint.is_updating else endpoint.failures.get(entity, waiting)
+
+    def events(self, endpoint_id: str) -> list[LaunchEvent]:
+        """The phases of an endpoint's launches that are not stored."""
+        controller = self._controllers.get(endpoint_id)
+        return controller.events() if controller is not None else []
 
     async def logs(self, endpoint_id: str, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of an entity."""

@@ -40,6 +40,7 @@ from serving_service.errors import (
     UpdateInProgress,
 )
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState
+from serving_service.phases import LaunchEvent
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
 from tessera import policy
@@ -184,6 +185,16 @@ class Endpoints:
     async def patch_telemetry(self, name: str, telemetry: pb.TelemetryConfig | None, *, caller: Principal) -> View:
         """Replaces the telemetry configuration; None removes it."""
         return await self._to_its_end(lambda: self._patch_telemetry(name, telemetry, caller))
+
+    async def events(self, name: str, *, caller: Principal) -> list[LaunchEvent]:
+        """What the endpoint's launches did when, the oldest first."""
+        endpoint, _ = await self._found(name, caller)
+        # In this order: what is stored meanwhile is seen twice rather than not at all.
+        unstored = self._controllers.events(endpoint.id)
+        stored = await self._database.read(store.events_of, endpoint.id)
+        known = {(event.replica_id, event.phase) for event in stored}
+        new = [event for event in unstored if (event.replica_id, event.phase) not in known]
+        return sorted((*stored, *new), key=lambda event: event.started_at)
 
     async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
         """The latest output of a served entity: the pending configuration's when it has one of that name."""

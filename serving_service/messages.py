@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from serving_service import details
 from serving_service.endpoints import View
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
+from serving_service.phases import LaunchEvent
 from tessera.identity.v1.permissions_pb2 import PermissionLevel
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -74,6 +75,20 @@ def notifications(endpoint: Endpoint) -> pb.UpdateServingEndpointNotificationsRe
     return pb.UpdateServingEndpointNotificationsResponse(
         name=endpoint.name,
         email_notifications=details.message(pb.EmailNotifications, endpoint.email_notifications),
+    )
+
+
+def event(event: LaunchEvent) -> pb.LaunchEvent:
+    """One phase of one launch."""
+    return pb.LaunchEvent(
+        served_entity_name=event.entity,
+        config_version=event.version,
+        replica_id=event.replica_id,
+        phase=pb.LaunchEvent.Phase.Value(event.phase.name),
+        outcome=pb.LaunchEvent.Outcome.Value(event.outcome.value),
+        start_time=event.started_at,
+        duration_ms=event.duration,
+        message=event.message,
     )
 
 

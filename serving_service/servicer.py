@@ -115,6 +115,12 @@ class ServingEndpointsServicer:
             self._endpoints.patch_telemetry(request.name, given, caller=current_caller()), messages.detailed
         )
 
+    async def ListServingEndpointEvents(
+        self, request: pb.ListServingEndpointEventsRequest, call: Call
+    ) -> pb.ListServingEndpointEventsResponse:
+        events = await self._endpoints.events(request.name, caller=current_caller())
+        return pb.ListServingEndpointEventsResponse(events=map(messages.event, events))
+
     async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
         logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())
         return pb.ServedModelLogs(logs=logs)

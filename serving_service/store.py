@@ -6,7 +6,7 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -30,8 +30,11 @@ from serving_service.model import (
     Route,
     ServedEntity,
 )
+from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 
 MAX_ENDPOINTS = 1_000
+MAX_EVENTS = 500
+"""Of one endpoint; a launch has some four."""
 
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
@@ -223,6 +226,55 @@ def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoi
 def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
     """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
+
+
+def add_events(connection: sqlite3.Connection, endpoint_id: str, events: Sequence[LaunchEvent]) -> None:
+    """Records phases of launches; of each endpoint the newest are kept."""
+    connection.executemany(
+        "INSERT INTO events (endpoint_id, replica_id, version, entity, phase, outcome, started_at, duration, message)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                endpoint_id,
+                event.replica_id,
+                event.version,
+                event.entity,
+                event.phase,
+                event.outcome,
+                event.started_at,
+                event.duration,
+                event.message,
+            )
+            for event in events
+        ],
+    )
+    connection.execute(
+        "DELETE FROM events WHERE endpoint_id = ?1 AND id <="
+        " (SELECT id FROM events WHERE endpoint_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+        (endpoint_id, MAX_EVENTS),
+    )
+
+
+def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEvent]:
+    """The recorded phases of an endpoint's launches, in the order in which they ended."""
+    rows = connection.execute(
+        "SELECT replica_id, version, entity, phase, outcome, started_at, duration, message FROM events"
+        " WHERE endpoint_id = ? ORDER BY id",
+        (endpoint_id,),
+    )
+    return [
+        LaunchEvent(
+            replica_id=replica_id,
+            version=version,
+            entity=entity,
+            phase=LaunchPhase(phase),
+            outcome=Outcome(outcome),
+            started_at=started_at,
+            duration=duration,
+            message=message,
+        )
+        for replica_id, version, entity, phase, outcome, started_at, duration, message in rows
+    ]
 
 
 def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:

@@ -105,6 +105,7 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/PutServingEndpointAiGateway": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/UpdateServingEndpointNotifications": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/PatchServingEndpointTelemetryConfig": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/ListServingEndpointEvents": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/Query": CAN_QUERY,

@@ -37,6 +37,7 @@ OF_THE_PLATFORM = frozenset(
     (
         *("id", "$ref", "logs", "token_id", "token_value", "detail", "object_id"),
         *("creation_time", "expiry_time", "creation_timestamp", "last_updated_timestamp", "start_time"),
+        *("replica_id", "duration_ms"),
     )
 )
 """Fields whose values differ from platform to platform, and SCIM's words for people, which no document fixes."""

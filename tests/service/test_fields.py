@@ -238,6 +238,7 @@ CASES = {
         "PatchServingEndpointTelemetryConfig": Case(
             {"telemetry_config": {}}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)
         ),
+        "ListServingEndpointEvents": Case(query={}, before=(BARE,)),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },

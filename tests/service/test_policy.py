@@ -115,6 +115,7 @@ GOLDEN = {
         "PutServingEndpointAiGateway": "endpoint CAN_MANAGE",
         "UpdateServingEndpointNotifications": "endpoint CAN_MANAGE",
         "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
+        "ListServingEndpointEvents": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
@@ -293,6 +294,7 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "PutServingEndpointAiGateway": lambda it: serving.PutServingEndpointAiGatewayRequest(name="steady"),
     "UpdateServingEndpointNotifications": lambda it: serving.UpdateServingEndpointNotificationsRequest(name="steady"),
     "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
+    "ListServingEndpointEvents": lambda it: serving.ListServingEndpointEventsRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"

@@ -207,7 +207,8 @@ async def test_a_failed_update_leaves_the_old_configuration_serving_and_says_why
     assert (failed.state.ready, failed.state.config_update) == (State.READY, State.UPDATE_FAILED)
     assert failed.config.config_version == 1
     states = entity_states(failed.pending_config)
-    assert states["failing-1"] == ("DEPLOYMENT_FAILED", "KeyError: the weights are missing")
+    assert states["failing-1"][0] == "DEPLOYMENT_FAILED"
+    assert states["failing-1"][1].startswith("Phase load failed: KeyError: the weights are missing. Its log says more.")
     assert states["slow-1"][0] == "DEPLOYMENT_ABORTED"
     assert "failing-1" in states["slow-1"][1]
     assert await environment_of(platform.admin, "demo") == {"VERSION": "one"}

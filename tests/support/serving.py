@@ -125,6 +125,11 @@ class ServingCaller:
         )
         return answer
 
+    async def events(self, name: str) -> list[pb.LaunchEvent]:
+        """What the endpoint's launches did when, the oldest first."""
+        request = pb.ListServingEndpointEventsRequest(name=name)
+        return list((await self(self.stub.ListServingEndpointEvents, request)).events)
+
     async def logs(self, name: str, entity: str) -> str:
         request = pb.GetServedModelLogsRequest(name=name, served_model_name=entity)
         return str((await self(self.stub.GetServedModelLogs, request)).logs)
