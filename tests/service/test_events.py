@@ -195,7 +195,7 @@ async def test_phase_that_goes_on_is_seen_with_its_duration_and_told_to_the_log(
 
         def is_told() -> bool:
             beats = [record for record in caplog.records if record.message == "launch goes on"]
-            return sum(record.__dict__["phase"] == "load" for record in beats) > 1
+            return [record.__dict__["phase"] for record in beats].count("load") > 1
 
         await eventually(is_told)
 
