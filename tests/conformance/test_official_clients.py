@@ -228,6 +228,18 @@ def test_sdk_gets_a_token_for_one_endpoint_and_it_is_good_for_nothing_else(
         sdk.WorkspaceClient(host=live.url, token=bound.token).current_user.me()
 
 
+def test_sdk_queries_the_data_plane_of_a_route_optimized_endpoint(robot: Any, sdk: SimpleNamespace, live: Live) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DATABRICKS_TOKEN")
+        client = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret=robot.secret.secret)
+        config = deployed_config(sdk, "sdk-direct", GOOD)
+        found = client.serving_endpoints.create_and_wait(name="sdk-direct", config=config, route_optimized=True)
+        assert found.route_optimized
+        answer = client.serving_endpoints_data_plane.query("sdk-direct", dataframe_records=[{"ask": "version"}])
+        assert answer.predictions == [GOOD]
+        client.serving_endpoints.delete("sdk-direct")
+
+
 def test_sdk_deploys_queries_updates_and_deletes(client: Any, sdk: SimpleNamespace) -> None:
     client.secrets.create_scope("sdk-serving")
     client.secrets.put_secret("sdk-serving", "key", string_value=SECRET)
