@@ -128,6 +128,8 @@ class Invocations:
             ) from None
 
     def _entity(self, endpoint: Endpoint, name: str | None) -> Entity:
+        if endpoint.is_stopped:
+            raise BadRequest(f"Endpoint {endpoint.name} is stopped. Start it, then ask again.")
         entity = endpoint.chosen() if name is None else endpoint.entity(name)
         if name is not None and entity is None:
             raise EndpointNotFound

@@ -83,10 +83,17 @@ async def running(
                 or LocalLauncher(
                     directory / "replicas", settings.supervisor_lock, service_environment=own_environment()
                 ),
-                launches=Launches(registry, references, settlement),
+                launches=Launches(
+                    registry,
+                    references,
+                    settlement,
+                    download_deadline=settings.download_deadline,
+                    reference_deadline=settings.reference_deadline,
+                ),
                 routes=routes,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
+                load_deadline=settings.load_deadline,
             )
         )
         endpoints = Endpoints(
@@ -97,6 +104,7 @@ async def running(
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
+            public_url=settings.public_url,
         )
         queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name

@@ -50,6 +50,7 @@ class EndpointRoutes:
     endpoint_id: str
     name: str
     entities: tuple[EntityRoutes, ...]
+    is_stopped: bool = False
 
     @property
     def replica_ids(self) -> frozenset[str]:
@@ -249,6 +250,7 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
     return pb.EndpointRoutes(
         endpoint_id=routes.endpoint_id,
         name=routes.name,
+        is_stopped=routes.is_stopped,
         entities=[
             pb.EntityRoutes(
                 name=entity.name,

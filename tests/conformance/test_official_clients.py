@@ -90,6 +90,30 @@ def deployed_config(sdk: SimpleNamespace, name: str, version: str, **variables: 
 # databricks-sdk
 
 
+def test_sdk_says_more_about_an_endpoint_and_reads_it_back(client: Any, sdk: SimpleNamespace, live: Live) -> None:
+    serving, endpoints = sdk.serving, client.serving_endpoints
+    wait = endpoints.create(name="sdk-told", route_optimized=True, budget_policy_id="b", description="words")
+    created = wait.response
+    query = created.data_plane_info.query_info
+    assert query.endpoint_url == f"{live.url}/serving-endpoints/sdk-told/invocations"
+    assert f"/serving-endpoints/{created.id}" in query.authorization_details
+    patched = endpoints.patch("sdk-told", add_tags=[serving.EndpointTag("a", "1"), serving.EndpointTag("b")])
+    assert [(tag.key, tag.value) for tag in patched.tags] == [("a", "1"), ("b", None)]
+    assert [tag.key for tag in endpoints.patch("sdk-told", delete_tags=["a"]).tags] == ["b"]
+    off = serving.AiGatewayUsageTrackingConfig(enabled=False)
+    endpoints.put_ai_gateway("sdk-told", usage_tracking_config=off)
+    with pytest.raises(sdk.errors.BadRequest, match=r"usage_tracking_config\.enabled"):
+        endpoints.put_ai_gateway("sdk-told", usage_tracking_config=serving.AiGatewayUsageTrackingConfig(enabled=True))
+    told = serving.EmailNotifications(on_update_failure=["ada@example.com"])
+    endpoints.update_notifications("sdk-told", email_notifications=told)
+    assert endpoints.put("sdk-told", rate_limits=[]).rate_limits == []
+    found = endpoints.get("sdk-told")
+    assert (found.route_optimized, found.description) == (True, "words")
+    assert found.ai_gateway.usage_tracking_config == off
+    assert found.email_notifications == told
+    endpoints.delete("sdk-told")
+
+
 def test_sdk_knows_who_it_is_and_where(client: Any, live: Live) -> None:
     me = client.current_user.me()
     assert me.user_name == "admin"
@@ -204,6 +228,18 @@ def test_sdk_gets_a_token_for_one_endpoint_and_it_is_good_for_nothing_else(
         sdk.WorkspaceClient(host=live.url, token=bound.token).current_user.me()
 
 
+def test_sdk_queries_the_data_plane_of_a_route_optimized_endpoint(robot: Any, sdk: SimpleNamespace, live: Live) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DATABRICKS_TOKEN")
+        client = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret=robot.secret.secret)
+        config = deployed_config(sdk, "sdk-direct", GOOD)
+        found = client.serving_endpoints.create_and_wait(name="sdk-direct", config=config, route_optimized=True)
+        assert found.route_optimized
+        answer = client.serving_endpoints_data_plane.query("sdk-direct", dataframe_records=[{"ask": "version"}])
+        assert answer.predictions == [GOOD]
+        client.serving_endpoints.delete("sdk-direct")
+
+
 def test_sdk_deploys_queries_updates_and_deletes(client: Any, sdk: SimpleNamespace) -> None:
     client.secrets.create_scope("sdk-serving")
     client.secrets.put_secret("sdk-serving", "key", string_value=SECRET)
@@ -279,8 +315,9 @@ def test_sdk_raises_the_classes_that_its_users_catch(client: Any, sdk: SimpleNam
     config.served_entities[0].entity_name = "no-such-model"
     with pytest.raises(errors.ResourceDoesNotExist, match="no-such-model"):
         client.serving_endpoints.create(name="sdk-none", config=config)
-    with pytest.raises(errors.BadRequest, match="route_optimized"):
-        client.serving_endpoints.create(name="sdk-none", route_optimized=True)
+    limit = sdk.serving.RateLimit(calls=1, renewal_period=sdk.serving.RateLimitRenewalPeriod.MINUTE)
+    with pytest.raises(errors.BadRequest, match="rate_limits"):
+        client.serving_endpoints.create(name="sdk-none", rate_limits=[limit])
 
     alice = sdk.WorkspaceClient(host=live.url, token=live.people["alice"].token)
     with pytest.raises(errors.PermissionDenied, match=r"User alice@example\.com does not have READ permission"):

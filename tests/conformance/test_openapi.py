@@ -39,6 +39,7 @@ OF_THE_PLATFORM = frozenset(
         *("secret_hash", "issuer", "authorization_endpoint", "token_endpoint", "create_time", "update_time"),
         "expire_time",
         *("creation_time", "expiry_time", "creation_timestamp", "last_updated_timestamp", "start_time"),
+        *("replica_id", "duration_ms"),
     )
 )
 """Fields whose values differ from platform to platform, and SCIM's words for people, which no document fixes."""

@@ -134,6 +134,8 @@ ROBOT = post(f"{SCIM}/ServicePrincipals", displayName="<n>")
 CREDENTIALS = f"{OF_ROBOT}/<id>/credentials/secrets"
 CLIENT_SECRET = post(CREDENTIALS)
 ENDPOINT = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "ready", "entity_version": "1"}]})
+SLOW = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "slow", "entity_version": "1"}]})
+STOPPED = post(f"{ENDPOINTS}/<n>/config:stop")
 BARE = post(ENDPOINTS, name="<n>")
 GRANT = {"group_name": "users", "permission_level": "CAN_VIEW"}
 MINE = {"user_name": "alice", "permission_level": "CAN_MANAGE"}
@@ -236,6 +238,25 @@ CASES = {
         "ListServingEndpoints": Case(query={}),
         "DeleteServingEndpoint": Case(query={}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
         "UpdateServingEndpointConfig": Case(CONFIG, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "StopServingEndpoint": Case({}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)),
+        "StartServingEndpoint": Case({}, before=(ENDPOINT, STOPPED), views=(f"{ENDPOINTS}/<n>",)),
+        "CancelServingEndpointUpdate": Case({}, before=(SLOW,), views=(f"{ENDPOINTS}/<n>",)),
+        "PatchServingEndpointTags": Case(
+            {"add_tags": [{"key": "k", "value": "v"}]}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "PutServingEndpointRateLimits": Case({"rate_limits": []}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "PutServingEndpointAiGateway": Case(
+            {"usage_tracking_config": {"enabled": False}}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "UpdateServingEndpointNotifications": Case(
+            {"email_notifications": {"on_update_failure": ["a@example.com"]}},
+            before=(BARE,),
+            views=(f"{ENDPOINTS}/<n>",),
+        ),
+        "PatchServingEndpointTelemetryConfig": Case(
+            {"telemetry_config": {}}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "ListServingEndpointEvents": Case(query={}, before=(BARE,)),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },
@@ -341,14 +362,14 @@ async def effect(platform: Platform, binding: Binding, case: Case, variant: str)
     """The answer to a case's request and what is seen of its effect; in comparable form."""
     alice = (await send(platform, "alice", "GET", f"{SCIM}/Me")).json()["id"]
     known = {"n": f"zz{next(_numbers)}zz", "alice": alice}
-    for verb, path, body in case.before:
+    for index, (verb, path, body) in enumerate(case.before):
         who = "admin" if SCIM in path or OF_ROBOT in path else "alice"
         made = await send(platform, who, verb, filled(path, known), filled(body, known))
         assert made.status in (200, 201), made.body
         if found := id_in(made.json()):
             known["parent"], known["id"] = known.get("id", found), found
-    if case.before[-1:] == (ENDPOINT,):
-        await settled(platform, known["n"])
+        if case.before[index] == ENDPOINT:
+            await settled(platform, known["n"])
     made_id = known.get("id", "")
     variables = {"name": known["n"], "service_principal_id": known.get("parent", "")} | dict.fromkeys(
         ("id", "token_id", "secret_id", "serving_endpoint_id"), made_id

@@ -113,6 +113,15 @@ GOLDEN = {
         "ListServingEndpoints": "endpoint CAN_VIEW",
         "DeleteServingEndpoint": "endpoint CAN_MANAGE",
         "UpdateServingEndpointConfig": "endpoint CAN_MANAGE",
+        "StopServingEndpoint": "endpoint CAN_MANAGE",
+        "StartServingEndpoint": "endpoint CAN_MANAGE",
+        "CancelServingEndpointUpdate": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTags": "endpoint CAN_MANAGE",
+        "PutServingEndpointRateLimits": "endpoint CAN_MANAGE",
+        "PutServingEndpointAiGateway": "endpoint CAN_MANAGE",
+        "UpdateServingEndpointNotifications": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
+        "ListServingEndpointEvents": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
@@ -214,7 +223,10 @@ class World:
             token_id = made.token_info.token_id
         endpoint_id = self.steady_id
         if name.endswith(
-            ("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions")
+            (
+                *("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions"),
+                *("StopServingEndpoint", "StartServingEndpoint", "CancelServingEndpointUpdate"),
+            )
         ):
             endpoint_id = (await self.platform.endpoints_of("creator").create(thing, None)).id
             await share(self.platform, endpoint_id)
@@ -290,6 +302,15 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "GetServingEndpoint": lambda it: serving.GetServingEndpointRequest(name="steady"),
     "DeleteServingEndpoint": lambda it: serving.DeleteServingEndpointRequest(name=it.new),
     "UpdateServingEndpointConfig": lambda it: serving.UpdateServingEndpointConfigRequest(name=it.new),
+    "StopServingEndpoint": lambda it: serving.StopServingEndpointRequest(name=it.new),
+    "StartServingEndpoint": lambda it: serving.StartServingEndpointRequest(name=it.new),
+    "CancelServingEndpointUpdate": lambda it: serving.CancelServingEndpointUpdateRequest(name=it.new),
+    "PatchServingEndpointTags": lambda it: serving.PatchServingEndpointTagsRequest(name="steady"),
+    "PutServingEndpointRateLimits": lambda it: serving.PutServingEndpointRateLimitsRequest(name="steady"),
+    "PutServingEndpointAiGateway": lambda it: serving.PutServingEndpointAiGatewayRequest(name="steady"),
+    "UpdateServingEndpointNotifications": lambda it: serving.UpdateServingEndpointNotificationsRequest(name="steady"),
+    "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
+    "ListServingEndpointEvents": lambda it: serving.ListServingEndpointEventsRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"
@@ -309,6 +330,10 @@ LET_IN = {
     **dict.fromkeys(("GetManagedToken", "UpdateManagedToken", "DeleteManagedToken"), Code.NOT_FOUND),
     # Without entities there is no configuration, and who may not manage does not learn that.
     "UpdateServingEndpointConfig": Code.INVALID_ARGUMENT,
+    # Nothing of theirs has ever run.
+    "StopServingEndpoint": Code.FAILED_PRECONDITION,
+    "StartServingEndpoint": Code.FAILED_PRECONDITION,
+    "CancelServingEndpointUpdate": Code.FAILED_PRECONDITION,
     # A good one would end whatever it does not name.
     "Reconcile": Code.INVALID_ARGUMENT,
 }

@@ -207,7 +207,8 @@ async def test_a_failed_update_leaves_the_old_configuration_serving_and_says_why
     assert (failed.state.ready, failed.state.config_update) == (State.READY, State.UPDATE_FAILED)
     assert failed.config.config_version == 1
     states = entity_states(failed.pending_config)
-    assert states["failing-1"] == ("DEPLOYMENT_FAILED", "KeyError: the weights are missing")
+    assert states["failing-1"][0] == "DEPLOYMENT_FAILED"
+    assert states["failing-1"][1].startswith("Phase load failed: KeyError: the weights are missing. Its log says more.")
     assert states["slow-1"][0] == "DEPLOYMENT_ABORTED"
     assert "failing-1" in states["slow-1"][1]
     assert await environment_of(platform.admin, "demo") == {"VERSION": "one"}
@@ -370,12 +371,14 @@ async def test_nothing_is_there_after_a_refused_create(platform: Platform) -> No
         await refusal(platform.admin.create("demo", environment={"LD_PRELOAD": "x"})),
         await refusal(platform.admin.create("demo", environment={"A": "{{secrets/no/where}}"})),
         await refusal(platform.admin.create("demo", route_optimized=True)),
+        await refusal(platform.admin.create("demo", rate_limits=[pb.RateLimit(calls=1)])),
     ]
     assert [refused.reason for refused in refusals] == [
         "INVALID_PARAMETER_VALUE",
         "RESOURCE_DOES_NOT_EXIST",
         "INVALID_PARAMETER_VALUE",
         "INVALID_PARAMETER_VALUE",
+        "FEATURE_DISABLED",
         "FEATURE_DISABLED",
     ]
     assert "unknown-model" in refusals[1].message
