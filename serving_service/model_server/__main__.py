@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder of an MLflow model")
     parser.add_argument("--fd", required=True, type=int, help="inherited listening socket")
     parser.add_argument("--report-fd", required=True, type=int, help="inherited pipe that is told how the start went")
+    parser.add_argument("--threads", type=int, default=4, help="calls of the model at a time (default: %(default)s)")
     arguments = parser.parse_args()
     for fd in (arguments.fd, arguments.report_fd):
         os.set_inheritable(fd, False)  # processes that the model starts must not keep them open
@@ -25,10 +26,13 @@ def main() -> int:
     began = time.monotonic()
     try:
         # Imported here, because a missing or broken dependency is a cause to report like any other.
-        from serving_service.model_server.loader import load
+        from serving_service.model_server import mlflow_rules
+        from serving_service.model_server.application import Application
+        from serving_service.model_server.scoring import Scoring
         from serving_service.model_server.server import serve
 
-        app = load(arguments.model)
+        seconds = mlflow_rules.longest_seconds(os.environ)
+        app = Application(Scoring(mlflow_rules.load(arguments.model)), threads=arguments.threads, seconds=seconds)
     except BaseException as error:
         traceback.print_exc()
         report.failed(error)
