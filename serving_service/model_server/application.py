@@ -10,32 +10,36 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from serving_service.model_server import failures, mlflow_rules
+from serving_service.model_server import failures
+from serving_service.model_server.answers import Answer, Stream, error_event
 from serving_service.model_server.asgi import Message, Receive, Send
-from serving_service.model_server.scoring import Answer, Scoring, Stream
 
 T = TypeVar("T")
+AnswerTo = Callable[[bytes, str], Answer | Stream]
 
-_JSON = mlflow_rules.JSON.encode()
+_JSON = "application/json"
 _EVENTS = b"text/event-stream; charset=utf-8"
 _TOO_LATE = failures.envelope("DEADLINE_EXCEEDED", failures.TOO_LATE)
-_GETS = {"/ping": b"\n", "/health": b"\n", "/version": mlflow_rules.MLFLOW_VERSION.encode()}
 
 
 class Application:
-    """Answers for one model, with at most `threads` calls of it at a time, and none waited for beyond `seconds`."""
+    """Answers for one model, with at most `threads` calls of it at a time, and none waited for beyond `seconds`.
 
-    def __init__(self, scoring: Scoring, *, threads: int, seconds: float) -> None:
-        self._scoring, self._seconds = scoring, seconds
+    `answer` makes an answer of a body and its content type; it raises nothing that these can cause.
+    """
+
+    def __init__(self, answer: AnswerTo, *, threads: int, seconds: float, version: str) -> None:
+        self._answer, self._seconds = answer, seconds
+        self._gets = {"/ping": b"\n", "/health": b"\n", "/version": version.encode()}
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="model")
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         method, path = scope["method"], scope["path"]
         if (method, path) == ("POST", "/invocations"):
             await self._invocation(scope, receive, send)
-        elif method == "GET" and path in _GETS:
-            await _send(send, 200, _GETS[path])
-        elif path == "/invocations" or path in _GETS:
+        elif method == "GET" and path in self._gets:
+            await _send(send, 200, self._gets[path])
+        elif path == "/invocations" or path in self._gets:
             await _send(send, 405, failures.envelope("BAD_REQUEST", "Method Not Allowed"))
         else:
             await _send(send, 404, failures.envelope("BAD_REQUEST", "Not Found"))
@@ -50,12 +54,12 @@ class Application:
         answer: Answer | Stream | None = None
         try:
             async with asyncio.timeout(self._seconds):
-                answer = await work.run(self._scoring.answer, body, _content_type(scope))
+                answer = await work.run(self._answer, body, _content_type(scope))
                 if isinstance(answer, Stream):
                     await _stream(answer, work, gone, send)
         except TimeoutError:
             if answer is not None:  # a stream, which has begun
-                return await _end(send, b'data: {"error": ' + _TOO_LATE + b"}\n\n")
+                return await _end(send, error_event(_TOO_LATE))
             work.then(_close)
             answer = Answer(504, _TOO_LATE)
         except asyncio.CancelledError:
@@ -115,7 +119,7 @@ def _close(step: "Future[Answer | Stream]") -> None:
 
 
 async def _send(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", _JSON), (b"content-length", b"%d" % len(body))]
+    headers = [(b"content-type", _JSON.encode()), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
@@ -139,7 +143,7 @@ def _content_type(scope: Message) -> str:
     for name, value in scope["headers"]:
         if name == b"content-type":
             return str(value, "latin-1")
-    return mlflow_rules.JSON
+    return _JSON
 
 
 async def _disconnected(receive: Receive) -> None:

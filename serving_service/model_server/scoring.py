@@ -6,30 +6,17 @@ differs on purpose are a table in `tests/differential`.
 
 import re
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from serving_service.model_server import documents, failures, mlflow_rules
+from serving_service.model_server.answers import Answer, Stream, error_event
 from serving_service.model_server.frames import FrameReader, records
 from serving_service.model_server.mlflow_rules import JSON, Parsed
 
 _JSON_TYPE = re.compile(rf"\s*{JSON}\s*(;\s*charset=(?i:utf-8)\s*)?")
 _DONE = b"data: [DONE]\n\n"
-
-
-class Answer(NamedTuple):
-    """A whole answer, in JSON."""
-
-    status: int
-    body: bytes
-
-
-class Stream(NamedTuple):
-    """An answer in server-sent events. Every step of `rest` has to run in the context that this was made in."""
-
-    first: bytes
-    rest: Generator[bytes, None, None]
 
 
 class Scoring:
@@ -97,7 +84,7 @@ def _events(chunks: Iterator[Any]) -> Generator[bytes, None, None]:
     except Exception as error:
         if not has_begun:
             raise
-        yield b'data: {"error": ' + _refusal(error).body + b"}\n\n"
+        yield error_event(_refusal(error).body)
     finally:
         if hasattr(chunks, "close"):
             chunks.close()

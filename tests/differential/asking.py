@@ -60,7 +60,7 @@ async def compare(name: str, cases: list[Case]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = mlflow_rules.load(str(models.saved(name, Path(folder))))
         theirs = scoring_server.init(model)
-        ours = Application(Scoring(model), threads=1, seconds=60)
+        ours = Application(Scoring(model).answer, threads=1, seconds=60, version="")
         for case in cases:
             if case.models in ("", name):
                 record = {
