@@ -16,6 +16,7 @@ from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.interceptors import INFERENCE
 from servicekit.once import Answers, Unsealed
 from serving_service import store
 from serving_service.controller import Doors
@@ -39,8 +40,6 @@ MIGRATIONS = files("serving_service") / "migrations"
 
 MESSAGE_LIMIT = 17 << 20
 """Bytes of one message: the body of a query, and room for what is around it."""
-
-QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ async def running(
                 [
                     Listener(
                         address=settings.listen,
-                        identify=by_token(exchange, stale_methods=frozenset({QUERY})),
+                        identify=by_token(exchange, stale_methods=frozenset({INFERENCE})),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
                         trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,

@@ -156,6 +156,14 @@ def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None
     return _first(_endpoints(connection, "name = ? AND NOT is_deleted AND NOT is_reserved", name))
 
 
+def id_of(connection: sqlite3.Connection, name: str) -> str | None:
+    """The id of the endpoint of that name that is not deleted."""
+    row = connection.execute(
+        "SELECT id FROM endpoints WHERE name = ? AND NOT is_deleted AND NOT is_reserved", (name,)
+    ).fetchone()
+    return row[0] if row else None
+
+
 def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
     """The endpoint with that id, deleted or not."""
     return _first(_endpoints(connection, "id = ?", endpoint_id))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -140,6 +141,67 @@ def test_sdk_manages_users_and_tokens(client: Any, sdk: SimpleNamespace, live: L
     assert "own" in [token.comment for token in user.tokens.list()]
     user.tokens.delete(own.token_info.token_id)
     assert "own" not in [token.comment for token in user.tokens.list()]
+
+
+@pytest.fixture(scope="module")
+def robot(client: Any) -> Any:
+    """A service principal and a client secret of it."""
+    principal = client.service_principals.create(display_name="sdk-robot")
+    secret = client.service_principal_secrets_proxy.create(principal.id, lifetime="3600s")
+    return SimpleNamespace(id=principal.id, client_id=principal.application_id, secret=secret)
+
+
+def test_sdk_looks_after_client_secrets(client: Any, robot: Any) -> None:
+    secrets = client.service_principal_secrets_proxy
+    other = secrets.create(robot.id)
+    assert (other.status, other.secret[:4]) == ("ACTIVE", "dose")
+    listed = {each.id: each for each in secrets.list(robot.id, page_size=1)}
+    assert set(listed) == {robot.secret.id, other.id}
+    assert listed[other.id].secret_hash == other.secret_hash
+    assert listed[other.id].expire_time == other.expire_time
+    secrets.delete(robot.id, other.id)
+    assert [each.id for each in secrets.list(robot.id)] == [robot.secret.id]
+
+
+def test_sdk_logs_in_as_a_service_principal(robot: Any, sdk: SimpleNamespace, live: Live) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DATABRICKS_TOKEN")
+        client = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret=robot.secret.secret)
+        assert client.config.auth_type == "oauth-m2m"
+        assert client.current_user.me().user_name == robot.client_id
+        assert client.config.oauth_token().expiry is not None
+        with pytest.raises(sdk.errors.PermissionDenied):
+            client.service_principal_secrets_proxy.create(robot.id)
+        wrong = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret="dose-wrong")
+        with pytest.raises(ValueError, match="invalid_client"):
+            wrong.current_user.me()
+
+
+def test_sdk_gets_a_token_for_one_endpoint_and_it_is_good_for_nothing_else(
+    client: Any, sdk: SimpleNamespace, live: Live
+) -> None:
+    """As the SDK's client of the data plane does it (contract 6.9)."""
+    with quiet():
+        from databricks.sdk.data_plane import DataPlaneTokenSource
+        from databricks.sdk.oauth import Token
+    endpoint_id = client.serving_endpoints.get(SHARED).id
+    details = json.dumps(
+        [
+            {
+                "type": "workspace_permission",
+                "object_type": "serving-endpoints",
+                "object_path": f"/serving-endpoints/{endpoint_id}",
+                "actions": ["query_inference_endpoint"],
+            }
+        ]
+    )
+    source = DataPlaneTokenSource(live.url, lambda: Token(access_token=live.admin.token or ""))
+    token = source.token(SHARED, details)  # type: ignore[no-untyped-call]
+    bound = Api(live.url, token.access_token)
+    answer = bound.send("POST", f"/serving-endpoints/{SHARED}/invocations", {"dataframe_records": [{"ask": "version"}]})
+    assert answer.status == 200
+    with pytest.raises(sdk.errors.PermissionDenied):
+        sdk.WorkspaceClient(host=live.url, token=bound.token).current_user.me()
 
 
 def test_sdk_deploys_queries_updates_and_deletes(client: Any, sdk: SimpleNamespace) -> None:

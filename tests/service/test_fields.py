@@ -37,6 +37,7 @@ SECRETS = "/api/2.0/secrets"
 SCIM = "/api/2.0/preview/scim/v2"
 ENDPOINTS = "/api/2.0/serving-endpoints"
 MANAGED = "/api/2.0/token-management/tokens"
+OF_ROBOT = "/api/2.0/accounts/servicePrincipals"
 
 CANARY, NUMBER = "canary-666", 666_123
 """Values that are found nowhere else."""
@@ -44,8 +45,16 @@ CANARY, NUMBER = "canary-666", 666_123
 NOWHERE = ("creator_id", "owner", "owner_id", "grant", "admin", "is_admin", "revision", "workspace_id", "password")
 """Names that no answer has, and that somebody could think of."""
 
-CHANGING = {"id", "token_id", "token_value", "applicationId"} | {
-    *("creation_time", "expiry_time", "created_timestamp", "creation_timestamp", "last_updated_timestamp", "start_time")
+CHANGING = {"id", "token_id", "token_value", "applicationId", "secret", "secret_hash"} | {
+    *("create_time", "update_time", "expire_time"),
+    *(
+        "creation_time",
+        "expiry_time",
+        "created_timestamp",
+        "creation_timestamp",
+        "last_updated_timestamp",
+        "start_time",
+    ),
 }
 """Fields that are different in every object; of these only the type is compared, and that the canary is not in them."""
 
@@ -122,6 +131,8 @@ TOKEN = post("/api/2.0/token/create", comment="<n>")
 USER = post(f"{SCIM}/Users", userName="<n>", displayName="Old")
 GROUP = post(f"{SCIM}/Groups", displayName="<n>")
 ROBOT = post(f"{SCIM}/ServicePrincipals", displayName="<n>")
+CREDENTIALS = f"{OF_ROBOT}/<id>/credentials/secrets"
+CLIENT_SECRET = post(CREDENTIALS)
 ENDPOINT = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "ready", "entity_version": "1"}]})
 BARE = post(ENDPOINTS, name="<n>")
 GRANT = {"group_name": "users", "permission_level": "CAN_VIEW"}
@@ -203,6 +214,13 @@ CASES = {
             {"token": {"comment": "c"}}, before=(TOKEN,), views=(f"{MANAGED}/<id>",), is_open=False
         ),
         "DeleteManagedToken": Case(query={}, before=(TOKEN,), views=(f"{MANAGED}/<id>",), is_open=False),
+    },
+    "tessera.identity.v1.ServicePrincipalSecrets": {
+        "CreateServicePrincipalSecret": Case({"lifetime": "60s"}, before=(ROBOT,), views=(CREDENTIALS,), is_open=False),
+        "ListServicePrincipalSecrets": Case(query={}, before=(ROBOT,), is_open=False),
+        "DeleteServicePrincipalSecret": Case(
+            query={}, before=(ROBOT, CLIENT_SECRET), views=(f"{OF_ROBOT}/<parent>/credentials/secrets",), is_open=False
+        ),
     },
     "tessera.identity.v1.Permissions": {
         "GetPermissions": Case(query={}, before=(BARE,)),
@@ -324,15 +342,17 @@ async def effect(platform: Platform, binding: Binding, case: Case, variant: str)
     alice = (await send(platform, "alice", "GET", f"{SCIM}/Me")).json()["id"]
     known = {"n": f"zz{next(_numbers)}zz", "alice": alice}
     for verb, path, body in case.before:
-        who = "admin" if SCIM in path else "alice"
-        made = await send(platform, who, verb, path, filled(body, known))
+        who = "admin" if SCIM in path or OF_ROBOT in path else "alice"
+        made = await send(platform, who, verb, filled(path, known), filled(body, known))
         assert made.status in (200, 201), made.body
         if found := id_in(made.json()):
-            known["id"] = found
+            known["parent"], known["id"] = known.get("id", found), found
     if case.before[-1:] == (ENDPOINT,):
         await settled(platform, known["n"])
     made_id = known.get("id", "")
-    variables = {"name": known["n"], "id": made_id, "token_id": made_id, "serving_endpoint_id": made_id}
+    variables = {"name": known["n"], "service_principal_id": known.get("parent", "")} | dict.fromkeys(
+        ("id", "token_id", "secret_id", "serving_endpoint_id"), made_id
+    )
     path = binding.template.replace("{served_model_name}", "ready-1").format(**variables)
     request = binding.method.input_type
     in_path = [segment.variable for segment in binding.segments if segment.variable]

@@ -89,8 +89,14 @@ GOLDEN = {
         "UpdateManagedToken": "admins",
         "DeleteManagedToken": "admins",
     },
+    "tessera.identity.v1.ServicePrincipalSecrets": {
+        "CreateServicePrincipalSecret": "admins",
+        "ListServicePrincipalSecrets": "admins",
+        "DeleteServicePrincipalSecret": "admins",
+    },
     "tessera.identity.v1.Authority": {
         "ExchangeToken": "gateway, serving",
+        "IssueToken": "gateway",
         "GetPlatform": "gateway, serving",
         "RenewAdminToken": "operator",
     },
@@ -126,6 +132,10 @@ GOLDEN_ROUTES = {
     "GET /health": "anybody",
     "GET /api/openapi.json": "any caller",
     "POST /telemetry-ext": "any caller",
+    "GET /oidc/.well-known/oauth-authorization-server": "anybody",
+    "GET /oidc/accounts/{account_id}/.well-known/oauth-authorization-server": "anybody",
+    "GET /oidc/v1/authorize": "anybody",
+    "POST /oidc/v1/token": "anybody",
 }
 
 USERS = ("stranger", "reader", "writer", "manager", "creator")
@@ -269,6 +279,12 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "UpdateToken": a_token_change,
     "DeleteToken": lambda it: identity.DeleteTokenRequest(token_id=it.token_id),
     "CreateOboToken": lambda it: identity.CreateOboTokenRequest(application_id="reader"),
+    "CreateServicePrincipalSecret": lambda it: identity.CreateServicePrincipalSecretRequest(service_principal_id=NO_ID),
+    "ListServicePrincipalSecrets": lambda it: identity.ListServicePrincipalSecretsRequest(service_principal_id=NO_ID),
+    "DeleteServicePrincipalSecret": lambda it: identity.DeleteServicePrincipalSecretRequest(
+        service_principal_id=NO_ID, secret_id="x"
+    ),
+    "IssueToken": lambda it: identity.IssueTokenRequest(assertion=it.token),
     "ExchangeToken": lambda it: identity.ExchangeTokenRequest(token=it.token),
     "CreateServingEndpoint": lambda it: serving.CreateServingEndpointRequest(name=it.new),
     "GetServingEndpoint": lambda it: serving.GetServingEndpointRequest(name="steady"),
@@ -288,6 +304,8 @@ LET_IN = {
     **dict.fromkeys(("GetGroup", "PatchGroup", "ReplaceGroup", "DeleteGroup"), Code.NOT_FOUND),
     **dict.fromkeys(("GetServicePrincipal", "PatchServicePrincipal"), Code.NOT_FOUND),
     **dict.fromkeys(("ReplaceServicePrincipal", "DeleteServicePrincipal"), Code.NOT_FOUND),
+    **dict.fromkeys(("CreateServicePrincipalSecret", "ListServicePrincipalSecrets"), Code.NOT_FOUND),
+    "DeleteServicePrincipalSecret": Code.NOT_FOUND,
     **dict.fromkeys(("GetManagedToken", "UpdateManagedToken", "DeleteManagedToken"), Code.NOT_FOUND),
     # Without entities there is no configuration, and who may not manage does not learn that.
     "UpdateServingEndpointConfig": Code.INVALID_ARGUMENT,
@@ -497,7 +515,7 @@ async def test_without_a_credential_nothing_is_answered_but_what_is_open(world: 
     for path in {path for _, path in map(canonical, ROUTES)} | {*ELSEWHERE}:
         for verb in VERBS:
             await send(verb, path)
-    assert answered == OPEN_ROUTES
+    assert answered == {" ".join(canonical(name)) for name in OPEN_ROUTES}
 
 
 async def test_another_spelling_of_a_path_never_gives_more_than_the_path(world: World) -> None:
@@ -525,6 +543,10 @@ async def test_another_spelling_of_a_path_never_gives_more_than_the_path(world: 
     assert more == []
 
 
+REFUSING = ("GET /oidc/v1/authorize", "POST /oidc/v1/token")
+"""What is open to anybody, and does not like what is sent here: no form, and there is no login through a browser."""
+
+
 @pytest.mark.parametrize("name", GOLDEN_ROUTES)
 async def test_each_route_lets_in_whom_the_table_names_and_nobody_else(world: World, name: str) -> None:
     verb, _, template = name.partition(" ")
@@ -539,7 +561,9 @@ async def test_each_route_lets_in_whom_the_table_names_and_nobody_else(world: Wo
         row = GOLDEN_ROUTES[name]
         is_let_in = row == "anybody" or (who is not None and who in MAY[row])
         is_hidden = who is not None and who not in MAY["endpoint CAN_VIEW"]
-        wanted[who] = 200 if is_let_in else 401 if who is None else 404 if is_hidden else 403
+        wanted[who] = (
+            (400 if name in REFUSING else 200) if is_let_in else 401 if who is None else 404 if is_hidden else 403
+        )
     assert found == wanted
 
 
