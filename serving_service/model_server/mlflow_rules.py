@@ -16,7 +16,6 @@ import numpy as np
 from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.pyfunc import PyFuncModel
 
 # Partly annotated, partly wrongly.
 _server: Any = importlib.import_module("mlflow.pyfunc.scoring_server")
@@ -124,13 +123,9 @@ def without_input_schema(model: Any) -> Any:
     params, outputs = signature.params, signature.outputs
     # A signature of nothing is not allowed.
     metadata.signature = ModelSignature(outputs=outputs, params=params) if params or outputs else None
-    flavor = metadata.flavors["python_function"]
-    return PyFuncModel(
-        model_meta=metadata,
-        model_impl=model._model_impl,  # noqa: SLF001 - which MLflow promises to keep
-        predict_fn=flavor.get("predict_fn", "predict"),
-        model_id=getattr(model, "model_id", None),
-    )
+    other = copy.copy(model)
+    other._model_meta = metadata  # noqa: SLF001 - if MLflow kept it elsewhere, it would go on checking
+    return other
 
 
 def predict(model: Any, data: Any, params: Any) -> Any:

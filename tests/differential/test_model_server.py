@@ -88,8 +88,12 @@ DIFFERENCES: dict[str, tuple[str, Callable[[Asked], bool]]] = {
 
 @pytest.fixture(scope="session")
 def everything_asked() -> list[Asked]:
+    return _ask_all(corpus.SIZE)
+
+
+def _ask_all(size: int) -> list[Asked]:
     with ThreadPoolExecutor() as pool:
-        return [asked for group in pool.map(lambda names: _ask(corpus.SIZE, names), _GROUPS) for asked in group]
+        return [asked for group in pool.map(lambda names: _ask(size, names), _GROUPS) for asked in group]
 
 
 def _ask(size: int, models: tuple[str, ...]) -> list[Asked]:
@@ -104,6 +108,11 @@ def _ask(size: int, models: tuple[str, ...]) -> list[Asked]:
 def test_both_servers_answer_the_same_but_for_the_listed_differences(everything_asked: list[Asked]) -> None:
     others = [each for each in everything_asked if not (each.is_same or _difference(each))]
     assert others == []
+
+
+@pytest.mark.long
+def test_both_servers_answer_the_same_to_many_more_bodies() -> None:
+    assert [each for each in _ask_all(20 * corpus.SIZE) if not (each.is_same or _difference(each))] == []
 
 
 def test_every_error_is_the_documented_envelope(everything_asked: list[Asked]) -> None:
