@@ -62,7 +62,7 @@ async def compare(name: str, cases: list[Case]) -> None:
         theirs = scoring_server.init(model)
         ours = Application(Scoring(model).answer, threads=1, seconds=60, version="")
         for case in cases:
-            if case.models in ("", name):
+            if not case.models or name in case.models:
                 record = {
                     "model": name,
                     "content_type": case.content_type,
@@ -81,7 +81,7 @@ def main(size: int, names: list[str]) -> None:
     cases = corpus.cases(size)
     for kind in models.ANSWERS:
         for document in ({"dataframe_records": [{"kind": kind}]}, {"messages": [], "kind": kind}):
-            cases.append(Case(body=json.dumps(document).encode(), models="answers"))
+            cases.append(Case(body=json.dumps(document).encode(), models=("answers",)))
     for name in names:
         asyncio.run(compare(name, cases))
 

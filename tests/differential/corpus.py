@@ -15,19 +15,20 @@ class Case:
 
     body: bytes
     content_type: str | None = _JSON
-    models: str = ""
-    """The only model that it is for; empty when it is for all."""
+    models: tuple[str, ...] = ()
+    """The models that it is for; none when it is for all."""
 
 
 def cases(size: int = SIZE) -> list[Case]:
-    """The first `size` of all; those by hand come first."""
+    """`size` of them for every model, those by hand first, and some for some models."""
     generator = random.Random(20_261_127)
     written = [*_texts(), *map(_case, _documents())]
-    return [*written, *(_generated(generator) for _ in range(size - len(written)))]
+    assert len(written) < size
+    return [*written, *_single_values(), *(_generated(generator) for _ in range(size - len(written)))]
 
 
-def _case(document: Any) -> Case:
-    return Case(body=json.dumps(document).encode())
+def _case(document: Any, *models: str) -> Case:
+    return Case(body=json.dumps(document).encode(), models=models)
 
 
 _ROW = {
@@ -35,6 +36,7 @@ _ROW = {
     "datetime": "2026-01-02T03:04:05"
 }  # fmt: skip
 _KINDS = list(_ROW)
+_PLAIN = {kind: value for kind, value in _ROW.items() if kind not in ("binary", "datetime")}
 
 
 def _texts() -> list[Case]:
@@ -133,7 +135,8 @@ def _documents() -> list[Any]:
         {"dataframe_records": {"a": [1]}},
         {"dataframe_records": "a"},
         {"dataframe_records": [[1, 2]]},
-        *({"dataframe_records": [{**_ROW, kind: value}]} for kind in _KINDS for value in (None, 1, 1.0, "1", True)),
+        {"dataframe_records": [_PLAIN, {**_PLAIN, "integer": -(2**31)}, {**_PLAIN, "float": 2**63 - 1}]},
+        {"dataframe_split": {"columns": list(_PLAIN), "data": [list(_PLAIN.values())] * 2}},
         {"dataframe_records": [{"a": [1.5, 2], "b": {"x": 1, "y": "z"}, "c": {"k": "v"}, "d": [1, "x"]}]},
         {"dataframe_records": [{"a": [1.5, "x"], "b": {"x": 1}}]},
         {"dataframe_records": [{"a": [], "b": {"x": "1"}}]},
@@ -208,6 +211,16 @@ _VALUES: list[Any] = [
 ]
 
 
+def _single_values() -> list[Case]:
+    """Each kind of value in each kind of column."""
+    plain = [{"dataframe_records": [{**_PLAIN, kind: value}, _PLAIN]} for kind in _PLAIN for value in _VALUES]
+    all_kinds = [{"dataframe_records": [{**_ROW, kind: value}]} for kind in _ROW for value in _VALUES[::3]]
+    return [
+        *(_case(document, "plain", "plain, optional") for document in plain),
+        *(_case(document, "columns", "optional") for document in all_kinds),
+    ]
+
+
 def _generated(generator: random.Random) -> Case:
     """A table in one of the formats, of which most columns hold what their labels promise."""
     labels = _labels(generator)
@@ -232,7 +245,7 @@ def _generated(generator: random.Random) -> Case:
 
 def _labels(generator: random.Random) -> list[str]:
     """Mostly those of a signature."""
-    chosen = generator.choice([["a", "b", "c"], _KINDS, ["a", "string"], ["a", *_KINDS], ["a", "double"], ["string"]])
+    chosen = generator.choice([["a", "b", "c"], _KINDS, ["a", "string"], list(_PLAIN), ["a", *_PLAIN], ["a", "double"]])
     labels = list(chosen)
     if generator.random() < 0.2:
         generator.shuffle(labels)

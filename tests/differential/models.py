@@ -100,6 +100,7 @@ ANSWERS: dict[str, Any] = {
     "nullable": lambda: pd.DataFrame({"a": pd.array([1, None], dtype="Int64")}),
     "missing": lambda: pd.DataFrame({"a": [1.0, float("nan")], "b": [float("inf"), -0.0]}),
     "times": lambda: pd.DataFrame({"a": pd.to_datetime(["2026-01-01", "2026-01-02T03:04:05.678"])}),
+    "nanoseconds": lambda: pd.DataFrame({"a": pd.to_datetime(["2026-01-01T00:00:00.123456789"]).as_unit("ns")}),
     "categories": lambda: pd.DataFrame({"a": pd.Categorical(["x", "y"])}),
     "empty frame": lambda: pd.DataFrame({"a": []}),
     "no frame": lambda: pd.DataFrame(),
@@ -223,6 +224,10 @@ SIGNATURES: dict[str, ModelSignature | None] = {
     "answers": None,
     "doubles": ModelSignature(inputs=Schema([ColSpec("double", name) for name in "abc"])),
     "columns": ModelSignature(inputs=Schema([ColSpec(kind, kind) for kind in _KINDS])),
+    "plain": ModelSignature(inputs=Schema([ColSpec(kind, kind) for kind in _KINDS[:6]])),
+    "plain, optional": ModelSignature(
+        inputs=Schema([ColSpec("long", "a"), *(ColSpec(kind, kind, required=False) for kind in _KINDS[:6])])
+    ),
     "optional": ModelSignature(
         inputs=Schema([ColSpec("long", "a"), *(ColSpec(kind, kind, required=False) for kind in _KINDS)])
     ),
@@ -269,8 +274,7 @@ def saved(name: str, folder: Path) -> Path:
         signature = ModelSignature(inputs=Schema([ColSpec("long", "a"), ColSpec("double", "double")]))
         options |= {"loader_module": __name__, "data_path": None, "signature": signature}
     elif name == "hinted by example":
-        example = pd.DataFrame({"a": [1], "string": ["x"]})
-        options |= {"python_model": HintedByExample(), "input_example": example}
+        options |= {"python_model": HintedByExample(), "input_example": [{"a": 1, "string": "x"}]}
     else:
         options |= {"python_model": {"hinted": Hinted, "chat": Chatting, "responses": Responding}[name]()}
     mlflow.pyfunc.save_model(path, **options)

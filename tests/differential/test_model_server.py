@@ -21,8 +21,8 @@ from tests.differential import corpus
 ROOT = Path(__file__).parents[2]
 
 _GROUPS = (
-    ("none", "doubles", "columns", "tensor", "unnamed", "module", "hinted by example", "chat"),
-    ("answers", "optional", "nested", "tensors", "one tensor", "params", "hinted", "responses"),
+    ("none", "doubles", "columns", "plain", "tensor", "unnamed", "module", "hinted by example", "chat"),
+    ("answers", "optional", "plain, optional", "nested", "tensors", "one tensor", "params", "hinted", "responses"),
 )
 """The models, for one process each."""
 
