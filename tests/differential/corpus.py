@@ -213,7 +213,8 @@ _VALUES: list[Any] = [
 
 def _single_values() -> list[Case]:
     """Each kind of value in each kind of column."""
-    plain = [{"dataframe_records": [{**_PLAIN, kind: value}, _PLAIN]} for kind in _PLAIN for value in _VALUES]
+    rows = [{**_PLAIN, kind: value} for kind in _PLAIN for value in _VALUES]
+    plain = [{"dataframe_records": [row] if number % 2 else [row, _PLAIN]} for number, row in enumerate(rows)]
     all_kinds = [{"dataframe_records": [{**_ROW, kind: value}]} for kind in _ROW for value in _VALUES[::3]]
     return [
         *(_case(document, "plain", "plain, optional") for document in plain),

@@ -1,10 +1,9 @@
 """Models of several flavours and signatures. Most answer with a description of what they were given, types included,
 so that two servers which give a model different things cannot answer the same.
 
-Imports mlflow: for `tests/differential/asking.py`, which is a process of its own.
+Imports mlflow: for `tests/differential/asking.py`, which is a process of its own. Annotations are not postponed,
+because MLflow reads them.
 """
-
-from __future__ import annotations
 
 import datetime
 import enum
@@ -177,11 +176,6 @@ class Hinted(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         return [f"{type(each).__name__} {each}" for each in model_input]
 
 
-class HintedByExample(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    def predict(self, model_input: mlflow.types.type_hints.TypeFromExample) -> Any:
-        return described(model_input)
-
-
 class Chatting(mlflow.pyfunc.ChatModel):  # type: ignore[misc, name-defined]
     def predict(self, context: Any, messages: list[ChatMessage], params: ChatParams) -> ChatCompletionResponse:
         said = ChatMessage(role="assistant", content=f"{messages} {params}")
@@ -261,7 +255,6 @@ SIGNATURES: dict[str, ModelSignature | None] = {
 }
 
 _CLASSES = {"answers": Answering, "doubles": Doubling}
-NAMES = (*SIGNATURES, "module", "hinted", "hinted by example", "chat", "responses")
 
 
 def saved(name: str, folder: Path) -> Path:
@@ -273,8 +266,6 @@ def saved(name: str, folder: Path) -> Path:
     elif name == "module":
         signature = ModelSignature(inputs=Schema([ColSpec("long", "a"), ColSpec("double", "double")]))
         options |= {"loader_module": __name__, "data_path": None, "signature": signature}
-    elif name == "hinted by example":
-        options |= {"python_model": HintedByExample(), "input_example": [{"a": 1, "string": "x"}]}
     else:
         options |= {"python_model": {"hinted": Hinted, "chat": Chatting, "responses": Responding}[name]()}
     mlflow.pyfunc.save_model(path, **options)
