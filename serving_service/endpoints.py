@@ -110,13 +110,15 @@ class Endpoints:
     async def list_visible(self, *, caller: Principal) -> list[View]:
         """Every endpoint that the caller may see, by name."""
         await self._access.known()
-        endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        ids = await self._database.read(store.all_ids)
         decision = current_decision(policy.ENDPOINT)
         needed = Level[decision.row.level]
-        levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
+        levels = {each: self._access.level(caller, each) for each in ids}
         decision.allow()  # everybody may ask; what is shown is decided for each
-        known = zip(endpoints, levels, strict=True)
-        return [self._view(endpoint, level) for endpoint, level in known if level and level >= needed]
+        # As for one endpoint, nothing else is read of those that the caller may not see.
+        visible = {each: level for each, level in levels.items() if level and level >= needed}
+        endpoints = await self._database.read(store.endpoints_with_ids, list(visible))
+        return [self._view(endpoint, visible[endpoint.id]) for endpoint in endpoints]
 
     async def delete(self, name: str, *, caller: Principal) -> None:
         """Deletes an endpoint at once; its replicas are stopped afterwards."""
