@@ -20,6 +20,7 @@ from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, 
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
+from gateway.json_codec import is_crowded
 from gateway.oauth import CredentialRefused, OAuth
 from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
@@ -334,7 +335,7 @@ class Gateway:
     async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         body = await read_body(request, CONTROL_BODY_LIMIT)
         try:
-            logs = orjson.loads(body).get("protoLogs", [])
+            logs = [] if is_crowded(body) else orjson.loads(body).get("protoLogs", [])
         except (orjson.JSONDecodeError, AttributeError):
             logs = []
         taken = len(logs) if isinstance(logs, list) else 0

@@ -21,8 +21,8 @@ Plain = Mapping[str, Any]
 
 Tags = tuple[tuple[str, str | None], ...]
 
-MAX_TAGS_BYTES = 64 * 1024
-"""Of all tags of an endpoint together, so that adding to them ends somewhere."""
+MAX_TAGS_BYTES = 6 * 1024
+"""Of all tags of an endpoint together: all endpoints that there can be must fit into one answer, that of the list."""
 
 _ADDRESS = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
 

@@ -8,6 +8,8 @@ without any permission an endpoint does not exist.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sqlite3
 import time
 import uuid
@@ -46,6 +48,8 @@ from serving_service.settlement import Settlement
 from tessera import policy
 from tessera.serving.v1 import serving_pb2 as pb
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 LOG_BYTES = 1 << 20
@@ -75,6 +79,9 @@ _VERDICTS = frozenset(
     )
 )
 """Answers of Secrets after which nothing is granted; after any other nobody knows."""
+
+RELEASE_SECONDS = 1.0
+"""Until a reservation that could not be released is released again."""
 
 
 class Endpoints:
@@ -119,13 +126,15 @@ class Endpoints:
     async def list_visible(self, *, caller: Principal) -> list[View]:
         """Every endpoint that the caller may see, by name."""
         await self._access.known()
-        endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        ids = await self._database.read(store.all_ids)
         decision = current_decision(policy.ENDPOINT)
         needed = Level[decision.row.level]
-        levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
+        levels = {each: self._access.level(caller, each) for each in ids}
         decision.allow()  # everybody may ask; what is shown is decided for each
-        known = zip(endpoints, levels, strict=True)
-        return [self._view(endpoint, level) for endpoint, level in known if level and level >= needed]
+        # As for one endpoint, nothing else is read of those that the caller may not see.
+        visible = {each: level for each, level in levels.items() if level and level >= needed}
+        endpoints = await self._database.read(store.endpoints_with_ids, list(visible))
+        return [self._view(endpoint, visible[endpoint.id]) for endpoint in endpoints]
 
     async def delete(self, name: str, *, caller: Principal) -> None:
         """Deletes an endpoint at once; its replicas are stopped afterwards."""
@@ -243,12 +252,15 @@ class Endpoints:
             return view
 
         await self._database.write(store.reserve_endpoint, endpoint)
+        is_granted = False
         try:
             await self._references.grant(endpoint.id, pending, is_new=True)
+            is_granted = True
             await self._database.write(self._answers.once, commit)
-        except BaseException:
-            self._settlement.deleted(endpoint.id)
-            await self._database.write(store.release_endpoint, endpoint.id)
+        except BaseException as error:
+            if is_granted or not _is_verdict(error):
+                self._settlement.deleted(endpoint.id)
+            await self._release(partial(store.release_endpoint, endpoint_id=endpoint.id))
             raise
         self._controllers.created(endpoint.id)
         return view
@@ -338,14 +350,16 @@ class Endpoints:
             return view
 
         await self._database.write(store.reserve_version, endpoint, pending.version)
+        is_granted = False
         try:
             await self._references.grant(endpoint.id, pending, is_new=False)
+            is_granted = True
             await self._database.write(self._answers.once, commit)
         except BaseException as error:
-            is_verdict = isinstance(error, ServiceError) and error.code in _VERDICTS
-            if not is_verdict:
+            is_used = is_granted or not _is_verdict(error)
+            if is_used:
                 self._settlement.dropped(endpoint.id, pending.version)
-            await self._database.write(store.release_version, endpoint.id, is_used=not is_verdict)
+            await self._release(partial(store.release_version, endpoint_id=endpoint.id, is_used=is_used))
             raise
         if endpoint.pending is not None:
             self._settlement.dropped(endpoint.id, endpoint.pending.version)
@@ -422,6 +436,23 @@ class Endpoints:
         await self._database.write(self._answers.once, delete)
         self._controllers.deleted(endpoint.id)
         self._settlement.deleted(endpoint.id)
+
+    async def _release(self, release: Callable[[sqlite3.Connection], None]) -> None:
+        """Takes a reservation back, now or as soon as the database can be written again: nobody else would."""
+        try:
+            await self._database.write(release)
+        except sqlite3.Error:
+            log.warning("a reservation cannot be released yet")
+            task = asyncio.create_task(self._release_later(release), name="reservation")
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
+
+    async def _release_later(self, release: Callable[[sqlite3.Connection], None]) -> None:
+        while True:
+            await asyncio.sleep(RELEASE_SECONDS)
+            with contextlib.suppress(sqlite3.Error):
+                await self._database.write(release)
+                return
 
     async def _to_its_end(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Makes a change that ends as it will, also when whoever asked for it is gone; retries of it wait for it."""
@@ -515,3 +546,7 @@ def _notifications(name: str, notifications: pb.EmailNotifications) -> details.P
 
 def _now() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _is_verdict(error: BaseException) -> bool:
+    return isinstance(error, ServiceError) and error.code in _VERDICTS

@@ -6,7 +6,7 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -229,6 +229,17 @@ def id_of(connection: sqlite3.Connection, name: str) -> str | None:
 def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
     """The endpoint with that id, deleted or not."""
     return _first(_endpoints(connection, "id = ?", endpoint_id))
+
+
+def all_ids(connection: sqlite3.Connection) -> list[str]:
+    """The ids of all endpoints that are not deleted."""
+    rows = connection.execute("SELECT id FROM endpoints WHERE NOT is_deleted AND NOT is_reserved")
+    return [row[0] for row in rows]
+
+
+def endpoints_with_ids(connection: sqlite3.Connection, ids: Collection[str]) -> list[Endpoint]:
+    """Those of these endpoints that are not deleted, by name."""
+    return list(_endpoints(connection, "id IN (SELECT value FROM json_each(?)) AND NOT is_deleted", _json(ids)))
 
 
 def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:

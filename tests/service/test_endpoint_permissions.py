@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from servicekit import channels
-from serving_service import store
+from serving_service import endpoints, store
 from serving_service.environment import SecretReferences
 from tessera.identity.v1 import identity_pb2
 from tessera.identity.v1 import permissions_pb2 as permissions
@@ -300,6 +300,48 @@ async def test_an_update_that_fails_half_way_can_be_sent_again(
     await eventually(is_settled, what="only the active configuration is granted")
 
 
+async def test_a_reservation_that_cannot_be_released_is_released_when_the_disk_can_be_written_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "RELEASE_SECONDS", 0.01)
+    await platform.ann.serving.create("there", None)
+    fail_at(monkeypatch, "at the commit")
+    for name in ("release_endpoint", "release_version"):
+        monkeypatch.setattr(store, name, refuse)
+    ann = platform.ann.serving
+    for change in (ann.create("demo", None), ann.update("there", an_input("ready"))):
+        assert (await refusal(change)).reason == "INTERNAL_ERROR"
+    assert (await refusal(ann.create("demo", None))).reason == "RESOURCE_ALREADY_EXISTS"
+    monkeypatch.undo()
+
+    async def is_free() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ann.create("demo", None)
+            return True
+        return False
+
+    async def is_updated() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ann.update("there", an_input("ready"))
+            return True
+        return False
+
+    await eventually(is_free, what="the name is free again")
+    await eventually(is_updated, what="the endpoint can be updated again")
+
+
+async def test_a_create_that_secrets_refuses_leaves_nothing_there(platform: Platform) -> None:
+    for _ in range(3):
+        refused = await refusal(platform.ben.serving.create("demo", environment={"A": SECRET}))
+        assert refused.reason == DENIED
+    with closing(sqlite3.connect(f"file:{platform.directory}/secrets/secrets.db?mode=ro", uri=True)) as connection:
+        assert connection.execute("SELECT count(*) FROM endpoints").fetchone() == (0,)
+
+
+def refuse(*arguments: Any, **names: Any) -> None:
+    raise sqlite3.OperationalError("injected")
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Has the next change fail at one of its steps, as by a full disk."""
     grant = SecretReferences.grant
@@ -308,9 +350,6 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         if step == "after the grant":
             await grant(self, *arguments, **names)
         raise OSError("injected")
-
-    def refuse(*arguments: Any) -> None:
-        raise sqlite3.OperationalError("injected")
 
     if step == "at the commit":
         monkeypatch.setattr(store, "commit_endpoint", refuse)

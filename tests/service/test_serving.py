@@ -341,6 +341,23 @@ async def test_to_others_an_endpoint_does_not_exist(platform: Platform) -> None:
     assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "RESOURCE_ALREADY_EXISTS")
 
 
+async def test_a_list_reads_nothing_of_endpoints_that_the_caller_may_not_see(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, other = await platform.user("maker@example.com"), await platform.user("other@example.com")
+    await maker.create("hidden", None)
+    shown = await other.create("shown", None)
+    read: list[str] = []
+    original = store._configs
+
+    def recorded(connection: Any, endpoint_id: str) -> Any:
+        read.append(endpoint_id)
+        return original(connection, endpoint_id)
+
+    monkeypatch.setattr(store, "_configs", recorded)
+    assert (await other.names(), read) == (["shown"], [shown.id])
+
+
 async def test_creator_and_admins_may_do_everything(platform: Platform) -> None:
     maker = await platform.user("maker@example.com")
     await maker.create("demo")
