@@ -306,13 +306,24 @@ async def test_a_reservation_that_cannot_be_released_is_released_when_the_disk_c
     monkeypatch.setattr(endpoints, "RELEASE_SECONDS", 0.01)
     await platform.ann.serving.create("there", None)
     fail_at(monkeypatch, "at the commit")
+    is_full = True
+
+    def while_there_is_room(release: Any) -> Any:
+        def attempt(*arguments: Any, **names: Any) -> None:
+            if is_full:
+                refuse()
+            release(*arguments, **names)
+
+        return attempt
+
     for name in ("release_endpoint", "release_version"):
-        monkeypatch.setattr(store, name, refuse)
+        monkeypatch.setattr(store, name, while_there_is_room(getattr(store, name)))
     ann = platform.ann.serving
     for change in (ann.create("demo", None), ann.update("there", an_input("ready"))):
         assert (await refusal(change)).reason == "INTERNAL_ERROR"
     assert (await refusal(ann.create("demo", None))).reason == "RESOURCE_ALREADY_EXISTS"
     monkeypatch.undo()
+    is_full = False
 
     async def is_free() -> bool:
         with contextlib.suppress(grpc.aio.AioRpcError):
