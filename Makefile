@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-e
 PACKAGES := secrets_service serving_service gateway servicekit tessera
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test check lint format format-check types contracts protos bench lock
+.PHONY: help demo up test test-long faults check lint format format-check types contracts protos bench lock
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -28,6 +28,12 @@ up: $(INSTALLED) ## run the platform until Ctrl-C; ARGS="--port 9090" passes opt
 
 test: $(INSTALLED) ## every test; T=path/or::name runs some
 	$(BIN)/pytest $(T)
+
+test-long: $(INSTALLED) ## the tests that take minutes: timing, many more random cases; T=path runs some
+	$(BIN)/pytest -m long -s $(T)
+
+faults: $(INSTALLED) ## plant bugs in a copy and look whether the tests notice; F="name ..." plants some
+	$(BIN)/python -m tests.faults $(F)
 
 check: format-check lint types contracts ## everything that is checked without running it
 

@@ -20,6 +20,8 @@ from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, 
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
+from gateway.json_codec import is_crowded
+from gateway.oauth import CredentialRefused, OAuth
 from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
@@ -29,7 +31,7 @@ from servicekit.access import AccessTable
 from servicekit.context import RequestContext
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
-from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, token_from
+from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.policy import Decision, Row, Undecided
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
@@ -97,6 +99,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             invocations=Invocations(
                 table, access, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
             ),
+            oauth=OAuth(open_channel["secrets"], public_url),
             document=Document(rules, public_url),
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
@@ -149,6 +152,7 @@ class Gateway:
         transcoder: Transcoder,
         exchange: TokenExchange,
         invocations: Invocations,
+        oauth: OAuth,
         document: Document,
         public_url: str,
         trusted_proxies: Sequence[Network],
@@ -169,6 +173,11 @@ class Gateway:
             "GET /health": self._health,
             # The command line waits for the count of what it sent; nothing is kept.
             "POST /telemetry-ext": self._telemetry,
+            # OAuth has forms for requests and a shape of its own for errors, and asks without a token.
+            "GET /oidc/.well-known/oauth-authorization-server": oauth.metadata,
+            "GET /oidc/accounts/{account_id}/.well-known/oauth-authorization-server": oauth.metadata,
+            "GET /oidc/v1/authorize": oauth.authorize,
+            "POST /oidc/v1/token": oauth.token,
             # It describes the others.
             "GET /api/openapi.json": self._openapi,
         }
@@ -200,7 +209,7 @@ class Gateway:
         )
         given = request.header(b"x-tessera-request-id") or ""
         request.id = given if channels.is_request_id(given) else channels.new_request_id()
-        headers: Headers = [(b"x-tessera-request-id", request.id.encode())]
+        headers: Headers = self._named([(b"x-tessera-request-id", request.id.encode())])
         is_started = False
 
         async def send_once(message: Message) -> None:
@@ -220,7 +229,7 @@ class Gateway:
                     extra={"request_id": request.id, "method": request.method, "path": request.path},
                     exc_info=(type(error), error, error.__traceback__),
                 )
-            if isinstance(error, CREDENTIAL_REFUSED):
+            if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
                 facts = {"request_id": request.id, "reason": error.reason}
                 log.info("credential refused", extra=facts | self._source(scope).fields())
             if not is_started:
@@ -240,12 +249,18 @@ class Gateway:
             trusted=self._trusted_proxies,
         )
 
-    async def _identify(self, request: Request, headers: Headers, *, may_be_stale: bool = False) -> Identity:
-        """Who sent a request; the answer's headers name the workspace from here on."""
+    async def _identify(self, request: Request, headers: Headers, *, for_inference: bool = False) -> Identity:
+        """Who sent a request; the answer's headers name the workspace from here on.
+
+        Only inference goes on with a caller that was known while Secrets does not answer, and only for inference a
+        token that is bound to an endpoint is good.
+        """
         identity = await self._exchange.identify(
-            token_from(request.header(b"authorization")), may_be_stale=may_be_stale
+            token_from(request.header(b"authorization")), may_be_stale=for_inference
         )
         headers[:] = self._named(headers)
+        if not for_inference:
+            refuse_bound(identity.principal)
         return identity
 
     def _named(self, headers: Headers) -> Headers:
@@ -292,7 +307,7 @@ class Gateway:
 
         caller = None
         if special.row.needs_caller:
-            caller = (await self._identify(request, headers, may_be_stale=special.is_inference)).principal
+            caller = (await self._identify(request, headers, for_inference=special.is_inference)).principal
         context.enter(RequestContext(request.id, caller, decision=decision))
         await special.handle(request, send_decided, headers, match)
 
@@ -309,7 +324,7 @@ class Gateway:
         document = {"oidc_endpoint": f"{self._public_url}/oidc"}
         if self._exchange.workspace_id is not None:
             document["workspace_id"] = self._exchange.workspace_id
-        await answer(send, 200, [*self._named(headers), _JSON], orjson.dumps(document))
+        await answer(send, 200, [*headers, _JSON], orjson.dumps(document))
 
     async def _health(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')
@@ -320,7 +335,7 @@ class Gateway:
     async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
         body = await read_body(request, CONTROL_BODY_LIMIT)
         try:
-            logs = orjson.loads(body).get("protoLogs", [])
+            logs = [] if is_crowded(body) else orjson.loads(body).get("protoLogs", [])
         except (orjson.JSONDecodeError, AttributeError):
             logs = []
         taken = len(logs) if isinstance(logs, list) else 0

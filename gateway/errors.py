@@ -72,6 +72,28 @@ class NoSuchRoute(NotFound):
     reason = "ENDPOINT_NOT_FOUND"
 
 
+class OAuthError(ServiceError):
+    """A refusal by the OAuth endpoints, which has a shape of its own (RFC 6749, 5.2): `error` is one of its words."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_PARAMETER_VALUE"
+
+    def __init__(self, error: str, description: str, *, status: int = 400, retry_after: int | None = None) -> None:
+        super().__init__(description, retry_after=retry_after)
+        self.error = error
+        self.http_status = status
+
+    def answer(self) -> ErrorResponse:
+        """The error as its clients expect it."""
+        headers = [(b"content-type", b"application/json")]
+        if self.http_status == 401:
+            headers.append((b"www-authenticate", b'Basic realm="tessera"'))
+        if self.retry_after is not None:
+            headers.append((b"retry-after", str(self.retry_after).encode()))
+        document = {"error": self.error, "error_description": self.message}
+        return ErrorResponse(self.http_status or 400, headers, orjson.dumps(document))
+
+
 def no_such_route(method: str, path: str) -> NoSuchRoute:
     """The error for a request that no binding matches; `path` is shown short, as plain ASCII."""
     shown = path[:200].encode("ascii", "backslashreplace").decode()
@@ -84,6 +106,8 @@ def render(error: Exception, service: ServiceDescriptor | None = None) -> ErrorR
     `service` is the service that was called; it names itself in texts and chooses the shape of the body. The caller
     logs what it does not expect: nothing of a foreign exception is in the answer.
     """
+    if isinstance(error, OAuthError):
+        return error.answer()
     said = _said(error, service)
     headers = [(b"content-type", b"application/json")]
     if said.retry_after is not None and said.status in (429, 503):

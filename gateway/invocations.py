@@ -14,6 +14,7 @@ import grpc
 import orjson
 
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
+from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, Entity, RoutingTable
 from servicekit.access import AccessTable
 from servicekit.context import Level, Principal, current_decision
@@ -90,6 +91,8 @@ class Invocations:
     async def invoke_named_in_body(self, request: Request, send: Send, headers: Headers, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
         body = await read_body(request, self._body_limit, BadRequest)
+        if is_crowded(body):
+            raise BadRequest(f"The body has more than {MOST_CONTAINERS} objects and lists.")
         try:
             name = orjson.loads(body)["model"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -128,6 +131,8 @@ class Invocations:
             ) from None
 
     def _entity(self, endpoint: Endpoint, name: str | None) -> Entity:
+        if endpoint.is_stopped:
+            raise BadRequest(f"Endpoint {endpoint.name} is stopped. Start it, then ask again.")
         entity = endpoint.chosen() if name is None else endpoint.entity(name)
         if name is not None and entity is None:
             raise EndpointNotFound

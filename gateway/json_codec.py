@@ -27,12 +27,17 @@ from tessera.options.v1 import options_pb2
 MAX_DEPTH = 32
 """How many objects and lists may stand inside each other in a body, the body itself included."""
 
+MOST_CONTAINERS = 30_000
+"""How many objects and lists a body may hold: each is made here, one after the other, while all others wait."""
+
 Read = Callable[[Any], Any]
 Write = Callable[[Any], Any]
 
 _EXACT = 2**53  # from here on neighbouring integers share a double, so a float no longer says which one was meant
 _MAX_FLOAT = 3.4028234663852886e38
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
+# From between two tokens to behind the next bracket that opens. It gives nothing back, so it takes linear time.
+_TO_CONTAINER = re.compile(rb'(?:[^"\[{]++|"[^"\\]*+(?:\\.[^"\\]*+)*+"?)*+[\[{]', re.DOTALL)
 _NUMBER = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,4})?")
 
 
@@ -59,12 +64,14 @@ class CodecError(Exception):
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """The JSON object in `text`; raises a malformed `CodecError` for anything else and for depths above `MAX_DEPTH`.
+    """The JSON object in `text`; raises a malformed `CodecError` for anything else and beyond the two bounds above.
 
     As orjson reads JSON: NaN, infinities, 1e400, lone surrogates, a byte order mark and more than 1024 levels are no
     JSON; integers outside of 64 bits become floats, which the codec refuses for integers and text; of a name that
     occurs twice the last one counts.
     """
+    if is_crowded(text):
+        raise CodecError("", f"The body has more than {MOST_CONTAINERS} objects and lists.", malformed=True)
     value, place = None, None
     try:
         value = orjson.loads(text)
@@ -79,6 +86,20 @@ def parse(text: bytes) -> dict[str, Any]:
     if text.count(b"{") + text.count(b"[") > MAX_DEPTH and _is_deep(value):
         raise CodecError("", f"The body nests deeper than {MAX_DEPTH} levels.", malformed=True)
     return value
+
+
+def is_crowded(text: bytes) -> bool:
+    """Whether JSON holds more objects and lists than a body may; told without reading it."""
+    # Counting bytes is far cheaper and mostly enough, but brackets in texts are none.
+    if text.count(b"{") + text.count(b"[") <= MOST_CONTAINERS:
+        return False
+    end = 0
+    for _ in range(MOST_CONTAINERS + 1):
+        found = _TO_CONTAINER.match(text, end)
+        if found is None:
+            return False
+        end = found.end()
+    return True
 
 
 def _is_deep(value: Any) -> bool:

@@ -51,6 +51,7 @@ class Endpoint:
     id: str
     name: str
     entities: tuple[Entity, ...]
+    is_stopped: bool = False
 
     def entity(self, name: str) -> Entity | None:
         """The entity called `name`, if there is one."""
@@ -144,7 +145,7 @@ class RoutingTable:
             Entity(entity.name, entity.traffic_percentage, tuple(self._replica(route) for route in entity.replicas))
             for entity in routes.entities
         ]
-        return Endpoint(routes.endpoint_id, routes.name, tuple(entities))
+        return Endpoint(routes.endpoint_id, routes.name, tuple(entities), routes.is_stopped)
 
     def _replica(self, route: pb.ReplicaRoute) -> Replica:
         replica = self._replicas.get(route.replica_id)

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servicekit.settings import ServiceSettings, address, count, seconds, setting
-
-
-def _origin(text: str) -> str:
-    if not text.startswith(("http://", "https://")):
-        raise ValueError("expected an address that begins with http:// or https://")
-    return text.rstrip("/")
+from servicekit.settings import ServiceSettings, address, count, origin, seconds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +16,7 @@ class GatewaySettings(ServiceSettings):
     )
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
-        _origin,
+        origin,
         default="",
         help="The address that clients reach the REST API under; by default the one that it listens on.",
     )

@@ -12,12 +12,15 @@ from secrets_service import foundation
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
+from secrets_service.client_secrets import ClientSecrets
 from secrets_service.directory import Accounts, Directory, Groups
 from secrets_service.feed import AccessFeed
 from secrets_service.grants import LaunchGrants
-from secrets_service.identity_servicer import AuthorityServicer, TokensServicer
+from secrets_service.identity_servicer import AuthorityServicer, ClientSecretsServicer, TokensServicer
+from secrets_service.issuer_keys import IssuerKeys
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Kind
+from secrets_service.oidc import ExternalIssuer
 from secrets_service.permissions import EndpointPermissions
 from secrets_service.permissions_servicer import AccessFeedServicer, PermissionsServicer
 from secrets_service.personal_tokens import Tokens
@@ -66,7 +69,12 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         feed = AccessFeed()
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.cipher), now), feed)
         authority = Authority(
-            opened, base.token_mac, base.signing_keys, workspace_id=base.platform.workspace_id, now=now
+            opened,
+            base.token_mac,
+            base.signing_keys,
+            _external_issuer(settings, now, stack),
+            workspace_id=base.platform.workspace_id,
+            now=now,
         )
         values = SecretValues(base.cipher, keep=settings.secret_versions, now=now)
         scopes = SecretScopes(opened, values)
@@ -75,6 +83,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         directory = Directory(opened)
         users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
         tokens = Tokens(opened, base.token_mac, Throttle(settings.tokens_per_minute, now), now)
+        client_secrets = ClientSecrets(opened, base.token_mac, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
         by_peer = by_confirmed_assertion(authority)
         listeners = [
@@ -105,6 +114,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (secrets_services["SecretResolver"], SecretResolverServicer(grants)),
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
+                    (identity_services["ServicePrincipalSecrets"], ClientSecretsServicer(client_secrets)),
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                     (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
                     (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
@@ -116,3 +126,19 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
             )
         )
         yield Running(addresses[0])
+
+
+def _external_issuer(
+    settings: SecretsSettings, now: Callable[[], float], stack: AsyncExitStack
+) -> ExternalIssuer | None:
+    if not settings.oidc_issuer:
+        return None
+    keys = IssuerKeys(settings.oidc_issuer, settings.oidc_jwks_url, now)
+    stack.push_async_callback(keys.close)
+    return ExternalIssuer(
+        issuer=settings.oidc_issuer,
+        audience=settings.oidc_audience,
+        claim=settings.oidc_claim,
+        keys=keys,
+        now=now,
+    )

@@ -263,6 +263,25 @@ class TooManyTokens(ServiceError):
         super().__init__(f"There are {limit} tokens of this user already, which is the limit. Delete one first.")
 
 
+class ClientSecretNotFound(NotFound):
+    """The service principal has no client secret of that id."""
+
+    def __init__(self, secret_id: str) -> None:
+        super().__init__(f"Secret {secret_id} does not exist.")
+
+
+class TooManyClientSecrets(ServiceError):
+    """The service principal has as many client secrets as it may."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "QUOTA_EXCEEDED"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"There are {limit} secrets of this service principal already, which is the limit. Delete one first."
+        )
+
+
 class TooManyNewTokens(ServiceError):
     """The principal got as many tokens just now as it may."""
 

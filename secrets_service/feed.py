@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from secrets_service.model import AccessChange
 from servicekit.context import Level
+from servicekit.followed import Follower
 from tessera.identity.v1 import permissions_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -35,32 +36,10 @@ Table = Mapping[str, Mapping[int, Level]]
 
 
 @dataclass(eq=False)
-class _Stream:
-    """One service that follows: what it has to be told, and what it has acknowledged."""
+class _Stream(Follower):
+    """One service that follows."""
 
-    acknowledged: int = 0
     due: list[AccessChange] = field(default_factory=list)
-    is_over: bool = False
-    is_waiting: bool = False
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[object] | None = None
-
-    async def wait(self) -> None:
-        """Returns when there is something to say, or after the time that a stream may be silent."""
-        self.is_waiting = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(HEARTBEAT_SECONDS):
-                await self.woken.wait()
-        self.is_waiting = False
-
-    def end(self) -> None:
-        self.is_over = True
-        self.woken.set()
-
-    def cut(self) -> None:
-        self.end()
-        if self.task is not None and not self.is_waiting:
-            self.task.cancel()  # it hangs in a send to a service that does not read
 
 
 class AccessFeed:
@@ -95,7 +74,7 @@ class AccessFeed:
     ) -> AsyncGenerator[pb.AccessChanges, None]:
         """Serves one who follows, until either side ends. `read_table` reads all that is granted now."""
         # In this order: what changes while the table is being read comes after it, and again does no harm.
-        stream = _Stream(task=asyncio.current_task())
+        stream = _Stream()
         self._streams.add(stream)
         reading = asyncio.create_task(self._read(stream, reports), name="access reports")
         revision = self._revision
@@ -104,7 +83,7 @@ class AccessFeed:
                 yield part
             while not stream.is_over:
                 yield self._next(stream)
-                await stream.wait()
+                await stream.wait(longest=HEARTBEAT_SECONDS)
         finally:
             reading.cancel()
             self._streams.discard(stream)

@@ -1,16 +1,20 @@
-"""Tokens and Authority: messages to calls and back. Decisions are made in personal_tokens.py and authority.py."""
+"""Tokens, client secrets and Authority: messages to calls and back. Decisions are made in personal_tokens.py,
+client_secrets.py and authority.py."""
 
 from __future__ import annotations
 
+import hashlib
+from datetime import UTC, datetime
 from typing import Any
 
 from secrets_service.admin import AdminToken
 from secrets_service.authority import Authority
-from secrets_service.model import ManagedToken, NewToken, TokenInfo
+from secrets_service.client_secrets import ClientSecrets
+from secrets_service.model import ClientSecret, ManagedToken, NewClientSecret, NewToken, TokenInfo
 from secrets_service.personal_tokens import Tokens
 from servicekit import once
 from servicekit.context import current_caller
-from servicekit.errors import InvalidParameter
+from servicekit.errors import InvalidParameter, MalformedRequest
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.identity.v1 import identity_pb2_grpc as rpc
 
@@ -81,6 +85,46 @@ class TokensServicer(rpc.TokensServicer):
         return pb.DeleteTokenResponse()
 
 
+class ClientSecretsServicer(rpc.ServicePrincipalSecretsServicer):
+    """Client secrets of service principals."""
+
+    def __init__(self, secrets: ClientSecrets) -> None:
+        self._secrets = secrets
+
+    async def CreateServicePrincipalSecret(
+        self, request: pb.CreateServicePrincipalSecretRequest, context: Any
+    ) -> pb.CreateServicePrincipalSecretResponse:
+        if not set(request.scopes) <= {"all-apis"}:
+            raise InvalidParameter("scopes: only all-apis can be asked for.")
+        return await once.answer(
+            self._secrets.create_secret(
+                principal_id=request.service_principal_id, lifetime=request.lifetime, caller=current_caller()
+            ),
+            _new_client_secret,
+        )
+
+    async def ListServicePrincipalSecrets(
+        self, request: pb.ListServicePrincipalSecretsRequest, context: Any
+    ) -> pb.ListServicePrincipalSecretsResponse:
+        page, next_page_token = await self._secrets.list_secrets(
+            principal_id=request.service_principal_id,
+            page_size=request.page_size if request.HasField("page_size") else None,
+            page_token=request.page_token,
+            caller=current_caller(),
+        )
+        return pb.ListServicePrincipalSecretsResponse(
+            secrets=map(_client_secret, page), next_page_token=next_page_token
+        )
+
+    async def DeleteServicePrincipalSecret(
+        self, request: pb.DeleteServicePrincipalSecretRequest, context: Any
+    ) -> pb.DeleteServicePrincipalSecretResponse:
+        await self._secrets.delete_secret(
+            principal_id=request.service_principal_id, secret_id=request.secret_id, caller=current_caller()
+        )
+        return pb.DeleteServicePrincipalSecretResponse()
+
+
 class AuthorityServicer(rpc.AuthorityServicer):
     """What the other services, and the operator, need of us."""
 
@@ -90,6 +134,18 @@ class AuthorityServicer(rpc.AuthorityServicer):
 
     async def ExchangeToken(self, request: pb.ExchangeTokenRequest, context: Any) -> pb.ExchangeTokenResponse:
         return pb.ExchangeTokenResponse(assertion=await self._authority.exchange(request.token))
+
+    async def IssueToken(self, request: pb.IssueTokenRequest, context: Any) -> pb.IssueTokenResponse:
+        endpoint_id = request.endpoint_id or None
+        match request.WhichOneof("credential"):
+            case "client":
+                client = request.client
+                issued = await self._authority.token_for_client(client.client_id, client.client_secret, endpoint_id)
+            case "assertion":
+                issued = await self._authority.token_for_assertion(request.assertion, endpoint_id)
+            case _:
+                raise MalformedRequest("Exactly one of client and assertion is required; neither was given.")
+        return pb.IssueTokenResponse(access_token=issued.value, expires_in=issued.seconds)
 
     async def GetPlatform(self, request: pb.GetPlatformRequest, context: Any) -> pb.GetPlatformResponse:
         keys = await self._authority.public_keys()
@@ -117,6 +173,37 @@ def _token_info(token: TokenInfo) -> pb.TokenInfo:
     return pb.TokenInfo(
         token_id=token.id, creation_time=token.created_ms, expiry_time=token.expires_ms, comment=token.comment
     )
+
+
+def _new_client_secret(made: NewClientSecret) -> pb.CreateServicePrincipalSecretResponse:
+    shown = _client_secret(made.secret)
+    return pb.CreateServicePrincipalSecretResponse(
+        id=shown.id,
+        secret=made.value,
+        secret_hash=shown.secret_hash,
+        create_time=shown.create_time,
+        update_time=shown.update_time,
+        expire_time=shown.expire_time,
+        status=shown.status,
+    )
+
+
+def _client_secret(secret: ClientSecret) -> pb.ServicePrincipalSecret:
+    created = _rfc_3339(secret.info.created_ms)
+    return pb.ServicePrincipalSecret(
+        id=secret.info.id,
+        # A hash of a MAC whose key never leaves this service: the same for the same secret, and no help to a guess.
+        secret_hash=hashlib.sha256(secret.mac).hexdigest(),
+        create_time=created,
+        update_time=created,
+        expire_time=_rfc_3339(secret.info.expires_ms),
+        status="ACTIVE",
+    )
+
+
+def _rfc_3339(milliseconds: int) -> str:
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _managed_token(token: ManagedToken) -> pb.ManagedToken:

@@ -210,6 +210,16 @@ class Page(Generic[T]):
     total: int
 
 
+class TokenKind(StrEnum):
+    """What a credential that we made is good for; the values are those of the database."""
+
+    PERSONAL = "personal"
+    """A personal access token: taken wherever a caller shows who it is."""
+
+    CLIENT_SECRET = "client_secret"  # noqa: S105 (a kind, not a secret)
+    """A service principal's client secret: for getting access tokens with, and for nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
     """What is remembered about a token; times are in Unix milliseconds."""
@@ -232,11 +242,11 @@ class ManagedToken:
 
 @dataclass(frozen=True, slots=True)
 class StoredToken:
-    """A token as it is stored, and whose it is."""
+    """A token or client secret that was found, and whose it is."""
 
     info: TokenInfo
-    mac: bytes = field(repr=False)
     owner: User
+    kind: TokenKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +255,30 @@ class NewToken:
 
     info: TokenInfo
     value: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSecret:
+    """What is remembered about a client secret."""
+
+    info: TokenInfo
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NewClientSecret:
+    """A client secret that was just made, with the text that is shown once."""
+
+    secret: ClientSecret
+    value: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NewAccessToken:
+    """An access token that was just made, and for how many seconds it is good."""
+
+    value: str = field(repr=False)
+    seconds: int
 
 
 @dataclass(frozen=True, slots=True)

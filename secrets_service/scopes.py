@@ -145,7 +145,7 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded(names.key_name(key))
         row = await self._database.remembered(
-            store.find_scope_standing_and_secret, names.folded(scope), folded, int(caller.id), if_kept=_is_short
+            _find_readable, names.folded(scope), folded, int(caller.id), if_kept=_is_short
         )
         if row is None:
             raise ScopeNotFound(scope)
@@ -245,6 +245,21 @@ def _warn_if_abandoned(connection: sqlite3.Connection, scope: Scope, before: Gra
             " Ask an admin to grant it again if that was not meant.",
             scope=scope.name,
         )
+
+
+def _find_readable(
+    connection: sqlite3.Connection, scope: str, key: str, principal_id: int
+) -> tuple[Scope, Standing, SealedSecret | None] | None:
+    """The scope of that name, how a principal stands in it and, for those who may read there, the secret under a key.
+
+    For others it is not even looked for: how long they wait, now and the next time, would say whether it exists.
+    """
+    row = store.find_scope_and_standing(connection, scope, principal_id)
+    if row is None:
+        return None
+    found, standing = row
+    may_read = access.allows(standing, Permission.READ)
+    return found, standing, store.find_secret(connection, found, key) if may_read else None
 
 
 def _is_short(row: tuple[Scope, Standing, SealedSecret | None] | None) -> bool:

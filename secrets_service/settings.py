@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from servicekit import settings
 from servicekit.settings import ServiceSettings, setting
@@ -14,6 +15,23 @@ def _at_least_one(text: str) -> int:
     if (number := settings.count(text)) < 1:
         raise ValueError("expected a whole number, at least 1")
     return number
+
+
+def issuer_url(text: str) -> str:
+    """An address that keys are fetched from, as given: https, or http on this machine."""
+    parts = urlsplit(text)
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and settings.is_loopback(f"{parts.hostname}:0"))
+    if not (is_safe and parts.hostname and parts.port != 0 and text.isascii() and text.isprintable()):
+        raise ValueError("expected an address that begins with https:// (http:// for 127.0.0.1, ::1 and localhost)")
+    if "@" in parts.netloc or "#" in text or " " in text:
+        raise ValueError("expected an address without user name, fragment and spaces")
+    return text
+
+
+def _issuer(text: str) -> str:
+    if "?" in text:
+        raise ValueError("expected an address without a query")
+    return issuer_url(text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +76,40 @@ class SecretsSettings(ServiceSettings):
         help="Whether callers with a token may ask for descriptors; by default only where the listener is on loopback.",
     )
 
+    oidc_issuer: str = setting(
+        "TESSERA_OIDC_ISSUER",
+        _issuer,
+        default="",
+        help="Address of an OpenID Connect issuer whose tokens are taken too, exactly as their claim iss spells it. Not"
+        " set: only tokens of this platform are.",
+    )
+    oidc_audience: str = setting(
+        "TESSERA_OIDC_AUDIENCE",
+        str,
+        default="",
+        help="What the claim aud of that issuer's tokens must be; belongs to TESSERA_OIDC_ISSUER.",
+    )
+    oidc_claim: str = setting(
+        "TESSERA_OIDC_CLAIM",
+        str,
+        default="sub",
+        help="The claim of that issuer's tokens that holds a user name or application id of this platform, such as sub"
+        " or email (which must be verified then).",
+    )
+    oidc_jwks_url: str = setting(
+        "TESSERA_OIDC_JWKS_URL",
+        issuer_url,
+        default="",
+        help="Address of that issuer's keys; by default the one that its discovery document names.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_SECRETS_LISTEN", self.listen)
+        if bool(self.oidc_issuer) != bool(self.oidc_audience):
+            raise ValueError("TESSERA_OIDC_ISSUER and TESSERA_OIDC_AUDIENCE belong together: set both, or none.")
+        if not self.oidc_issuer and (self.oidc_jwks_url or self.oidc_claim != "sub"):
+            raise ValueError("TESSERA_OIDC_CLAIM and TESSERA_OIDC_JWKS_URL mean nothing without TESSERA_OIDC_ISSUER.")
 
     @property
     def database(self) -> Path:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 
 from secrets_service.model import (
+    ClientSecret,
     Email,
     Grant,
     Group,
@@ -26,6 +27,7 @@ from secrets_service.model import (
     Standing,
     StoredToken,
     TokenInfo,
+    TokenKind,
     User,
     VersionInfo,
 )
@@ -128,50 +130,72 @@ def account(row: sqlite3.Row, groups: tuple[Group, ...]) -> User:
     return User(principal_id, profile, groups, Kind(kind))
 
 
-# --- tokens ---
+# --- tokens and client secrets ---
 
 
 def insert_token(
-    connection: sqlite3.Connection, info: TokenInfo, *, owner_id: int, creator_id: int, mac: bytes
+    connection: sqlite3.Connection,
+    info: TokenInfo,
+    *,
+    owner_id: int,
+    creator_id: int,
+    mac: bytes,
+    kind: TokenKind = TokenKind.PERSONAL,
 ) -> None:
-    """Records a token, which its owner or an admin made."""
+    """Records a token, which its owner or an admin made, or a client secret."""
     connection.execute(
-        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms),
+        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms, kind)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms, kind),
     )
 
 
+def find_token_mac(connection: sqlite3.Connection, token_id: str) -> bytes | None:
+    """The MAC of the token of that id."""
+    row = connection.execute("SELECT mac FROM tokens WHERE id = ?", (token_id,)).fetchone()
+    return row[0] if row else None
+
+
 def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
-    """A token and its owner, whether or not it has expired."""
+    """A token or client secret and its owner, whether or not it has expired."""
     row = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, mac, owner_id FROM tokens WHERE id = ?", (token_id,)
+        "SELECT id, created_ms, expires_ms, comment, owner_id, kind FROM tokens WHERE id = ?", (token_id,)
     ).fetchone()
     if row is None:
         return None
-    owner = find_user(connection, row[5])
-    return StoredToken(TokenInfo(*row[:4]), row[4], owner) if owner else None
+    owner = find_user(connection, row[4])
+    return StoredToken(TokenInfo(*row[:4]), owner, TokenKind(row[5])) if owner else None
 
 
 def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
     """A principal's tokens that have not expired, oldest first."""
     rows = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment FROM tokens WHERE owner_id = ? AND expires_ms > ?"
-        " ORDER BY created_ms, rowid",
+        "SELECT id, created_ms, expires_ms, comment FROM tokens"
+        " WHERE owner_id = ? AND kind = 'personal' AND expires_ms > ? ORDER BY created_ms, rowid",
         (owner_id, now_ms),
     )
     return [TokenInfo(*row) for row in rows]
 
 
+def client_secrets_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[ClientSecret]:
+    """A service principal's client secrets that have not expired, oldest first."""
+    rows = connection.execute(
+        "SELECT id, created_ms, expires_ms, comment, mac FROM tokens"
+        " WHERE owner_id = ? AND kind = 'client_secret' AND expires_ms > ? ORDER BY created_ms, rowid",
+        (owner_id, now_ms),
+    )
+    return [ClientSecret(TokenInfo(*row[:4]), row[4]) for row in rows]
+
+
 _MANAGED = (
     "SELECT t.id, t.created_ms, t.expires_ms, t.comment, t.owner_id, t.creator_id, coalesce(p.name, '')"
-    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id"
+    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id WHERE t.kind = 'personal'"
 )
 
 
 def find_managed_token(connection: sqlite3.Connection, token_id: str, *, now_ms: int) -> ManagedToken | None:
     """Anybody's token that has not expired."""
-    row = connection.execute(f"{_MANAGED} WHERE t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
+    row = connection.execute(f"{_MANAGED} AND t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
     return _managed(row) if row else None
 
 
@@ -181,7 +205,7 @@ def newest_tokens(
     """The newest tokens that have not expired, oldest first: everybody's, or those that some principals made."""
     made_by = "" if creators is None else " AND t.creator_id IN (SELECT value FROM json_each(?))"
     rows = connection.execute(
-        f"{_MANAGED} WHERE t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
+        f"{_MANAGED} AND t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
         (now_ms, *([] if creators is None else [json.dumps(list(creators))]), count),
     ).fetchall()
     return [_managed(row) for row in reversed(rows)]
@@ -197,12 +221,12 @@ def comment_token(connection: sqlite3.Connection, token_id: str, comment: str) -
 
 
 def delete_token(connection: sqlite3.Connection, token_id: str) -> None:
-    """Deletes a token."""
+    """Deletes a token or client secret."""
     connection.execute("DELETE FROM tokens WHERE id = ?", (token_id,))
 
 
 def delete_expired_tokens(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> None:
-    """Forgets those of a principal's tokens that have expired."""
+    """Forgets those of a principal's tokens and client secrets that have expired."""
     connection.execute("DELETE FROM tokens WHERE owner_id = ? AND expires_ms <= ?", (owner_id, now_ms))
 
 
@@ -373,41 +397,19 @@ def holders(connection: sqlite3.Connection) -> set[str]:
 # --- access control lists ---
 
 
-# One row for the principal itself and one for each of its groups: kind, name, and what is granted on the scope `s`.
-_STANDING = (
-    " FROM scopes s"
-    " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
-    " JOIN principals p ON p.id = who.id"
-    " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id"
-)
-
-
 def find_scope_and_standing(
     connection: sqlite3.Connection, folded: str, principal_id: int
 ) -> tuple[Scope, Standing] | None:
     """The scope of that name, and what decides about a principal in it."""
+    # One row for the principal itself and one for each of its groups.
     rows = connection.execute(
-        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission{_STANDING} WHERE s.folded = ?2",
+        "SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission FROM scopes s"
+        " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
+        " JOIN principals p ON p.id = who.id"
+        " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id WHERE s.folded = ?2",
         (principal_id, folded),
     ).fetchall()
     return (Scope(*rows[0][:3]), _standing(rows)) if rows else None
-
-
-def find_scope_standing_and_secret(
-    connection: sqlite3.Connection, scope: str, key: str, principal_id: int
-) -> tuple[Scope, Standing, SealedSecret | None] | None:
-    """As `find_scope_and_standing`, with the secret under a key: one statement, because this is what is read most."""
-    rows = connection.execute(
-        f"SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission, k.id, k.key, v.version, v.record{_STANDING}"
-        " LEFT JOIN keys k ON k.scope_id = s.id AND k.folded = ?3 AND k.last_version >= k.first_version"
-        " LEFT JOIN versions v ON v.key_id = k.id AND v.version = k.last_version WHERE s.folded = ?2",
-        (principal_id, scope, key),
-    ).fetchall()
-    if not rows:
-        return None
-    found = rows[0]
-    secret = None if found[6] is None else SealedSecret(*found[6:])
-    return Scope(*found[:3]), _standing(rows), secret
 
 
 def _standing(rows: list[sqlite3.Row]) -> Standing:

@@ -1,8 +1,8 @@
-"""Personal access tokens: how they look, and how a presented one is compared with what is stored.
+"""Personal access tokens and client secrets: how they look, and how a presented one is compared with what is stored.
 
-`dapi`, a public id (12 characters), 256 random bits (43) and a CRC-32 (6), all base62. Only the id and a MAC are
-stored, so a copy of the database authenticates nobody. The check sum spares a typing mistake the look-up, never the
-answer: every token that is not right is refused in the same words.
+A prefix that tells which of them it is, a public id (12 characters), 256 random bits (43) and a CRC-32 (6), all base62.
+Only the id and a MAC are stored, so a copy of the database authenticates nobody. The check sum spares a typing mistake
+the look-up, never the answer: every token that is not right is refused in the same words.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import secrets
 import zlib
 from dataclasses import dataclass, field
 
-from secrets_service.model import SecretBytes
+from secrets_service.model import SecretBytes, TokenKind
 
-PREFIX = "dapi"
+PREFIXES = {TokenKind.PERSONAL: "dapi", TokenKind.CLIENT_SECRET: "dose"}
+_PREFIX_LENGTH = 4
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _DIGITS = {digit: number for number, digit in enumerate(_ALPHABET)}
 _ID_LENGTH = 12
@@ -26,15 +27,16 @@ _SECRET_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class Presented:
-    """A well-formed token that somebody sent; whether it is right is still open."""
+    """A well-formed token or client secret that somebody sent; whether it is right is still open."""
 
     id: str
     secret: SecretBytes = field(repr=False)
+    kind: TokenKind = TokenKind.PERSONAL
 
     @property
     def text(self) -> str:
         """The token as its owner writes it."""
-        body = PREFIX + self.id + _base62(int.from_bytes(self.secret.reveal(), "big"), _SECRET_LENGTH)
+        body = PREFIXES[self.kind] + self.id + _base62(int.from_bytes(self.secret.reveal(), "big"), _SECRET_LENGTH)
         return body + _check_sum(body)
 
 
@@ -48,31 +50,33 @@ class TokenMac:
         """What is stored of a token."""
         return hmac.digest(self._key.reveal(), token.id.encode() + token.secret.reveal(), hashlib.sha256)
 
-    def matches(self, token: Presented, stored: bytes | None) -> bool:
-        """Whether a token is the stored one; as much work when nothing is stored under its id."""
-        return hmac.compare_digest(self.of(token), stored or bytes(_SECRET_BYTES)) and stored is not None
+
+def is_same(mac: bytes, stored: bytes | None) -> bool:
+    """Whether a token's MAC is the stored one; as much work when nothing is stored under its id."""
+    return hmac.compare_digest(mac, stored or bytes(len(mac))) and stored is not None
 
 
-def make() -> Presented:
-    """A new token."""
+def make(kind: TokenKind = TokenKind.PERSONAL) -> Presented:
+    """A new token, or a new client secret."""
     identifier = "".join(secrets.choice(_ALPHABET) for _ in range(_ID_LENGTH))
-    return Presented(identifier, SecretBytes(secrets.token_bytes(_SECRET_BYTES)))
+    return Presented(identifier, SecretBytes(secrets.token_bytes(_SECRET_BYTES)), kind)
 
 
-def parse(text: str) -> Presented | None:
-    """The parts of a token; None when it is not well formed."""
-    if len(text) != len(PREFIX) + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH or not text.startswith(PREFIX):
+def parse(text: str, kind: TokenKind = TokenKind.PERSONAL) -> Presented | None:
+    """The parts of a token, or of a client secret; None when it is not a well-formed one of that kind."""
+    length = _PREFIX_LENGTH + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH
+    if len(text) != length or not text.startswith(PREFIXES[kind]):
         return None
     body, check_sum = text[:-_CHECK_LENGTH], text[-_CHECK_LENGTH:]
     if not set(text) <= _DIGITS.keys() or _check_sum(body) != check_sum:
         return None
-    identifier, digits = body[len(PREFIX) : -_SECRET_LENGTH], body[-_SECRET_LENGTH:]
+    identifier, digits = body[_PREFIX_LENGTH:-_SECRET_LENGTH], body[-_SECRET_LENGTH:]
     number = 0
     for digit in digits:
         number = number * len(_ALPHABET) + _DIGITS[digit]
     if number.bit_length() > _SECRET_BYTES * 8:
         return None
-    return Presented(identifier, SecretBytes(number.to_bytes(_SECRET_BYTES, "big")))
+    return Presented(identifier, SecretBytes(number.to_bytes(_SECRET_BYTES, "big")), kind)
 
 
 def _check_sum(body: str) -> str:

@@ -73,6 +73,8 @@ class AccessTable:
         limit = max(self._stale_seconds, CURRENT_SECONDS) if may_be_stale else CURRENT_SECONDS
         if self._now() - self._heard_at > limit:
             raise _unavailable()
+        if not caller.may_query(endpoint_id):
+            return None
         if caller.is_admin:
             return Level.CAN_MANAGE
         granted = self._granted.get(endpoint_id, {})

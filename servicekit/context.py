@@ -36,7 +36,8 @@ class Principal:
     """Names of all groups that the principal belongs to."""
 
     token_id: str
-    """Public id of the token that was presented."""
+    """Public id of the credential that was presented, or that the presented access token was obtained with. Empty for
+    a token of an external issuer, which we keep nothing about."""
 
     token_expires_at: float | None
     """When that token stops working, in Unix seconds; None when never."""
@@ -47,9 +48,16 @@ class Principal:
     group_ids: frozenset[str] = frozenset()
     """Ids of the same groups: what permissions are granted to."""
 
+    endpoint_id: str | None = None
+    """The one endpoint that the caller's token may query, and nothing else; None for a token without such a bound."""
+
     @property
     def is_admin(self) -> bool:
         return ADMINS in self.groups
+
+    def may_query(self, endpoint_id: str) -> bool:
+        """Whether the caller's token is good for this endpoint; whether the caller may query it is another question."""
+        return self.endpoint_id in (None, endpoint_id)
 
 
 @dataclass(frozen=True, slots=True)

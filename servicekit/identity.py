@@ -31,6 +31,9 @@ AUDIENCE = "tessera"
 ALGORITHM = "EdDSA"
 ASSERTION_SECONDS = 60
 
+ASSERTION_TYPE = "JWT"
+"""The header `typ` of assertions. Access tokens, which the same keys sign, have another one."""
+
 FRESH_SECONDS = 3.0
 """Up to this age a cached identity is used as it is."""
 
@@ -57,6 +60,22 @@ class InvalidToken(PermissionDenied):
 
     def __init__(self) -> None:
         super().__init__("Invalid access token.")
+
+
+class BoundToken(PermissionDenied):
+    """The token is good for the queries of one endpoint, and this is something else."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This token is good for queries of one serving endpoint and for nothing else. Use the one that it was"
+            " obtained with."
+        )
+
+
+def refuse_bound(principal: Principal) -> None:
+    """Raises BoundToken for a caller whose token is good for the queries of one endpoint only."""
+    if principal.endpoint_id is not None:
+        raise BoundToken
 
 
 CREDENTIAL_REFUSED = (Unauthenticated, InvalidToken)
@@ -112,7 +131,10 @@ class AssertionVerifier:
         if known is not None and time.time() < known[1]:
             return known[0]
         try:
-            key = await self._key(str(jwt.get_unverified_header(assertion).get("kid", "")))
+            header = jwt.get_unverified_header(assertion)
+            if header.get("typ") != ASSERTION_TYPE:
+                raise ValueError("not an assertion")
+            key = await self._key(str(header.get("kid", "")))
             claims = jwt.decode(
                 assertion,
                 key,
@@ -160,12 +182,14 @@ def claims_of(principal: Principal, *, issued_at: float) -> dict[str, Any]:
     }
     if principal.token_expires_at is not None:
         claims["texp"] = principal.token_expires_at
+    if principal.endpoint_id is not None:
+        claims["eid"] = principal.endpoint_id
     return claims
 
 
 def principal_of(claims: Mapping[str, Any]) -> Principal:
     """The principal in the claims of a verified assertion; raises KeyError, TypeError or ValueError."""
-    expires = claims.get("texp")
+    expires, endpoint_id = claims.get("texp"), claims.get("eid")
     return Principal(
         id=str(claims["sub"]),
         name=str(claims["name"]),
@@ -174,6 +198,7 @@ def principal_of(claims: Mapping[str, Any]) -> Principal:
         token_expires_at=None if expires is None else float(expires),
         kind=str(claims["kind"]),
         group_ids=frozenset(str(group) for group in claims["gids"]),
+        endpoint_id=None if endpoint_id is None else str(endpoint_id),
     )
 
 

@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from servicekit import channels, context, once
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
-from servicekit.identity import CREDENTIAL_REFUSED, Identify
+from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.source import Source
 
@@ -30,6 +30,9 @@ LONGEST_DEADLINE = 60.0
 
 _MADE_UP = "our own request id"
 """Where it stands among a call's metadata; no name that a caller could use."""
+
+INFERENCE = "/tessera.serving.v1.ServingEndpoints/Query"
+"""The one method that a token which is bound to an endpoint is good for."""
 
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
@@ -91,6 +94,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if row is None or row.needs_caller:
                 raise Unauthenticated
             return context.RequestContext(request_id, decision=decision)
+        if method != INFERENCE:
+            refuse_bound(identity.principal)
         may_be_repeated = self._may_be_repeated(row, metadata)
         return context.RequestContext(
             request_id, identity.principal, identity.assertion, may_be_repeated, decision=decision

@@ -183,6 +183,13 @@ def address(text: str) -> str:
     return text
 
 
+def origin(text: str) -> str:
+    """The address of a server, such as https://tessera.example.com, without a slash at its end."""
+    if not text.startswith(("http://", "https://")):
+        raise ValueError("expected an address that begins with http:// or https://")
+    return text.rstrip("/")
+
+
 def is_loopback(listen: str) -> bool:
     """Whether `host:port` is reachable from this machine only."""
     host = listen.rpartition(":")[0].strip("[]")

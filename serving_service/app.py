@@ -16,6 +16,7 @@ from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.interceptors import INFERENCE
 from servicekit.once import Answers, Unsealed
 from serving_service import cgroups, store
 from serving_service.controller import Doors
@@ -43,8 +44,6 @@ MESSAGE_LIMIT = 17 << 20
 
 ISOLATION_FILE = "isolation.txt"
 """Beside the database: what isolates models here, for whoever starts the platform."""
-
-QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,20 @@ async def running(
             Doors(
                 database=opened,
                 launcher=launcher,
-                launches=Launches(registry, references, settlement, users, refusal=isolation.refusal),
+                launches=Launches(
+                    registry,
+                    references,
+                    settlement,
+                    users,
+                    refusal=isolation.refusal,
+                    download_deadline=settings.download_deadline,
+                    reference_deadline=settings.reference_deadline,
+                ),
                 notice=isolation.notice,
                 routes=routes,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
+                load_deadline=settings.load_deadline,
             )
         )
         endpoints = Endpoints(
@@ -115,6 +123,7 @@ async def running(
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
+            public_url=settings.public_url,
         )
         queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
@@ -123,7 +132,7 @@ async def running(
                 [
                     Listener(
                         address=settings.listen,
-                        identify=by_token(exchange, stale_methods=frozenset({QUERY})),
+                        identify=by_token(exchange, stale_methods=frozenset({INFERENCE})),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
                         trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,

@@ -8,16 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from servicekit.errors import FeatureDisabled, InvalidParameter
-from serving_service import environment
+from servicekit.errors import InvalidParameter
+from serving_service import details, environment
 from serving_service.model import EndpointConfig, ModelVersion, Route, ServedEntity
 from tessera.serving.v1 import serving_pb2 as pb
 
 MAX_ENTITIES = 10
 MAX_CONFIG_BYTES = 256 * 1024
+MAX_LISTED_BYTES = 6 * 1024
+"""Description and tags together: all endpoints that there can be must fit into one answer, that of the list."""
 WORKLOAD_SIZES = ("Small", "Medium", "Large")
 WORKLOAD_TYPES = (pb.CPU, pb.CPU_MEDIUM, pb.CPU_LARGE)
 CONCURRENCY_STEP = 4
+
+_NOT_OFFERED = (
+    "external_model",
+    "min_provisioned_throughput",
+    "max_provisioned_throughput",
+    "provisioned_model_units",
+    "burst_scaling_enabled",
+)
 
 _ENDPOINT_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
 _ENTITY_NAME = re.compile(r"[A-Za-z0-9_-]{1,255}")
@@ -25,21 +35,17 @@ _RESERVED_PREFIX = "databricks-"
 
 
 def check_create(request: pb.CreateServingEndpointRequest) -> None:
-    """Checks all of a create request but its configuration; raises InvalidParameter or FeatureDisabled."""
+    """Checks the name of a new endpoint and the size of the request; raises InvalidParameter."""
     if not _ENDPOINT_NAME.fullmatch(request.name):
         raise InvalidParameter("name: use 1 to 63 letters, digits, '-' or '_'.")
     if request.name.startswith(_RESERVED_PREFIX):
         raise InvalidParameter(f"name: names that start with '{_RESERVED_PREFIX}' are reserved. Choose another name.")
     _check_size(request.ByteSize())
-    keys = [tag.key for tag in request.tags]
-    if "" in keys:
-        raise InvalidParameter("tags: every tag needs a key.")
-    if len(set(keys)) < len(keys):
-        raise InvalidParameter("tags: a key may be given once only.")
-    _refuse(request.route_optimized, "route_optimized")
-    _refuse(len(request.rate_limits), "rate_limits")
-    for name in ("ai_gateway", "email_notifications", "telemetry_config"):
-        _refuse(len(getattr(request, name).fields), name)
+    listed = len(request.description.encode()) + sum(tag.ByteSize() for tag in request.tags)
+    if listed > MAX_LISTED_BYTES:
+        raise InvalidParameter(
+            f"description, tags: they have {listed} bytes together, more than the limit of {MAX_LISTED_BYTES}."
+        )
 
 
 def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, author: str, now: int) -> EndpointConfig:
@@ -50,8 +56,9 @@ def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, a
     """
     prefix = f"{at}." if at else ""
     _check_size(message.ByteSize())
-    capture = message.auto_capture_config.fields
-    _refuse("enabled" in capture and capture["enabled"].bool_value, f"{prefix}auto_capture_config")
+    capture = None
+    if message.HasField("auto_capture_config"):
+        capture = details.read_auto_capture(message.auto_capture_config, at=f"{prefix}auto_capture_config")
     if not 1 <= len(message.served_entities) <= MAX_ENTITIES:
         raise InvalidParameter(f"{prefix}served_entities: give 1 to {MAX_ENTITIES} served entities.")
     entities = tuple(
@@ -65,14 +72,12 @@ def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, a
                 f"{prefix}served_entities[{index}].name: '{name}' is used twice. Give each served entity its own name."
             )
     routes = _read_routes(message.traffic_config.routes, names, at=f"{prefix}traffic_config.routes")
-    return EndpointConfig(version=version, created_at=now, entities=entities, routes=routes)
+    return EndpointConfig(version=version, created_at=now, entities=entities, routes=routes, auto_capture=capture)
 
 
 def _read_entity(message: pb.ServedEntityInput, *, at: str, author: str, now: int) -> ServedEntity:
-    _refuse(message.HasField("external_model"), f"{at}.external_model")
-    for field in ("min_provisioned_throughput", "max_provisioned_throughput", "provisioned_model_units"):
-        _refuse(message.HasField(field), f"{at}.{field}")
-    _refuse(message.burst_scaling_enabled, f"{at}.burst_scaling_enabled")
+    given = {field.name for field, _ in message.ListFields()}  # a flag that is false is not among them
+    details.refuse(next((field for field in _NOT_OFFERED if field in given), None), at=at)
     for field in ("entity_name", "entity_version"):
         if not getattr(message, field).strip():
             raise InvalidParameter(f"{at}.{field}: name the registered model and its version.")
@@ -159,8 +164,3 @@ def _optional(message: pb.ServedEntityInput, field: str) -> int | None:
 def _check_size(size: int) -> None:
     if size > MAX_CONFIG_BYTES:
         raise InvalidParameter(f"config: it has {size} bytes, more than the limit of {MAX_CONFIG_BYTES}. Shorten it.")
-
-
-def _refuse(is_given: bool | int, field: str) -> None:
-    if is_given:
-        raise FeatureDisabled(f"{field}: this feature is not offered here. Leave the field out.")

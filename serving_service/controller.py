@@ -15,10 +15,11 @@ import time
 import uuid
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from servicekit.database import Database
-from serving_service import reconcile, store
+from serving_service import phases, reconcile, store
 from serving_service.launcher import (
     Launch,
     Launcher,
@@ -30,8 +31,10 @@ from serving_service.launcher import (
 )
 from serving_service.launches import LaunchDelayed, Launches, LaunchImpossible
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord, ServedEntity
+from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 from serving_service.reconcile import Phase, Replica
 from serving_service.routes import EndpointRoutes, EntityRoutes, ReplicaAddress, RouteTable
+from serving_service.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ STOP_GRACE_SECONDS = 10.0
 DELETE_DRAIN_SECONDS = 30.0
 """How long requests in flight may take to finish when their endpoint is deleted."""
 
-LOADING = "Loading the model."
+LOADING = phases.doing(LaunchPhase.LOAD)
 
 UNREADABLE_SECONDS = 1.0
 """Until something that did not answer is asked again."""
@@ -59,6 +62,7 @@ class Doors:
     """What the state of every served entity that is ready says besides; empty when there is nothing to say."""
     inference_deadline: float
     deploy_deadline: float
+    load_deadline: float
 
 
 class EndpointController:
@@ -69,6 +73,7 @@ class EndpointController:
         self._doors = doors
         self._replicas: dict[str, Replica] = {}
         self._handles: dict[str, ReplicaHandle] = {}
+        self._timeline = Timeline(endpoint_id, doors.database)
         self._ready_since: dict[str, float] = {}
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
         self._deadlines: dict[int, float] = {}
@@ -93,6 +98,9 @@ class EndpointController:
         """Takes over a replica that a predecessor of this process started; `seen` is None when it did not answer."""
         self._replicas[record.id] = Replica(id=record.id, version=record.version, entity=record.entity, message=LOADING)
         self._handles[record.id] = handle
+        if seen is None or seen.state is ReplicaState.STARTING:
+            began = phases.since(LaunchPhase.LOAD, time.time() if seen is None else seen.since)
+            self._timeline.go_on(self._replicas[record.id], began)
         if seen is not None:
             self._observe(record.id, seen)
         self._spawn(self._watch(record.id, handle))
@@ -100,11 +108,12 @@ class EndpointController:
     def publish(self, endpoint: Endpoint, config: EndpointConfig | None) -> None:
         """Puts the ready replicas of a configuration into the table of routes."""
         if not self._is_deleted:
+            entities = self._entity_routes(config) if config else ()
+            if endpoint.is_stopped and config is endpoint.active:
+                entities = tuple(replace(entity, replicas=()) for entity in entities)
             self._doors.routes.publish(
                 EndpointRoutes(
-                    endpoint_id=endpoint.id,
-                    name=endpoint.name,
-                    entities=self._entity_routes(config) if config else (),
+                    endpoint_id=endpoint.id, name=endpoint.name, entities=entities, is_stopped=endpoint.is_resting
                 )
             )
 
@@ -122,6 +131,10 @@ class EndpointController:
             return EntityState(Deployment.READY, "Ready. The update ends when every served entity is.")
         return EntityState(Deployment.CREATING, self._doing(config.version, entity))
 
+    def events(self) -> list[LaunchEvent]:
+        """The phases of launches that are not stored: those that go on, and those that ended a moment ago."""
+        return self._timeline.unstored()
+
     async def logs(self, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of the newest replica of an entity; empty when there is none."""
         newest = [r.id for r in self._replicas.values() if (r.version, r.entity) == (version, entity)]
@@ -135,6 +148,7 @@ class EndpointController:
 
     async def run(self) -> None:
         """Works until the endpoint is deleted and nothing is left of it."""
+        self._spawn(self._timeline.run())
         try:
             while True:
                 await self._wait()
@@ -194,6 +208,7 @@ class EndpointController:
             is_updating=endpoint.is_updating,
             active=_named(endpoint.active),
             pending=_named(endpoint.pending),
+            is_stopped=endpoint.is_stopped,
             deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
         )
 
@@ -248,28 +263,35 @@ class EndpointController:
             for entity in endpoint.pending.entities
         }
         await self._doors.database.write(store.fail_update, endpoint.id, version, failures)
-        log.info("configuration failed", extra={"endpoint": endpoint.name, "version": version})
+        for name, cause in causes.items():
+            for replica in self._observed().of(version, name):
+                self._timeline.end(replica.id, Outcome.FAILED, message=cause)
+        log.info("configuration failed", extra={"endpoint": endpoint.name, "version": version, "causes": causes})
         self.wake()
 
     async def _launch(self, endpoint: Endpoint, entity: ServedEntity, replica: Replica) -> None:
         try:
             launch = await self._doors.launches.prepare(
-                endpoint, replica.version, entity, replica.id, lambda message: self._change(replica.id, message=message)
+                endpoint, replica.version, entity, replica.id, partial(self._enter, replica)
             )
             self._preparing.discard(replica.id)
             handle = await self._started(launch)
             del launch  # with its secrets
-        except LaunchImpossible as error:
-            await self._not_started(endpoint, replica, str(error), is_final=True)
-        except (LaunchDelayed, LaunchError) as error:
-            await self._not_started(endpoint, replica, str(error), is_final=False)
+        except (LaunchImpossible, LaunchDelayed) as error:
+            is_final = isinstance(error, LaunchImpossible)
+            await self._not_started(endpoint, replica, error.phase, str(error), is_final=is_final)
+        except LaunchError as error:
+            cause = phases.failed(LaunchPhase.START, str(error))
+            await self._not_started(endpoint, replica, LaunchPhase.START, cause, is_final=False)
         except Exception as error:
             kind = (type(error), error, error.__traceback__)
             log.error("replica could not be started", extra={"replica": replica.id}, exc_info=kind)
-            await self._not_started(endpoint, replica, "The replica could not be started.", is_final=False)
+            phase = self._timeline.phase(replica.id) or LaunchPhase.START
+            cause = phases.failed(phase, "The replica could not be started; the service's log says why")
+            await self._not_started(endpoint, replica, phase, cause, is_final=False)
         else:
             self._handles[replica.id] = handle
-            self._change(replica.id, message=LOADING)
+            self._enter(replica, LaunchPhase.LOAD)
             self._spawn(self._watch(replica.id, handle))
         finally:
             self._preparing.discard(replica.id)
@@ -285,9 +307,16 @@ class EndpointController:
             await asyncio.gather(starting, return_exceptions=True)
             raise
 
-    async def _not_started(self, endpoint: Endpoint, replica: Replica, message: str, *, is_final: bool) -> None:
+    def _enter(self, replica: Replica, phase: LaunchPhase) -> None:
+        self._timeline.enter(replica, phase)
+        self._change(replica.id, message=phases.doing(phase))
+
+    async def _not_started(
+        self, endpoint: Endpoint, replica: Replica, phase: LaunchPhase, message: str, *, is_final: bool
+    ) -> None:
         key = (replica.version, replica.entity)
         log.info("replica not started", extra={"endpoint": endpoint.name, "replica": replica.id, "cause": message})
+        self._timeline.end(replica.id, Outcome.FAILED, message=message, failed_at=phase)
         if is_final:
             self._retries[key] = reconcile.after_end(
                 self._retries.get(key), ready_seconds=0, message=message, now=time.monotonic()
@@ -305,19 +334,40 @@ class EndpointController:
         known: ReplicaState | None = None
         while known is not ReplicaState.STOPPED:
             try:
-                seen = await (handle.state() if known is None else handle.wait(known))
+                async with asyncio.timeout(self._seconds_to_load(replica_id)):
+                    seen = await (handle.state() if known is None else handle.wait(known))
             except ReplicaGoneError as error:
                 if replica_id in self._replicas and not self._replicas[replica_id].is_stopping:
-                    self._ended(replica_id, str(error), is_final=False)
+                    is_loading = self._timeline.phase(replica_id) is not None
+                    cause = phases.failed(LaunchPhase.LOAD, str(error)) if is_loading else str(error)
+                    self._ended(replica_id, cause, is_final=False)
                     self._change(replica_id, is_stopping=True)
                     await self._stop(replica_id, drain=0, keep_log=False)
                 return
             except (TimeoutError, OSError):
+                if self._seconds_to_load(replica_id) == 0:
+                    await self._give_up_loading(replica_id, handle)
+                    return
                 await asyncio.sleep(UNREADABLE_SECONDS)  # it may be well all the same
                 continue
             known = seen.state
             self._observe(replica_id, seen)
             self.wake()
+
+    def _seconds_to_load(self, replica_id: str) -> float | None:
+        """For how long a replica may go on loading its model; None when it does not, or is being stopped anyway."""
+        loading = self._timeline.duration(replica_id)
+        if loading is None or self._replicas[replica_id].is_stopping:
+            return None
+        return max(self._doors.load_deadline - loading / 1000, 0.0)
+
+    async def _give_up_loading(self, replica_id: str, handle: ReplicaHandle) -> None:
+        late = phases.overdue(self._doors.load_deadline, "TESSERA_LOAD_DEADLINE_SECONDS")
+        # First its process, so that no other replica is started beside it.
+        await self._end(handle, dismiss=False)
+        if replica_id in self._replicas:
+            self._ended(replica_id, phases.failed(LaunchPhase.LOAD, late), is_final=True)
+        self.wake()
 
     def _observe(self, replica_id: str, seen: Observation) -> None:
         replica = self._replicas.get(replica_id)
@@ -326,16 +376,22 @@ class EndpointController:
         facts = {"endpoint": self.endpoint_id, "replica": replica_id, "entity": replica.entity}
         match seen.state:
             case ReplicaState.READY:
+                self._timeline.end(replica_id, Outcome.SUCCEEDED)
                 self._ready_since[replica_id] = time.monotonic()
                 self._change(replica_id, phase=Phase.READY, message="")
                 log.info("replica ready", extra={**facts, "load_seconds": seen.load_seconds})
             case ReplicaState.FAILED | ReplicaState.STOPPED:
                 was_ready = replica.phase is Phase.READY or seen.load_seconds is not None
-                self._ended(replica_id, seen.cause, is_final=not was_ready)
-                log.info("replica ended", extra={**facts, "exit_code": seen.exit_code})
+                cause = seen.cause if was_ready else phases.failed(LaunchPhase.LOAD, seen.cause)
+                self._ended(replica_id, cause, is_final=not was_ready)
+                log.info("replica ended", extra={**facts, "exit_code": seen.exit_code, "cause": cause})
 
     def _ended(self, replica_id: str, message: str, *, is_final: bool) -> None:
         replica = self._replicas[replica_id]
+        if replica.is_stopping:
+            self._timeline.end(replica_id, Outcome.ABANDONED)
+        else:
+            self._timeline.end(replica_id, Outcome.FAILED, message=message)
         now = time.monotonic()
         ready_seconds = now - self._ready_since.pop(replica_id, now)
         if not replica.is_stopping:
@@ -352,6 +408,7 @@ class EndpointController:
             if replica_id in self._preparing:
                 launching.cancel()
             await asyncio.wait([launching])
+        self._timeline.end(replica_id, Outcome.ABANDONED)
         handle = self._handles.get(replica_id)
         if handle is not None:
             if self._replicas[replica_id].phase is Phase.READY:
@@ -407,10 +464,9 @@ class EndpointController:
         """What goes on with an entity that is not ready, or what it waits for."""
         live = [replica for replica in self._observed().of(version, entity) if replica.is_live]
         retry = self._retries.get((version, entity))
-        if live and retry is not None:
-            return f"{live[-1].message} Before: {retry.message}"
         if live:
-            return live[-1].message
+            message = self._timeline.message(live[-1].id) or live[-1].message
+            return message if retry is None else f"{message} Before: {retry.message}"
         if retry is not None:
             return f"{retry.message} It is going to be tried again."
         return "Waiting to be started."

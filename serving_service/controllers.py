@@ -15,8 +15,12 @@ from serving_service import store
 from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointController
 from serving_service.launcher import Observation, ReplicaGoneError, ReplicaHandle
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord
+from serving_service.phases import LaunchEvent
 
 log = logging.getLogger(__name__)
+
+
+STOPPED = EntityState(Deployment.ABORTED, "The endpoint was stopped. Start it to have it serve again.")
 
 
 class Controllers:
@@ -60,14 +64,22 @@ class Controllers:
 
     def state_of(self, endpoint: Endpoint, config: EndpointConfig, entity: str) -> EntityState:
         """How an entity of the active or the pending configuration is."""
+        is_active = endpoint.active is not None and config.version == endpoint.active.version
+        if is_active and endpoint.is_stopped:
+            return STOPPED
         controller = self._controllers.get(endpoint.id)
         if controller is not None:
             return controller.state_of(endpoint, config, entity)
-        if endpoint.active is not None and config.version == endpoint.active.version:
+        if is_active:
             # The service has just started: what was ready counts as ready until it is found otherwise.
             return EntityState(Deployment.READY, self._doors.notice)
         waiting = EntityState(Deployment.CREATING, "Waiting to be started.")
         return waiting if endpoint.is_updating else endpoint.failures.get(entity, waiting)
+
+    def events(self, endpoint_id: str) -> list[LaunchEvent]:
+        """The phases of an endpoint's launches that are not stored."""
+        controller = self._controllers.get(endpoint_id)
+        return controller.events() if controller is not None else []
 
     async def logs(self, endpoint_id: str, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of an entity."""

@@ -8,6 +8,8 @@ without any permission an endpoint does not exist.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import sqlite3
 import time
 import uuid
@@ -18,13 +20,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from servicekit import once
+from servicekit import once, warnings
 from servicekit.access import AccessTable
 from servicekit.context import Level, Principal, current_decision
 from servicekit.database import Database
-from servicekit.errors import ServiceError
+from servicekit.errors import FeatureDisabled, ServiceError
 from servicekit.once import Answers
-from serving_service import configs, store
+from serving_service import configs, details, store
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
 from serving_service.errors import (
@@ -33,13 +35,20 @@ from serving_service.errors import (
     EndpointNotFound,
     EndpointPermissionDenied,
     EntityNotFound,
+    NothingToCancel,
+    NotStoppable,
+    NotStopped,
+    TelemetryNotSupported,
     UpdateInProgress,
 )
-from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState
+from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState
+from serving_service.phases import LaunchEvent
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
 from tessera import policy
 from tessera.serving.v1 import serving_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -56,6 +65,8 @@ class View:
     pending: dict[str, EntityState]
     level: Level
     """What the caller may do with it."""
+    url: str = ""
+    """Where a route-optimized one is asked; empty for any other."""
 
 
 _VERDICTS = frozenset(
@@ -68,6 +79,9 @@ _VERDICTS = frozenset(
     )
 )
 """Answers of Secrets after which nothing is granted; after any other nobody knows."""
+
+RELEASE_SECONDS = 1.0
+"""Until a reservation that could not be released is released again."""
 
 
 class Endpoints:
@@ -83,6 +97,7 @@ class Endpoints:
         access: AccessTable,
         settlement: Settlement,
         answers: Answers,
+        public_url: str,
     ) -> None:
         self._database = database
         self._registry = registry
@@ -91,6 +106,7 @@ class Endpoints:
         self._access = access
         self._settlement = settlement
         self._answers = answers
+        self._public_url = public_url
         self._changes: set[asyncio.Task[Any]] = set()
         self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Changes under way whose callers chose their ids."""
@@ -110,17 +126,84 @@ class Endpoints:
     async def list_visible(self, *, caller: Principal) -> list[View]:
         """Every endpoint that the caller may see, by name."""
         await self._access.known()
-        endpoints = await self._database.read(store.all_endpoints, deleted=False)
+        ids = await self._database.read(store.all_ids)
         decision = current_decision(policy.ENDPOINT)
         needed = Level[decision.row.level]
-        levels = [self._access.level(caller, endpoint.id) for endpoint in endpoints]
+        levels = {each: self._access.level(caller, each) for each in ids}
         decision.allow()  # everybody may ask; what is shown is decided for each
-        known = zip(endpoints, levels, strict=True)
-        return [self._view(endpoint, level) for endpoint, level in known if level and level >= needed]
+        # As for one endpoint, nothing else is read of those that the caller may not see.
+        visible = {each: level for each, level in levels.items() if level and level >= needed}
+        endpoints = await self._database.read(store.endpoints_with_ids, list(visible))
+        return [self._view(endpoint, visible[endpoint.id]) for endpoint in endpoints]
 
     async def delete(self, name: str, *, caller: Principal) -> None:
         """Deletes an endpoint at once; its replicas are stopped afterwards."""
         await self._to_its_end(lambda: self._delete(name, caller))
+
+    async def stop(self, name: str, *, caller: Principal) -> View:
+        """Has the endpoint rest until it is started."""
+        return await self._to_its_end(lambda: self._stop(name, caller))
+
+    async def start(self, name: str, *, caller: Principal) -> View:
+        """Deploys the configuration of a stopped endpoint as a new version."""
+        return await self._to_its_end(lambda: self._start(name, caller))
+
+    async def cancel_update(self, name: str, *, caller: Principal) -> View:
+        """Gives up the update that is under way."""
+        return await self._to_its_end(lambda: self._cancel_update(name, caller))
+
+    async def patch_tags(self, request: pb.PatchServingEndpointTagsRequest, *, caller: Principal) -> Endpoint:
+        """Adds and removes tags."""
+
+        def change(endpoint: Endpoint) -> Endpoint:
+            added = details.read_tags(request.add_tags, at="add_tags")
+            tags = details.changed_tags(endpoint.tags, added=added, deleted=request.delete_tags)
+            return replace(endpoint, tags=tags)
+
+        return await self._to_its_end(lambda: self._change(request.name, change, caller))
+
+    async def put_rate_limits(self, request: pb.PutServingEndpointRateLimitsRequest, *, caller: Principal) -> Endpoint:
+        """Takes no limits, of which there is nothing to keep."""
+
+        def change(endpoint: Endpoint) -> Endpoint:
+            details.refuse_rate_limits(request.rate_limits)
+            return endpoint
+
+        return await self._to_its_end(lambda: self._change(request.name, change, caller))
+
+    async def put_ai_gateway(self, name: str, gateway: pb.AiGatewayConfig, *, caller: Principal) -> Endpoint:
+        """Replaces the AI gateway configuration."""
+
+        def change(endpoint: Endpoint) -> Endpoint:
+            return replace(endpoint, ai_gateway=details.read_ai_gateway(gateway, at=""))
+
+        return await self._to_its_end(lambda: self._change(name, change, caller))
+
+    async def update_notifications(
+        self, name: str, notifications: pb.EmailNotifications | None, *, caller: Principal
+    ) -> Endpoint:
+        """Replaces whom to tell about ended updates; None: they stay as they are."""
+
+        def change(endpoint: Endpoint) -> Endpoint:
+            if notifications is None:
+                return endpoint
+            return replace(endpoint, email_notifications=_notifications(name, notifications))
+
+        return await self._to_its_end(lambda: self._change(name, change, caller))
+
+    async def patch_telemetry(self, name: str, telemetry: pb.TelemetryConfig | None, *, caller: Principal) -> View:
+        """Replaces the telemetry configuration; None removes it."""
+        return await self._to_its_end(lambda: self._patch_telemetry(name, telemetry, caller))
+
+    async def events(self, name: str, *, caller: Principal) -> list[LaunchEvent]:
+        """What the endpoint's launches did when, the oldest first."""
+        endpoint, _ = await self._found(name, caller)
+        # In this order: what is stored meanwhile is seen twice rather than not at all.
+        unstored = self._controllers.events(endpoint.id)
+        stored = await self._database.read(store.events_of, endpoint.id)
+        known = {(event.replica_id, event.phase) for event in stored}
+        new = [event for event in unstored if (event.replica_id, event.phase) not in known]
+        return sorted((*stored, *new), key=lambda event: event.started_at)
 
     async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
         """The latest output of a served entity: the pending configuration's when it has one of that name."""
@@ -140,6 +223,7 @@ class Endpoints:
     async def _create(self, request: pb.CreateServingEndpointRequest, caller: Principal) -> View:
         await self._database.read(self._answers.look)
         configs.check_create(request)
+        described = self._described(request)
         now = _now()
         pending = None
         if request.HasField("config"):
@@ -154,13 +238,12 @@ class Endpoints:
             creator_id=caller.id,
             creator=caller.name,
             creator_kind="ServicePrincipal" if caller.kind == "service_principal" else "User",
-            description=request.description,
-            tags=tuple((tag.key, tag.value) for tag in request.tags),
             created_at=now,
             updated_at=now,
             latest_version=1 if pending else 0,
             pending=pending,
             config_update=ConfigUpdate.IN_PROGRESS if pending else ConfigUpdate.NOT_UPDATING,
+            **described,
         )
         view = self._view(endpoint, Level.CAN_MANAGE)
 
@@ -169,15 +252,76 @@ class Endpoints:
             return view
 
         await self._database.write(store.reserve_endpoint, endpoint)
+        is_granted = False
         try:
             await self._references.grant(endpoint.id, pending, is_new=True)
+            is_granted = True
             await self._database.write(self._answers.once, commit)
-        except BaseException:
-            self._settlement.deleted(endpoint.id)
-            await self._database.write(store.release_endpoint, endpoint.id)
+        except BaseException as error:
+            if is_granted or not _is_verdict(error):
+                self._settlement.deleted(endpoint.id)
+            await self._release(partial(store.release_endpoint, endpoint_id=endpoint.id))
             raise
         self._controllers.created(endpoint.id)
         return view
+
+    def _described(self, request: pb.CreateServingEndpointRequest) -> dict[str, Any]:
+        """What a create request says beside the configuration; raises InvalidParameter or FeatureDisabled."""
+        details.refuse_rate_limits(request.rate_limits)
+        if request.route_optimized and not self._public_url:
+            raise FeatureDisabled(
+                "route_optimized: this platform does not know the address that clients reach it under. Have"
+                " TESSERA_PUBLIC_URL set for the Serving service, or leave the field out."
+            )
+        telemetry = details.read_telemetry(request.telemetry_config, at="telemetry_config")
+        has_telemetry = request.HasField("telemetry_config") and request.HasField("config")
+        return {
+            "description": request.description,
+            "tags": details.read_tags(request.tags, at="tags"),
+            "ai_gateway": details.read_ai_gateway(request.ai_gateway, at="ai_gateway"),
+            "email_notifications": _notifications(request.name, request.email_notifications)
+            if request.HasField("email_notifications")
+            else None,
+            "telemetry_config": telemetry if has_telemetry else None,
+            "budget_policy_id": request.budget_policy_id,
+            "route_optimized": request.route_optimized,
+        }
+
+    async def _change(self, name: str, change: Callable[[Endpoint], Endpoint], caller: Principal) -> Endpoint:
+        """Changes what stands beside the configuration; `change` is given what is recorded by then."""
+        await self._database.read(self._answers.look)
+        endpoint, _ = await self._found(name, caller)
+
+        def commit(connection: sqlite3.Connection) -> Endpoint:
+            current = store.endpoint_with_id(connection, endpoint.id)
+            if current is None or current.is_deleted:
+                raise EndpointNotFound(name)
+            changed = replace(change(current), updated_at=_now())
+            store.save_details(connection, changed)
+            return changed
+
+        return await self._database.write(self._answers.once, commit)
+
+    async def _patch_telemetry(self, name: str, telemetry: pb.TelemetryConfig | None, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        said = None if telemetry is None else details.read_telemetry(telemetry, at="telemetry_config")
+        if endpoint.is_updating:
+            raise UpdateInProgress(name)
+        if endpoint.active is None and endpoint.pending is None:
+            raise TelemetryNotSupported
+        view = self._view(replace(endpoint, telemetry_config=said, updated_at=_now()), level)
+
+        def commit(connection: sqlite3.Connection) -> View:
+            current = store.endpoint_with_id(connection, endpoint.id)
+            if current is None or current.is_deleted:
+                raise EndpointNotFound(name)
+            if (current.latest_version, current.is_updating) != (endpoint.latest_version, False):
+                raise UpdateInProgress(name)
+            store.save_details(connection, replace(current, telemetry_config=said, updated_at=view.endpoint.updated_at))
+            return view
+
+        return await self._database.write(self._answers.once, commit)
 
     async def _update_config(self, name: str, config: pb.EndpointCoreConfigInput, caller: Principal) -> View:
         await self._database.read(self._answers.look)
@@ -187,7 +331,10 @@ class Endpoints:
         pending = configs.read_config(
             config, at="", version=endpoint.latest_version + 1, author=caller.name, now=_now()
         )
-        pending = await self._with_models(pending)
+        return await self._proposed(endpoint, level, await self._with_models(pending))
+
+    async def _proposed(self, endpoint: Endpoint, level: Level, pending: EndpointConfig) -> View:
+        """Has the endpoint, as it was seen, deploy a configuration of the next version."""
         updated = replace(
             endpoint,
             pending=pending,
@@ -203,17 +350,78 @@ class Endpoints:
             return view
 
         await self._database.write(store.reserve_version, endpoint, pending.version)
+        is_granted = False
         try:
             await self._references.grant(endpoint.id, pending, is_new=False)
+            is_granted = True
             await self._database.write(self._answers.once, commit)
         except BaseException as error:
-            is_verdict = isinstance(error, ServiceError) and error.code in _VERDICTS
-            if not is_verdict:
+            is_used = is_granted or not _is_verdict(error)
+            if is_used:
                 self._settlement.dropped(endpoint.id, pending.version)
-            await self._database.write(store.release_version, endpoint.id, is_used=not is_verdict)
+            await self._release(partial(store.release_version, endpoint_id=endpoint.id, is_used=is_used))
             raise
         if endpoint.pending is not None:
             self._settlement.dropped(endpoint.id, endpoint.pending.version)
+        self._controllers.wake(endpoint.id)
+        return view
+
+    async def _start(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if endpoint.is_updating:
+            raise UpdateInProgress(name)
+        if not endpoint.is_stopped or endpoint.active is None:
+            raise NotStopped(name)
+        pending = replace(endpoint.active, version=endpoint.latest_version + 1, created_at=_now())
+        return await self._proposed(endpoint, level, pending)
+
+    async def _stop(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if endpoint.is_updating:
+            raise NotStoppable(name, NotStoppable.IS_UPDATING)
+        if endpoint.active is None:
+            raise NotStoppable(name, NotStoppable.IS_BARE)
+        stopped = replace(
+            endpoint,
+            is_stopped=True,
+            pending=None,
+            config_update=ConfigUpdate.NOT_UPDATING,
+            failures={},
+            updated_at=_now(),
+        )
+        view = self._view(stopped, level)
+
+        def commit(connection: sqlite3.Connection) -> View:
+            store.stop_endpoint(connection, stopped)
+            return view
+
+        await self._database.write(self._answers.once, commit)
+        if endpoint.pending is not None:
+            self._settlement.dropped(endpoint.id, endpoint.pending.version)
+        self._controllers.wake(endpoint.id)
+        return view
+
+    async def _cancel_update(self, name: str, caller: Principal) -> View:
+        await self._database.read(self._answers.look)
+        endpoint, level = await self._found(name, caller)
+        if not endpoint.is_updating or endpoint.pending is None:
+            raise NothingToCancel(name)
+        state = EntityState(Deployment.ABORTED, f"Given up, because {caller.name} cancelled the update.")
+        canceled = replace(
+            endpoint,
+            config_update=ConfigUpdate.UPDATE_CANCELED,
+            failures={entity.name: state for entity in endpoint.pending.entities},
+            updated_at=_now(),
+        )
+        view = self._view(canceled, level)
+
+        def commit(connection: sqlite3.Connection) -> View:
+            store.cancel_update(connection, canceled)
+            return view
+
+        await self._database.write(self._answers.once, commit)
         self._controllers.wake(endpoint.id)
         return view
 
@@ -228,6 +436,23 @@ class Endpoints:
         await self._database.write(self._answers.once, delete)
         self._controllers.deleted(endpoint.id)
         self._settlement.deleted(endpoint.id)
+
+    async def _release(self, release: Callable[[sqlite3.Connection], None]) -> None:
+        """Takes a reservation back, now or as soon as the database can be written again: nobody else would."""
+        try:
+            await self._database.write(release)
+        except sqlite3.Error:
+            log.warning("a reservation cannot be released yet")
+            task = asyncio.create_task(self._release_later(release), name="reservation")
+            self._changes.add(task)
+            task.add_done_callback(self._changes.discard)
+
+    async def _release_later(self, release: Callable[[sqlite3.Connection], None]) -> None:
+        while True:
+            await asyncio.sleep(RELEASE_SECONDS)
+            with contextlib.suppress(sqlite3.Error):
+                await self._database.write(release)
+                return
 
     async def _to_its_end(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Makes a change that ends as it will, also when whoever asked for it is gone; retries of it wait for it."""
@@ -256,13 +481,17 @@ class Endpoints:
         decision = current_decision(policy.ENDPOINT)
         needed = Level[decision.row.level]
         await self._access.known()
-        endpoint = await self._database.read(store.endpoint_named, name)
+        # Nothing else is read on behalf of who may not see it: the time of the answer would tell that it is there.
+        endpoint_id = await self._database.read(store.id_of, name)
         # Asked in any case, so that an endpoint that cannot be judged looks like one that does not exist.
-        level = self._access.level(caller, endpoint.id if endpoint else "")
-        if endpoint is None or level is None:
+        level = self._access.level(caller, endpoint_id or "")
+        if endpoint_id is None or level is None:
             raise EndpointNotFound(name)
         if level < needed:
             raise EndpointPermissionDenied(caller.name, needed, name)
+        endpoint = await self._database.read(store.endpoint_with_id, endpoint_id)
+        if endpoint is None or endpoint.is_deleted:
+            raise EndpointNotFound(name)
         decision.allow()
         return endpoint, level
 
@@ -275,7 +504,14 @@ class Endpoints:
         return replace(config, entities=tuple(replace(entity, model=model) for entity, model in described))
 
     def _view(self, endpoint: Endpoint, level: Level) -> View:
-        return View(endpoint, self._states(endpoint, endpoint.active), self._states(endpoint, endpoint.pending), level)
+        has_url = endpoint.route_optimized and self._public_url
+        return View(
+            endpoint,
+            self._states(endpoint, endpoint.active),
+            self._states(endpoint, endpoint.pending),
+            level,
+            f"{self._public_url}/serving-endpoints/{endpoint.name}/invocations" if has_url else "",
+        )
 
     def _states(self, endpoint: Endpoint, config: EndpointConfig | None) -> dict[str, EntityState]:
         if config is None:
@@ -296,5 +532,21 @@ def _config_with(endpoint: Endpoint, entity: str, version: int | None) -> Endpoi
     raise EntityNotFound(endpoint.name, entity)
 
 
+def _notifications(name: str, notifications: pb.EmailNotifications) -> details.Plain:
+    """Whom to tell, with a warning that nobody is told as yet."""
+    said = details.read_notifications(notifications, at="email_notifications")
+    if any(said.values()):
+        warnings.warn(
+            "notifications are not sent",
+            "email_notifications: they are kept, but this platform sends none yet.",
+            endpoint=name,
+        )
+    return said
+
+
 def _now() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _is_verdict(error: BaseException) -> bool:
+    return isinstance(error, ServiceError) and error.code in _VERDICTS

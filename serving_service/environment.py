@@ -40,6 +40,11 @@ _REFUSALS = (_Kind.NOT_PERMITTED, _Kind.CREATOR_INACTIVE)
 class UnresolvableError(Exception):
     """A launch cannot have its environment; the message names scope, key and variable, and never a value."""
 
+    def __init__(self, message: str, *, is_permission: bool = False) -> None:
+        super().__init__(message)
+        self.is_permission = is_permission
+        """Whether what is referred to is there, and may not be read."""
+
 
 @dataclass(frozen=True)
 class SecretRef:
@@ -179,7 +184,10 @@ class SecretReferences:
                 timeout=RESOLVE_SECONDS,
             )
             if answer.failures:
-                raise UnresolvableError(" ".join(_cause(failure, [entity]) for failure in answer.failures))
+                raise UnresolvableError(
+                    " ".join(_cause(failure, [entity]) for failure in answer.failures),
+                    is_permission=any(failure.kind in (*_REFUSALS, _Kind.NOT_GRANTED) for failure in answer.failures),
+                )
             if len(answer.values) != len(references):
                 raise ServiceError("The Secrets service answered with another number of values than was asked for.")
             for folded, value in zip(references, answer.values, strict=True):

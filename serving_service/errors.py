@@ -50,6 +50,40 @@ class UpdateInProgress(errors.Conflict):
         super().__init__(f"Endpoint '{name}' is being updated. Wait until that update has ended, then send this one.")
 
 
+class NotStoppable(errors.BadRequest):
+    """There is nothing that could be stopped just now."""
+
+    IS_UPDATING = "it is being updated. Wait until that update has ended, or cancel it."
+    IS_BARE = "no configuration of it has ever been active."
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Endpoint '{name}' cannot be stopped: {why}")
+
+
+class NotStopped(errors.BadRequest):
+    """Only what was stopped can be started."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Endpoint '{name}' is not stopped, so it cannot be started.")
+
+
+class NothingToCancel(errors.BadRequest):
+    """No update is under way, or it ended a moment ago."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"Endpoint '{name}' is not being updated, so there is nothing to cancel.")
+
+
+class TelemetryNotSupported(errors.InvalidParameter):
+    """The endpoint has no model that could report anything."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Telemetry configuration is not supported for endpoint type 'NO_CONFIG'. Give the endpoint a configuration"
+            " first."
+        )
+
+
 class TooManyEndpoints(errors.LimitExceeded):
     """The workspace is full."""
 
@@ -85,6 +119,13 @@ class NotReady(errors.BadRequest):
         super().__init__(
             f"Endpoint '{endpoint}' is not ready: {names} has no running replica just now. Its state and logs say why."
         )
+
+
+class Stopped(errors.BadRequest):
+    """Somebody stopped the endpoint."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(f"Endpoint '{endpoint}' is stopped. Start it, then ask again.")
 
 
 class ModelServerFailed(errors.ServiceError):

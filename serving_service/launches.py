@@ -6,26 +6,36 @@ may cure.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 
 from servicekit.errors import ServiceError
-from serving_service.environment import SecretReferences, UnresolvableError
+from serving_service import phases
+from serving_service.environment import ResolvedEnvironment, SecretReferences, UnresolvableError
 from serving_service.isolation import ModelUsers, UsersExhausted
 from serving_service.launcher import Launch
 from serving_service.model import Endpoint, ServedEntity
+from serving_service.phases import LaunchPhase
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
 
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INTERNAL)
 
 
-class LaunchImpossible(Exception):
+class _NotLaunched(Exception):
+    def __init__(self, phase: LaunchPhase, problem: str) -> None:
+        super().__init__(phases.failed(phase, problem))
+        self.phase = phase
+
+
+class LaunchImpossible(_NotLaunched):
     """The launch cannot be; the message says what to change."""
 
 
-class LaunchDelayed(Exception):
+class LaunchDelayed(_NotLaunched):
     """Something that the launch needs is not there just now."""
 
 
@@ -40,39 +50,44 @@ class Launches:
         users: ModelUsers | None,
         *,
         refusal: str = "",
+        download_deadline: float,
+        reference_deadline: float,
     ) -> None:
-        """`users` is None where models run as the service's own user; with a `refusal`, nothing may be launched."""
+        """`users` is None where models run as the service's own user; with a `refusal`, nothing may be launched.
+
+        Deadlines are in seconds.
+        """
         self._registry = registry
         self._references = references
         self._settlement = settlement
         self._users = users
         self._refusal = refusal
+        self._download_deadline = download_deadline
+        self._reference_deadline = reference_deadline
 
     async def prepare(
-        self, endpoint: Endpoint, version: int, entity: ServedEntity, replica_id: str, say: Callable[[str], None]
+        self,
+        endpoint: Endpoint,
+        version: int,
+        entity: ServedEntity,
+        replica_id: str,
+        enter: Callable[[LaunchPhase], None],
     ) -> Launch:
-        """Everything that one replica is started from; `say` hears which step is under way.
+        """Everything that one replica is started from; `enter` hears which phase begins.
 
         Raises LaunchImpossible or LaunchDelayed.
         """
         if self._refusal:
-            raise LaunchImpossible(self._refusal)
+            raise LaunchImpossible(LaunchPhase.START, self._refusal)
+        enter(LaunchPhase.MODEL_DOWNLOAD)
+        path = await self._downloaded(entity)
+        enter(LaunchPhase.REFERENCE)
+        resolved = await self._resolved(endpoint, version, entity, replica_id)
+        enter(LaunchPhase.START)
         try:
             user = await self._users.of(endpoint.id) if self._users else None
-            say("Fetching the model.")
-            path = await self._registry.fetch(entity.model)
-            say("Reading secrets.")
-            resolved = await self._references.resolve(
-                entity, endpoint_id=endpoint.id, version=version, replica_id=replica_id
-            )
-        except (UnresolvableError, UsersExhausted) as error:
-            raise LaunchImpossible(str(error)) from None
-        except ServiceError as error:
-            kind = LaunchDelayed if error.code in _PASSING else LaunchImpossible
-            raise kind(error.message) from None
-        except OSError as error:
-            raise LaunchDelayed(f"The model's files cannot be kept: {error.strerror}.") from None
-        say("Starting the model server.")
+        except UsersExhausted as error:
+            raise LaunchImpossible(LaunchPhase.START, str(error)) from None
         return Launch(
             replica_id=replica_id,
             model_path=path,
@@ -81,6 +96,38 @@ class Launches:
             user=user,
         )
 
+    async def _downloaded(self, entity: ServedEntity) -> Path:
+        phase = LaunchPhase.MODEL_DOWNLOAD
+        try:
+            async with asyncio.timeout(self._download_deadline):
+                return await self._registry.fetch(entity.model)
+        except ServiceError as error:
+            raise _kind(error)(phase, error.message) from None
+        except TimeoutError:
+            late = phases.overdue(self._download_deadline, "TESSERA_DOWNLOAD_DEADLINE_SECONDS")
+            raise LaunchImpossible(phase, f"{late} Make the model smaller, or allow more.") from None
+        except OSError as error:
+            raise LaunchDelayed(phase, f"The model's files cannot be kept: {error.strerror}.") from None
+
+    async def _resolved(
+        self, endpoint: Endpoint, version: int, entity: ServedEntity, replica_id: str
+    ) -> ResolvedEnvironment:
+        phase = LaunchPhase.REFERENCE
+        try:
+            async with asyncio.timeout(self._reference_deadline):
+                return await self._references.resolve(
+                    entity, endpoint_id=endpoint.id, version=version, replica_id=replica_id
+                )
+        except UnresolvableError as error:
+            phase = LaunchPhase.PERMISSION if error.is_permission else phase
+            raise LaunchImpossible(phase, str(error)) from None
+        except ServiceError as error:
+            raise _kind(error)(phase, error.message) from None
+        except TimeoutError:
+            # It is Secrets that is late, and the model's fault in no case.
+            late = phases.overdue(self._reference_deadline, "TESSERA_REFERENCE_DEADLINE_SECONDS")
+            raise LaunchDelayed(phase, late) from None
+
     def ended(self, replica_id: str) -> None:
         """Lets go of what a launch held, once its process is over or there is never going to be one; idempotent."""
         self._settlement.ended(replica_id)
@@ -88,3 +135,7 @@ class Launches:
     def dropped(self, endpoint_id: str, version: int) -> None:
         """Gives back what a configuration was granted that is never going to be launched again; idempotent."""
         self._settlement.dropped(endpoint_id, version)
+
+
+def _kind(error: ServiceError) -> type[LaunchDelayed | LaunchImpossible]:
+    return LaunchDelayed if error.code in _PASSING else LaunchImpossible

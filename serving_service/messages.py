@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
+from serving_service import details
 from serving_service.endpoints import View
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
+from serving_service.phases import LaunchEvent
 from tessera.identity.v1.permissions_pb2 import PermissionLevel
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -26,7 +29,14 @@ def detailed(view: View) -> pb.ServingEndpointDetailed:
         pending_config=_config(endpoint.pending, view.pending, is_pending=True) if endpoint.pending else None,
         permission_level=PermissionLevel.Value(view.level.name),
         description=endpoint.description,
-        tags=_tags(endpoint),
+        tags=tags(endpoint),
+        route_optimized=endpoint.route_optimized,
+        ai_gateway=details.message(pb.AiGatewayConfig, endpoint.ai_gateway),
+        email_notifications=details.message(pb.EmailNotifications, endpoint.email_notifications),
+        telemetry_config=details.message(pb.TelemetryConfig, endpoint.telemetry_config),
+        effective_budget_policy_id=endpoint.budget_policy_id,
+        endpoint_url=view.url,
+        data_plane_info=_data_plane(view) if view.url else None,
     )
 
 
@@ -42,24 +52,76 @@ def summary(view: View) -> pb.ServingEndpointSummary:
         last_updated_timestamp=endpoint.updated_at,
         state=_state(view),
         config=_config_summary(config) if config else None,
-        tags=_tags(endpoint),
+        tags=tags(endpoint),
         description=endpoint.description,
+        ai_gateway=details.message(pb.AiGatewayConfig, endpoint.ai_gateway),
+        budget_policy_id=endpoint.budget_policy_id,
+        telemetry_config=details.message(pb.TelemetryConfig, endpoint.telemetry_config),
+    )
+
+
+def tags(endpoint: Endpoint) -> list[pb.EndpointTag]:
+    """The endpoint's tags, in their order."""
+    return [pb.EndpointTag(key=key, value=value) for key, value in endpoint.tags]
+
+
+def ai_gateway(endpoint: Endpoint) -> pb.AiGatewayConfig:
+    """The endpoint's AI gateway configuration; an empty one when it has none."""
+    return details.message(pb.AiGatewayConfig, endpoint.ai_gateway or {}) or pb.AiGatewayConfig()
+
+
+def notifications(endpoint: Endpoint) -> pb.UpdateServingEndpointNotificationsResponse:
+    """Whom to tell about the endpoint."""
+    return pb.UpdateServingEndpointNotificationsResponse(
+        name=endpoint.name,
+        email_notifications=details.message(pb.EmailNotifications, endpoint.email_notifications),
+    )
+
+
+def event(event: LaunchEvent) -> pb.LaunchEvent:
+    """One phase of one launch."""
+    return pb.LaunchEvent(
+        served_entity_name=event.entity,
+        config_version=event.version,
+        replica_id=event.replica_id,
+        phase=pb.LaunchEvent.Phase.Value(event.phase.name),
+        outcome=pb.LaunchEvent.Outcome.Value(event.outcome.value),
+        start_time=event.started_at,
+        duration_ms=event.duration,
+        message=event.message,
+    )
+
+
+def _data_plane(view: View) -> pb.ModelDataPlaneInfo:
+    """Where the endpoint is asked, and what a token for it must allow; clients send the text as it is."""
+    allowed = {
+        "type": "workspace_permission",
+        "object_type": "serving-endpoints",
+        "object_path": f"/serving-endpoints/{view.endpoint.id}",
+        "actions": ["query_inference_endpoint"],
+    }
+    return pb.ModelDataPlaneInfo(
+        query_info=pb.DataPlaneInfo(
+            endpoint_url=view.url, authorization_details=json.dumps([allowed], separators=(",", ":"))
+        )
     )
 
 
 def _state(view: View) -> pb.EndpointState:
-    is_ready = view.endpoint.active is not None and all(
+    endpoint = view.endpoint
+    is_ready = endpoint.active is not None and all(
         state.deployment is Deployment.READY for state in view.active.values()
     )
     update: Mapping[ConfigUpdate, pb.EndpointState.ConfigUpdate.ValueType] = {
         ConfigUpdate.NOT_UPDATING: pb.EndpointState.NOT_UPDATING,
         ConfigUpdate.IN_PROGRESS: pb.EndpointState.IN_PROGRESS,
         ConfigUpdate.UPDATE_FAILED: pb.EndpointState.UPDATE_FAILED,
+        ConfigUpdate.UPDATE_CANCELED: pb.EndpointState.UPDATE_CANCELED,
     }
     return pb.EndpointState(
         ready=pb.EndpointState.READY if is_ready else pb.EndpointState.NOT_READY,
-        config_update=update[view.endpoint.config_update],
-        suspend=pb.EndpointState.NOT_SUSPENDED,
+        config_update=update[endpoint.config_update],
+        suspend=pb.EndpointState.STOPPED if endpoint.is_resting else pb.EndpointState.NOT_SUSPENDED,
     )
 
 
@@ -79,6 +141,7 @@ def _config(
         ),
         config_version=config.version,
         start_time=config.created_at if is_pending else None,
+        auto_capture_config=details.message(pb.AutoCaptureConfig, config.auto_capture),
     )
 
 
@@ -136,7 +199,3 @@ def _config_summary(config: EndpointConfig) -> pb.EndpointConfigSummary:
             for each in config.entities
         ],
     )
-
-
-def _tags(endpoint: Endpoint) -> list[pb.EndpointTag]:
-    return [pb.EndpointTag(key=key, value=value) for key, value in endpoint.tags]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class ConfigUpdate(StrEnum):
@@ -16,6 +17,7 @@ class ConfigUpdate(StrEnum):
     NOT_UPDATING = "NOT_UPDATING"
     IN_PROGRESS = "IN_PROGRESS"
     UPDATE_FAILED = "UPDATE_FAILED"
+    UPDATE_CANCELED = "UPDATE_CANCELED"
 
 
 class Deployment(StrEnum):
@@ -83,6 +85,8 @@ class EndpointConfig:
     created_at: int
     entities: tuple[ServedEntity, ...]
     routes: tuple[Route, ...]
+    auto_capture: Mapping[str, Any] | None = None
+    """As it was given; None when it was not."""
 
     def entity(self, name: str) -> ServedEntity | None:
         """The served entity of that name."""
@@ -100,7 +104,7 @@ class Endpoint:
     creator_kind: str
     """`User` or `ServicePrincipal`."""
     description: str
-    tags: tuple[tuple[str, str], ...]
+    tags: tuple[tuple[str, str | None], ...]
     created_at: int
     updated_at: int
     latest_version: int = 0
@@ -108,12 +112,25 @@ class Endpoint:
     pending: EndpointConfig | None = None
     config_update: ConfigUpdate = ConfigUpdate.NOT_UPDATING
     failures: Mapping[str, EntityState] = field(default_factory=dict)
-    """How each entity of a pending configuration ended that failed."""
+    """How each entity of a pending configuration ended that failed or was cancelled."""
     is_deleted: bool = False
+    is_stopped: bool = False
+    """Whether the active configuration is not to run. It stays so until another one has been deployed."""
+    ai_gateway: Mapping[str, Any] | None = None
+    """As it was given, like the two below; None when it was not."""
+    email_notifications: Mapping[str, Any] | None = None
+    telemetry_config: Mapping[str, Any] | None = None
+    budget_policy_id: str = ""
+    route_optimized: bool = False
 
     @property
     def is_updating(self) -> bool:
         return self.config_update is ConfigUpdate.IN_PROGRESS
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is stopped and nobody is starting it."""
+        return self.is_stopped and not self.is_updating
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from servicekit.access import AccessTable
 from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
-from serving_service.errors import EndpointPermissionDenied, ModelServerFailed, NotDeployed, NotReady
+from serving_service.errors import EndpointPermissionDenied, ModelServerFailed, NotDeployed, NotReady, Stopped
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
 from tessera import policy
 
@@ -44,12 +44,14 @@ class Queries:
         """The answer of a model: its head, then its body as it comes.
 
         `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed,
-        EndpointPermissionDenied, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest for a body that cannot
-        be sent.
+        EndpointPermissionDenied, Stopped, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest for a body that
+        cannot be sent.
         """
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
         routes = await self._permitted(name, caller)
+        if routes.is_stopped:
+            raise Stopped(name)
         entity = _chosen(routes, entity_name)
         if entity is None:
             raise NotReady(name, [each.name for each in routes.entities if each.percentage])

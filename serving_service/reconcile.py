@@ -1,8 +1,8 @@
 """What to do next for one endpoint: a pure decision from what is desired and what was observed.
 
-The rules: the active configuration is served until the pending one is ready in all its parts and has been activated;
-nothing is stopped that could still be needed; a plan can be made at any time, however often, and ends in a state where
-there is nothing left to do.
+The rules: the active configuration is served, unless the endpoint was stopped, until the pending one is ready in all
+its parts and has been activated; nothing is stopped that could still be needed; a plan can be made at any time, however
+often, and ends in a state where there is nothing left to do.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ class Desired:
     is_updating: bool = False
     active: tuple[int, tuple[str, ...]] | None = None
     pending: tuple[int, tuple[str, ...]] | None = None
+    is_stopped: bool = False
+    """Whether the active version is not to run."""
     deadline: float = 0.0
     """When the update under way counts as failed, on the caller's clock."""
 
@@ -131,18 +133,17 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     if desired.is_deleted:
         return actions
     if desired.active is not None:
-        actions += _keep_running(*desired.active, observed, now)
+        version, entities = desired.active
+        if desired.is_stopped:
+            actions += _rest(version, entities, observed)
+        else:
+            actions += _keep_running(version, entities, observed, now)
     if desired.pending is not None:
         version, entities = desired.pending
         if desired.is_updating:
             actions += _deploy(version, entities, observed, desired.deadline, now)
         else:
-            actions += [
-                StopReplica(replica.id, keep_log=True)
-                for entity in entities
-                for replica in observed.of(version, entity)
-                if replica.is_live
-            ]
+            actions += _rest(version, entities, observed)
     return actions
 
 
@@ -183,6 +184,16 @@ def _keep_running(version: int, entities: tuple[str, ...], observed: Observed, n
         obsolete = ended if observed.is_ready(version, entity) else ended[:-1]
         actions += [StopReplica(replica.id) for replica in obsolete]
     return actions
+
+
+def _rest(version: int, entities: tuple[str, ...], observed: Observed) -> list[Action]:
+    """Nothing is to run; what did can still be read in its logs."""
+    return [
+        StopReplica(replica.id, keep_log=True)
+        for entity in entities
+        for replica in observed.of(version, entity)
+        if replica.is_live
+    ]
 
 
 def _deploy(version: int, entities: tuple[str, ...], observed: Observed, deadline: float, now: float) -> list[Action]:

@@ -15,9 +15,9 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from servicekit.errors import Unavailable
+from servicekit.followed import Follower
 from tessera.serving.v1 import serving_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class EndpointRoutes:
     endpoint_id: str
     name: str
     entities: tuple[EntityRoutes, ...]
+    is_stopped: bool = False
 
     @property
     def replica_ids(self) -> frozenset[str]:
@@ -63,31 +64,12 @@ class EndpointRoutes:
 
 
 @dataclass(eq=False)
-class _Stream:
+class _Stream(Follower):
     """One gateway's stream: what it still has to be told, and what it told us."""
 
-    acknowledged: int = 0
     retired: dict[str, int] = field(default_factory=dict)
     is_complete_due: bool = True
     changed: set[str] = field(default_factory=set)
-    is_over: bool = False
-    is_waiting: bool = False
-    woken: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[Any] | None = None
-
-    async def wait(self) -> None:
-        self.is_waiting = True
-        await self.woken.wait()
-        self.is_waiting = False
-
-    def end(self) -> None:
-        self.is_over = True
-        self.woken.set()
-
-    def cut(self) -> None:
-        self.end()
-        if self.task is not None and not self.is_waiting:
-            self.task.cancel()  # it hangs in a send to a gateway that does not read
 
 
 class RouteTable:
@@ -167,7 +149,7 @@ class RouteTable:
     async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncGenerator[pb.RouteTable, None]:
         """Serves one gateway: tables out, reports in, until either side ends."""
         await self._loaded.wait()
-        stream = _Stream(task=asyncio.current_task())
+        stream = _Stream()
         reading = asyncio.create_task(self._read(stream, reports), name="route reports")
         self._streams.add(stream)
         self._expect_acknowledgement(stream)
@@ -268,6 +250,7 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
     return pb.EndpointRoutes(
         endpoint_id=routes.endpoint_id,
         name=routes.name,
+        is_stopped=routes.is_stopped,
         entities=[
             pb.EntityRoutes(
                 name=entity.name,

@@ -53,11 +53,73 @@ class ServingEndpointsServicer:
         config = pb.EndpointCoreConfigInput(
             served_entities=request.served_entities,
             traffic_config=request.traffic_config,
-            auto_capture_config=request.auto_capture_config,
+            auto_capture_config=request.auto_capture_config if request.HasField("auto_capture_config") else None,
         )
         return await once.answer(
             self._endpoints.update_config(request.name, config, caller=current_caller()), messages.detailed
         )
+
+    async def StopServingEndpoint(
+        self, request: pb.StopServingEndpointRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(self._endpoints.stop(request.name, caller=current_caller()), messages.detailed)
+
+    async def StartServingEndpoint(
+        self, request: pb.StartServingEndpointRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(self._endpoints.start(request.name, caller=current_caller()), messages.detailed)
+
+    async def CancelServingEndpointUpdate(
+        self, request: pb.CancelServingEndpointUpdateRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        return await once.answer(
+            self._endpoints.cancel_update(request.name, caller=current_caller()), messages.detailed
+        )
+
+    async def PatchServingEndpointTags(
+        self, request: pb.PatchServingEndpointTagsRequest, call: Call
+    ) -> pb.EndpointTags:
+        return await once.answer(
+            self._endpoints.patch_tags(request, caller=current_caller()),
+            lambda endpoint: pb.EndpointTags(tags=messages.tags(endpoint)),
+        )
+
+    async def PutServingEndpointRateLimits(
+        self, request: pb.PutServingEndpointRateLimitsRequest, call: Call
+    ) -> pb.RateLimits:
+        return await once.answer(
+            self._endpoints.put_rate_limits(request, caller=current_caller()), lambda _: pb.RateLimits()
+        )
+
+    async def PutServingEndpointAiGateway(
+        self, request: pb.PutServingEndpointAiGatewayRequest, call: Call
+    ) -> pb.AiGatewayConfig:
+        return await once.answer(
+            self._endpoints.put_ai_gateway(request.name, request.ai_gateway, caller=current_caller()),
+            messages.ai_gateway,
+        )
+
+    async def UpdateServingEndpointNotifications(
+        self, request: pb.UpdateServingEndpointNotificationsRequest, call: Call
+    ) -> pb.UpdateServingEndpointNotificationsResponse:
+        given = request.email_notifications if request.HasField("email_notifications") else None
+        return await once.answer(
+            self._endpoints.update_notifications(request.name, given, caller=current_caller()), messages.notifications
+        )
+
+    async def PatchServingEndpointTelemetryConfig(
+        self, request: pb.PatchServingEndpointTelemetryConfigRequest, call: Call
+    ) -> pb.ServingEndpointDetailed:
+        given = request.telemetry_config if request.HasField("telemetry_config") else None
+        return await once.answer(
+            self._endpoints.patch_telemetry(request.name, given, caller=current_caller()), messages.detailed
+        )
+
+    async def ListServingEndpointEvents(
+        self, request: pb.ListServingEndpointEventsRequest, call: Call
+    ) -> pb.ListServingEndpointEventsResponse:
+        events = await self._endpoints.events(request.name, caller=current_caller())
+        return pb.ListServingEndpointEventsResponse(events=map(messages.event, events))
 
     async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
         logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())

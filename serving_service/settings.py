@@ -24,6 +24,13 @@ class ServingSettings(settings.ServiceSettings):
         default="127.0.0.1:8082",
         help="Where the public gRPC API listens: host:port.",
     )
+    public_url: str = setting(
+        "TESSERA_PUBLIC_URL",
+        settings.origin,
+        default="",
+        help="The address that clients reach the REST API under. Route-optimized endpoints are told by it; not set:"
+        " there are none.",
+    )
     model_registry: str | None = setting(
         "TESSERA_MODEL_REGISTRY",
         str,
@@ -53,6 +60,24 @@ class ServingSettings(settings.ServiceSettings):
         settings.seconds,
         default=1800.0,
         help="Seconds until a configuration that is still not ready counts as failed.",
+    )
+    download_deadline: float = setting(
+        "TESSERA_DOWNLOAD_DEADLINE_SECONDS",
+        settings.seconds,
+        default=1500.0,
+        help="Seconds that fetching a model's files may take; a launch that needs longer fails.",
+    )
+    reference_deadline: float = setting(
+        "TESSERA_REFERENCE_DEADLINE_SECONDS",
+        settings.seconds,
+        default=30.0,
+        help="Seconds that reading the secrets of a launch may take; one that needs longer is tried again.",
+    )
+    load_deadline: float = setting(
+        "TESSERA_LOAD_DEADLINE_SECONDS",
+        settings.seconds,
+        default=1200.0,
+        help="Seconds from the start of a model server until its model is loaded; a launch that needs longer fails.",
     )
     route_ack_seconds: float = setting(
         "TESSERA_ROUTE_ACK_SECONDS",

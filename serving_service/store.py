@@ -6,12 +6,19 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
-from serving_service.errors import EndpointExists, EndpointNotFound, TooManyEndpoints, UpdateInProgress
+from serving_service.errors import (
+    EndpointExists,
+    EndpointNotFound,
+    NothingToCancel,
+    NotStoppable,
+    TooManyEndpoints,
+    UpdateInProgress,
+)
 from serving_service.model import (
     ConfigUpdate,
     Deployment,
@@ -23,12 +30,16 @@ from serving_service.model import (
     Route,
     ServedEntity,
 )
+from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 
 MAX_ENDPOINTS = 1_000
+MAX_EVENTS = 500
+"""Of one endpoint; a launch has some four."""
 
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
-    "pending_version, config_update, failures, is_deleted, creator_kind"
+    "pending_version, config_update, failures, is_deleted, creator_kind, ai_gateway, email_notifications, "
+    "telemetry_config, budget_policy_id, route_optimized, is_stopped"
 )
 
 
@@ -42,7 +53,8 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
     if connection.execute("SELECT count(*) FROM endpoints WHERE NOT is_deleted").fetchone()[0] >= MAX_ENDPOINTS:
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
-        f"INSERT INTO endpoints ({_COLUMNS}, is_reserved) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{{}}', 0, ?, 1)",  # noqa: S608, E501
+        f"INSERT INTO endpoints ({_COLUMNS}, is_reserved)"  # noqa: S608
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 0, 1)",
         (
             endpoint.id,
             endpoint.name,
@@ -56,6 +68,11 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
             endpoint.pending.version if endpoint.pending else None,
             endpoint.config_update,
             endpoint.creator_kind,
+            _optional_json(endpoint.ai_gateway),
+            _optional_json(endpoint.email_notifications),
+            _optional_json(endpoint.telemetry_config),
+            endpoint.budget_policy_id,
+            endpoint.route_optimized,
         ),
     )
 
@@ -119,10 +136,10 @@ def clear_reservations(connection: sqlite3.Connection) -> None:
 
 
 def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> bool:
-    """Makes the pending version the active one; False when it is no longer the pending one."""
+    """Makes the pending version the active one, which runs; False when it is no longer the pending one."""
     changed = connection.execute(
-        "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING' "
-        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING', "
+        "is_stopped = 0 WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
         (version, endpoint_id, version),
     )
     _drop_old_configs(connection, endpoint_id)
@@ -136,7 +153,52 @@ def fail_update(
     connection.execute(
         "UPDATE endpoints SET config_update = 'UPDATE_FAILED', failures = ? "
         "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS'",
-        (_json({name: [state.deployment, state.message] for name, state in failures.items()}), endpoint_id, version),
+        (_failures(failures), endpoint_id, version),
+    )
+
+
+def cancel_update(connection: sqlite3.Connection, canceled: Endpoint) -> None:
+    """Records that the update under way was given up, as `canceled` says; raises NothingToCancel when it has ended."""
+    assert canceled.pending is not None
+    changed = connection.execute(
+        "UPDATE endpoints SET config_update = 'UPDATE_CANCELED', failures = ?, updated_at = ? "
+        "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        (_failures(canceled.failures), canceled.updated_at, canceled.id, canceled.pending.version),
+    )
+    if not changed.rowcount:
+        raise NothingToCancel(canceled.name)
+
+
+def stop_endpoint(connection: sqlite3.Connection, stopped: Endpoint) -> None:
+    """Has the active configuration of `stopped` rest, and forgets the pending one.
+
+    Raises NotStoppable during an update.
+    """
+    assert stopped.active is not None
+    changed = connection.execute(
+        "UPDATE endpoints SET is_stopped = 1, pending_version = NULL, config_update = 'NOT_UPDATING', failures = '{}',"
+        " updated_at = ? WHERE id = ? AND active_version = ? AND config_update != 'IN_PROGRESS'"
+        " AND reserved_version IS NULL AND NOT is_deleted",
+        (stopped.updated_at, stopped.id, stopped.active.version),
+    )
+    if not changed.rowcount:
+        raise NotStoppable(stopped.name, NotStoppable.IS_UPDATING)
+    _drop_old_configs(connection, stopped.id)
+
+
+def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+    """Records what is said of an endpoint beside its configuration, and when it was."""
+    connection.execute(
+        "UPDATE endpoints SET tags = ?, ai_gateway = ?, email_notifications = ?, telemetry_config = ?, updated_at = ?"
+        " WHERE id = ?",
+        (
+            _json(endpoint.tags),
+            _optional_json(endpoint.ai_gateway),
+            _optional_json(endpoint.email_notifications),
+            _optional_json(endpoint.telemetry_config),
+            endpoint.updated_at,
+            endpoint.id,
+        ),
     )
 
 
@@ -156,14 +218,82 @@ def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None
     return _first(_endpoints(connection, "name = ? AND NOT is_deleted AND NOT is_reserved", name))
 
 
+def id_of(connection: sqlite3.Connection, name: str) -> str | None:
+    """The id of the endpoint of that name that is not deleted."""
+    row = connection.execute(
+        "SELECT id FROM endpoints WHERE name = ? AND NOT is_deleted AND NOT is_reserved", (name,)
+    ).fetchone()
+    return row[0] if row else None
+
+
 def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
     """The endpoint with that id, deleted or not."""
     return _first(_endpoints(connection, "id = ?", endpoint_id))
 
 
+def all_ids(connection: sqlite3.Connection) -> list[str]:
+    """The ids of all endpoints that are not deleted."""
+    rows = connection.execute("SELECT id FROM endpoints WHERE NOT is_deleted AND NOT is_reserved")
+    return [row[0] for row in rows]
+
+
+def endpoints_with_ids(connection: sqlite3.Connection, ids: Collection[str]) -> list[Endpoint]:
+    """Those of these endpoints that are not deleted, by name."""
+    return list(_endpoints(connection, "id IN (SELECT value FROM json_each(?)) AND NOT is_deleted", _json(ids)))
+
+
 def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
     """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
+
+
+def add_events(connection: sqlite3.Connection, endpoint_id: str, events: Sequence[LaunchEvent]) -> None:
+    """Records phases of launches; of each endpoint the newest are kept."""
+    connection.executemany(
+        "INSERT INTO events (endpoint_id, replica_id, version, entity, phase, outcome, started_at, duration, message)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (
+                endpoint_id,
+                event.replica_id,
+                event.version,
+                event.entity,
+                event.phase,
+                event.outcome,
+                event.started_at,
+                event.duration,
+                event.message,
+            )
+            for event in events
+        ],
+    )
+    connection.execute(
+        "DELETE FROM events WHERE endpoint_id = ?1 AND id <="
+        " (SELECT id FROM events WHERE endpoint_id = ?1 ORDER BY id DESC LIMIT 1 OFFSET ?2)",
+        (endpoint_id, MAX_EVENTS),
+    )
+
+
+def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEvent]:
+    """The recorded phases of an endpoint's launches, in the order in which they ended."""
+    rows = connection.execute(
+        "SELECT replica_id, version, entity, phase, outcome, started_at, duration, message FROM events"
+        " WHERE endpoint_id = ? ORDER BY id",
+        (endpoint_id,),
+    )
+    return [
+        LaunchEvent(
+            replica_id=replica_id,
+            version=version,
+            entity=entity,
+            phase=LaunchPhase(phase),
+            outcome=Outcome(outcome),
+            started_at=started_at,
+            duration=duration,
+            message=message,
+        )
+        for replica_id, version, entity, phase, outcome, started_at, duration, message in rows
+    ]
 
 
 def next_epoch(connection: sqlite3.Connection) -> int:
@@ -210,7 +340,8 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
     query = f"SELECT {_COLUMNS} FROM endpoints WHERE {condition} ORDER BY name"  # noqa: S608
     for row in connection.execute(query, (argument,)).fetchall():
         (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
-        (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:]
+        (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:15]
+        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized, is_stopped) = row[15:]
         configs = _configs(connection, id_)
         yield Endpoint(
             id=id_,
@@ -231,6 +362,12 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
                 for entity, (deployment, message) in orjson.loads(failures).items()
             },
             is_deleted=bool(is_deleted),
+            ai_gateway=_optional(ai_gateway),
+            email_notifications=_optional(email_notifications),
+            telemetry_config=_optional(telemetry_config),
+            budget_policy_id=budget_policy_id,
+            route_optimized=bool(route_optimized),
+            is_stopped=bool(is_stopped),
         )
 
 
@@ -249,13 +386,15 @@ def _config(version: int, created_at: int, content: dict[str, Any]) -> EndpointC
             ServedEntity(**{**entity, "model": ModelVersion(**entity["model"])}) for entity in content["entities"]
         ),
         routes=tuple(Route(**route) for route in content["routes"]),
+        auto_capture=content.get("auto_capture"),
     )
 
 
 def _add_config(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+    content = {"entities": config.entities, "routes": config.routes, "auto_capture": config.auto_capture}
     connection.execute(
         "INSERT INTO configs (endpoint_id, version, created_at, content) VALUES (?, ?, ?, ?)",
-        (endpoint_id, config.version, config.created_at, _json({"entities": config.entities, "routes": config.routes})),
+        (endpoint_id, config.version, config.created_at, _json(content)),
     )
 
 
@@ -268,8 +407,20 @@ def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
     )
 
 
+def _failures(states: Mapping[str, EntityState]) -> str:
+    return _json({name: [state.deployment, state.message] for name, state in states.items()})
+
+
 def _json(value: Any) -> str:
     return orjson.dumps(value).decode()
+
+
+def _optional_json(value: Any) -> str | None:
+    return None if value is None else _json(value)
+
+
+def _optional(text: str | None) -> Any:
+    return None if text is None else orjson.loads(text)
 
 
 def _first(endpoints: Iterable[Endpoint]) -> Endpoint | None:

@@ -81,8 +81,13 @@ POLICY: Table = {
     "tessera.identity.v1.Tokens/GetManagedToken": ADMIN,
     "tessera.identity.v1.Tokens/UpdateManagedToken": ADMIN,
     "tessera.identity.v1.Tokens/DeleteManagedToken": ADMIN,
+    # Client secrets of service principals.
+    "tessera.identity.v1.ServicePrincipalSecrets/CreateServicePrincipalSecret": ADMIN,
+    "tessera.identity.v1.ServicePrincipalSecrets/ListServicePrincipalSecrets": ADMIN,
+    "tessera.identity.v1.ServicePrincipalSecrets/DeleteServicePrincipalSecret": ADMIN,
     # Who is calling.
     "tessera.identity.v1.Authority/ExchangeToken": internal("gateway", "serving"),
+    "tessera.identity.v1.Authority/IssueToken": internal("gateway"),
     "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving"),
     "tessera.identity.v1.Authority/RenewAdminToken": internal("operator"),
     # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
@@ -97,6 +102,15 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/ListServingEndpoints": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/DeleteServingEndpoint": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/UpdateServingEndpointConfig": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/StopServingEndpoint": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/StartServingEndpoint": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/CancelServingEndpointUpdate": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/PatchServingEndpointTags": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/PutServingEndpointRateLimits": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/PutServingEndpointAiGateway": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/UpdateServingEndpointNotifications": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/PatchServingEndpointTelemetryConfig": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/ListServingEndpointEvents": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/Query": CAN_QUERY,
@@ -111,6 +125,11 @@ POLICY: Table = {
     # About the gateway. Clients ask the first before they know where to log in; the second is for supervisors.
     "GET /.well-known/databricks-config": OPEN,
     "GET /health": OPEN,
+    # OAuth: who has no token yet brings a client secret, or another token, in a form of its own.
+    "GET /oidc/.well-known/oauth-authorization-server": OPEN,
+    "GET /oidc/accounts/{account_id}/.well-known/oauth-authorization-server": OPEN,
+    "GET /oidc/v1/authorize": OPEN,
+    "POST /oidc/v1/token": OPEN,
     "GET /api/openapi.json": AUTHENTICATED,
     "POST /telemetry-ext": AUTHENTICATED,
     # gRPC's own services, at every listener; what is not named is not there. Reflection, where it is switched on, shows

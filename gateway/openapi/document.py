@@ -30,7 +30,7 @@ JSON = "application/json"
 # A credential is judged before a service is chosen, and with it the shape of its errors.
 _BEFORE_ROUTING = frozenset((401, 403, 500, 503, 504))
 _RETRIED = frozenset((429, 503))
-_ANSWERED_ONCE = frozenset(("Secrets", "Scim", "Tokens", "Permissions", "ServingEndpoints"))
+_ANSWERED_ONCE = frozenset(("Secrets", "Scim", "Tokens", "ServicePrincipalSecrets", "Permissions", "ServingEndpoints"))
 """The services that make a change once and answer its retries alike."""
 
 _ERRORS = errors_pb2.ErrorReason.DESCRIPTOR

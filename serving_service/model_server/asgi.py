@@ -1,4 +1,4 @@
-"""The types of ASGI, for the wrapper around MLflow's application."""
+"""The types of ASGI."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any

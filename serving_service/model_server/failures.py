@@ -1,4 +1,4 @@
-"""Errors of model code: what the caller is told, and what the log keeps.
+"""Errors: what the caller is told, and what the log keeps.
 
 The log keeps where an error arose and of which type it is, never its text: that may repeat a request.
 """
@@ -11,6 +11,7 @@ MODEL_FAILED = (
     "Encountered an unexpected error while evaluating the model. Verify that the input is compatible with the model "
     "for inference."
 )
+TOO_LATE = "The model did not answer within the time limit of a request."
 
 
 def log(error: BaseException) -> None:
@@ -24,25 +25,6 @@ def log(error: BaseException) -> None:
         error = cause
 
 
-def documented(status: int, body: bytes) -> tuple[int, bytes]:
-    """An error of MLflow's server as the documented envelope: its message, and nothing of a stack."""
-    if status == 504:
-        return 504, envelope("DEADLINE_EXCEEDED", "The model did not answer within the time limit of a request.")
-    message = _message(body) if status < 500 or body.startswith(b"{") else MODEL_FAILED
-    # What goes wrong in a model is the caller's or the model's doing: a client must not repeat it as if we had failed.
-    return (status if status < 500 else 400), envelope("BAD_REQUEST", message)
-
-
 def envelope(error_code: str, message: str) -> bytes:
+    """The documented shape of an error."""
     return json.dumps({"error_code": error_code, "message": message}).encode()
-
-
-def _message(body: bytes) -> str:
-    text = body.decode("utf-8", "replace")
-    try:
-        document = json.loads(text)
-    except ValueError:
-        return text
-    if isinstance(document, dict):
-        return str(document.get("message") or document.get("detail") or MODEL_FAILED)
-    return text

@@ -1,155 +1,115 @@
-"""MLflow's scoring application with documented errors and, which it lacks, streamed answers.
+"""From the body of an invocation to its answer. Runs in worker threads, and knows nothing of HTTP but statuses.
 
-Answers pass through untouched; only an error is held back and rewritten. Nothing of a body is ever logged.
+What a body means and which predictions come back is as MLflow's own scoring server has it; the ways in which ours
+differs on purpose are a table in `tests/differential`.
 """
 
-import asyncio
-import contextvars
-import importlib
-import json
-from collections.abc import Callable, Iterator
-from io import StringIO
+import re
+from collections.abc import Generator, Iterator
 from typing import Any
 
-from mlflow.exceptions import MlflowException
+import pandas as pd
 
-from serving_service.model_server import failures
-from serving_service.model_server.asgi import App, Message, Receive, Send
+from serving_service.model_server import documents, failures, mlflow_rules
+from serving_service.model_server.answers import Answer, Stream, error_event
+from serving_service.model_server.frames import FrameReader, records
+from serving_service.model_server.mlflow_rules import JSON, Parsed
 
-scoring_server: Any = importlib.import_module("mlflow.pyfunc.scoring_server")  # partly annotated, partly wrongly
-
-_JSON = "application/json"
-_END = object()
+_JSON_TYPE = re.compile(rf"\s*{JSON}\s*(;\s*charset=(?i:utf-8)\s*)?")
+_DONE = b"data: [DONE]\n\n"
 
 
 class Scoring:
-    """An ASGI application around MLflow's."""
+    """Answers for one model."""
 
-    def __init__(self, app: App, predict_stream: Callable[[bytes], Iterator[Any]]) -> None:
-        self._app, self._predict_stream = app, predict_stream
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.metadata = model.metadata
+        plain = mlflow_rules.enforces_nothing_but_a_schema(model)
+        self._reader = FrameReader.of(self.metadata.get_input_schema()) if plain else None
+        self._unchecked = mlflow_rules.without_input_schema(model) if self._reader else None
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["method"] != "POST" or scope["path"] != "/invocations":
-            return await self._pass_on(scope, receive, send)
-        content_type = dict(scope["headers"]).get(b"content-type")
-        if content_type is None:  # MLflow's server fails over it
-            content_type = _JSON.encode()
-            scope = {**scope, "headers": [*scope["headers"], (b"content-type", content_type)]}
-        body = await _body(receive)
-        if body is None:
-            return None
-        if content_type.startswith(_JSON.encode()) and _asks_for_stream(body):
-            return await self._stream(body, receive, send)
-        return await self._pass_on(scope, _replayed(body, receive), send)
-
-    async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
-        answer = _ErrorsRewritten(send)
+    def answer(self, body: bytes, content_type: str) -> Answer | Stream:
+        """Raises nothing that a body or a model can cause."""
         try:
-            await self._app(scope, receive, answer)
-        except Exception as error:
-            failures.log(error)  # told to the caller already; the web server would print its text
-
-    async def _stream(self, body: bytes, receive: Receive, send: Send) -> None:
-        """Server-sent events. An error before the first is a plain answer, a later one the last event."""
-        # The generator of a model keeps context variables, so each of its steps has to run in the same context.
-        context = contextvars.copy_context()
-
-        async def run(step: Callable[..., Any], *arguments: Any) -> Any:
-            return await asyncio.get_running_loop().run_in_executor(None, lambda: context.run(step, *arguments))
-
+            document = documents.read(body) if _JSON_TYPE.fullmatch(content_type) else None
+        except (ValueError, RecursionError):
+            document = None  # MLflow has words for it
         try:
-            chunks = await run(self._predict_stream, body)
-            chunk = await run(next, chunks, _END)
+            if type(document) is not dict:
+                return _other(mlflow_rules.answer_other(body, content_type, self))
+            if document.get("stream") is True:
+                return self._stream(document)
+            return self._predictions(document)
         except Exception as error:
-            return await _answer(send, 400, failures.envelope("BAD_REQUEST", _told(error)))
-        gone = asyncio.ensure_future(_disconnected(receive))
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        try:
-            while chunk is not _END and not gone.done():
-                await send({"type": "http.response.body", "body": _event(_json(chunk)), "more_body": True})
-                chunk = await run(next, chunks, _END)
-            last = _event(b"[DONE]")
-        except Exception as error:
-            last = _event(b'{"error": ' + failures.envelope("BAD_REQUEST", _told(error)) + b"}")
-        finally:
-            gone.cancel()
-            if hasattr(chunks, "close"):
-                await run(chunks.close)
-        return await send({"type": "http.response.body", "body": last})
+            return _refusal(error)
 
+    def predict(self, data: Any, params: Any = None) -> Any:
+        """For MLflow, when it answers what is no JSON object."""
+        return mlflow_rules.predict(self._model, data, params)
 
-class _ErrorsRewritten:
-    """A `send` that holds an error back until it is whole, and sends the documented one instead."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self._status: int | None = None
-        self._held = b""
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start" and message["status"] >= 400:
-            self._status = message["status"]
-        elif self._status is None:
-            await self._send(message)
+    def _predictions(self, document: dict[str, Any]) -> Answer:
+        frame = self._frame(document)
+        if frame is None:
+            model, parsed = self._model, mlflow_rules.parse(document, self._model)
         else:
-            self._held += message.get("body", b"")
-            if not message.get("more_body"):
-                await _answer(self._send, *failures.documented(self._status, self._held))
+            model, parsed = self._unchecked, Parsed(frame, document.get("params"), is_unwrapped=False)
+        try:
+            predictions = _jsonable(mlflow_rules.predict(model, parsed.data, parsed.params))
+        except mlflow_rules.RefusedError as error:
+            error.message = f"Failed to predict data '{parsed.data}'. \nError: {error.message}"
+            raise
+        return Answer(200, _json(predictions if parsed.is_unwrapped else {"predictions": predictions}))
+
+    def _frame(self, document: dict[str, Any]) -> pd.DataFrame | None:
+        """What MLflow would make of the body and let the model have, if that is certain without asking it."""
+        formats = mlflow_rules.FORMATS & document.keys()
+        if self._reader is None or len(formats) != 1 or mlflow_rules.is_unwrapped(document):
+            return None
+        return self._reader.read(document)
+
+    def _stream(self, document: dict[str, Any]) -> Stream:
+        events = _events(mlflow_rules.predict_stream(self._model, mlflow_rules.parse(document, self._model)))
+        return Stream(next(events), events)
 
 
-def _asks_for_stream(body: bytes) -> bool:
-    if b'"stream"' not in body:  # a large body is not parsed twice for nothing
-        return False
+def _events(chunks: Iterator[Any]) -> Generator[bytes, None, None]:
+    """An event for each chunk. An error before the first is raised, as it is no stream yet; a later one is the last."""
+    has_begun = False
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and document.get("stream") is True
+        for chunk in chunks:
+            yield b"data: " + _json(_jsonable(chunk)) + b"\n\n"
+            has_begun = True
+        yield _DONE
+    except Exception as error:
+        if not has_begun:
+            raise
+        yield error_event(_refusal(error).body)
+    finally:
+        if hasattr(chunks, "close"):
+            chunks.close()
 
 
-def _told(error: Exception) -> str:
-    if isinstance(error, MlflowException):
-        return str(error.message)
+def _jsonable(predictions: Any) -> Any:
+    if isinstance(predictions, pd.DataFrame | pd.Series) and (plain := records(predictions)) is not None:
+        return plain
+    return mlflow_rules.jsonable(predictions)
+
+
+def _json(value: Any) -> bytes:
+    return documents.write(value, simpler=mlflow_rules.simpler, otherwise=mlflow_rules.to_json)
+
+
+def _other(answer: mlflow_rules.Other) -> Answer:
+    if answer.status < 400:
+        return Answer(answer.status, answer.text.encode())
+    return Answer(answer.status, failures.envelope("BAD_REQUEST", answer.text))
+
+
+def _refusal(error: Exception) -> Answer:
+    if isinstance(error, mlflow_rules.RefusedError) and not isinstance(error, mlflow_rules.ModelError):
+        # What goes wrong in a model is the caller's or the model's doing: a client must not repeat it.
+        status = mlflow_rules.status(error)
+        return Answer(status if status < 500 else 400, failures.envelope("BAD_REQUEST", str(error.message)))
     failures.log(error)
-    return failures.MODEL_FAILED
-
-
-def _json(chunk: Any) -> bytes:
-    text = StringIO()
-    scoring_server.unwrapped_predictions_to_json(chunk, text)
-    return text.getvalue().encode()
-
-
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
-
-
-async def _answer(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", _JSON.encode()), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None when the caller went away before its end."""
-    pieces = []
-    while (message := await receive())["type"] == "http.request":
-        pieces.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(pieces)
-    return None
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    pending = [{"type": "http.request", "body": body}]
-
-    async def replay() -> Message:
-        return pending.pop() if pending else await receive()
-
-    return replay
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    return Answer(400, failures.envelope("BAD_REQUEST", failures.MODEL_FAILED))

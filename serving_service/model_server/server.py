@@ -33,7 +33,7 @@ def serve(app: App, *, fd: int, on_ready: Callable[[], None]) -> None:
     """Serves until TERM and until the requests in flight are done."""
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http="auto",  # httptools, and uvloop, where the model's environment has them
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -91,6 +91,7 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
         registry = (
             config.environment.get("TESSERA_MODEL_REGISTRY") or f"sqlite:///{configured.data_dir / 'registry.db'}"
         )
+        public_url = config.environment.get("TESSERA_PUBLIC_URL") or chosen.url
         environment = {
             **config.environment,
             # Programs are started by fork and exec at once; without this gRPC says so in the log each time.
@@ -104,6 +105,7 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
             "TESSERA_SECRETS_LISTEN": chosen.secrets,
             "TESSERA_SERVING_LISTEN": chosen.serving,
             "TESSERA_GATEWAY_LISTEN": chosen.gateway,
+            "TESSERA_PUBLIC_URL": public_url,
         }
         services = {
             name: ServiceProcess(name, command, environment, ServiceLog(run / f"{name}.log"), tell)
@@ -116,7 +118,7 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
             yield Platform(
                 data_dir=configured.data_dir,
                 addresses=chosen,
-                public_url=config.environment.get("TESSERA_PUBLIC_URL") or chosen.url,
+                public_url=public_url,
                 registry_uri=registry,
                 isolation=_isolation(configured.data_dir),
                 lives=lives,

@@ -16,13 +16,14 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench import footprint, invocation, launch, load, rest_list, rest_read, secret_read
+from tests.bench import footprint, invocation, launch, load, model_server, rest_list, rest_read, secret_read
 from tests.bench.run import Run
 
 TABLES = {
     "secret-read": secret_read.measure,
     "rest-read": rest_read.measure,
     "rest-list": rest_list.measure,
+    "model-server": model_server.measure,
     "invocation": invocation.measure,
     "launch": launch.measure,
     "footprint": footprint.measure,

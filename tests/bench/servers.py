@@ -116,6 +116,13 @@ async def trivial_replica(ready: Ready, path: str) -> None:
     await _serve(app, [_free_port(), unix], ready)
 
 
+async def mlflow(ready: Ready, model: str) -> None:
+    """MLflow's own scoring server around a model, as its command runs it but without the access log."""
+    from mlflow.pyfunc import load_model, scoring_server  # which the other servers are not to pay for
+
+    await _serve(scoring_server.init(load_model(model)), [_free_port()], ready)
+
+
 async def neighbours(ready: Ready, data_dir: str, replica: str) -> None:
     """Stands in for Secrets and Serving beside a gateway: one caller is known, and one endpoint with one replica."""
     authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
@@ -162,6 +169,7 @@ def main() -> None:
         "echo": echo,
         "bare-gateway": bare_gateway,
         "trivial-replica": trivial_replica,
+        "mlflow": mlflow,
         "neighbours": neighbours,
     }
     name, report_fd, *arguments = sys.argv[1:]

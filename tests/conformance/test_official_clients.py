@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -89,6 +90,30 @@ def deployed_config(sdk: SimpleNamespace, name: str, version: str, **variables: 
 # databricks-sdk
 
 
+def test_sdk_says_more_about_an_endpoint_and_reads_it_back(client: Any, sdk: SimpleNamespace, live: Live) -> None:
+    serving, endpoints = sdk.serving, client.serving_endpoints
+    wait = endpoints.create(name="sdk-told", route_optimized=True, budget_policy_id="b", description="words")
+    created = wait.response
+    query = created.data_plane_info.query_info
+    assert query.endpoint_url == f"{live.url}/serving-endpoints/sdk-told/invocations"
+    assert f"/serving-endpoints/{created.id}" in query.authorization_details
+    patched = endpoints.patch("sdk-told", add_tags=[serving.EndpointTag("a", "1"), serving.EndpointTag("b")])
+    assert [(tag.key, tag.value) for tag in patched.tags] == [("a", "1"), ("b", None)]
+    assert [tag.key for tag in endpoints.patch("sdk-told", delete_tags=["a"]).tags] == ["b"]
+    off = serving.AiGatewayUsageTrackingConfig(enabled=False)
+    endpoints.put_ai_gateway("sdk-told", usage_tracking_config=off)
+    with pytest.raises(sdk.errors.BadRequest, match=r"usage_tracking_config\.enabled"):
+        endpoints.put_ai_gateway("sdk-told", usage_tracking_config=serving.AiGatewayUsageTrackingConfig(enabled=True))
+    told = serving.EmailNotifications(on_update_failure=["ada@example.com"])
+    endpoints.update_notifications("sdk-told", email_notifications=told)
+    assert endpoints.put("sdk-told", rate_limits=[]).rate_limits == []
+    found = endpoints.get("sdk-told")
+    assert (found.route_optimized, found.description) == (True, "words")
+    assert found.ai_gateway.usage_tracking_config == off
+    assert found.email_notifications == told
+    endpoints.delete("sdk-told")
+
+
 def test_sdk_knows_who_it_is_and_where(client: Any, live: Live) -> None:
     me = client.current_user.me()
     assert me.user_name == "admin"
@@ -140,6 +165,79 @@ def test_sdk_manages_users_and_tokens(client: Any, sdk: SimpleNamespace, live: L
     assert "own" in [token.comment for token in user.tokens.list()]
     user.tokens.delete(own.token_info.token_id)
     assert "own" not in [token.comment for token in user.tokens.list()]
+
+
+@pytest.fixture(scope="module")
+def robot(client: Any) -> Any:
+    """A service principal and a client secret of it."""
+    principal = client.service_principals.create(display_name="sdk-robot")
+    secret = client.service_principal_secrets_proxy.create(principal.id, lifetime="3600s")
+    return SimpleNamespace(id=principal.id, client_id=principal.application_id, secret=secret)
+
+
+def test_sdk_looks_after_client_secrets(client: Any, robot: Any) -> None:
+    secrets = client.service_principal_secrets_proxy
+    other = secrets.create(robot.id)
+    assert (other.status, other.secret[:4]) == ("ACTIVE", "dose")
+    listed = {each.id: each for each in secrets.list(robot.id, page_size=1)}
+    assert set(listed) == {robot.secret.id, other.id}
+    assert listed[other.id].secret_hash == other.secret_hash
+    assert listed[other.id].expire_time == other.expire_time
+    secrets.delete(robot.id, other.id)
+    assert [each.id for each in secrets.list(robot.id)] == [robot.secret.id]
+
+
+def test_sdk_logs_in_as_a_service_principal(robot: Any, sdk: SimpleNamespace, live: Live) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DATABRICKS_TOKEN")
+        client = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret=robot.secret.secret)
+        assert client.config.auth_type == "oauth-m2m"
+        assert client.current_user.me().user_name == robot.client_id
+        assert client.config.oauth_token().expiry is not None
+        with pytest.raises(sdk.errors.PermissionDenied):
+            client.service_principal_secrets_proxy.create(robot.id)
+        wrong = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret="dose-wrong")
+        with pytest.raises(ValueError, match="invalid_client"):
+            wrong.current_user.me()
+
+
+def test_sdk_gets_a_token_for_one_endpoint_and_it_is_good_for_nothing_else(
+    client: Any, sdk: SimpleNamespace, live: Live
+) -> None:
+    """As the SDK's client of the data plane does it (contract 6.9)."""
+    with quiet():
+        from databricks.sdk.data_plane import DataPlaneTokenSource
+        from databricks.sdk.oauth import Token
+    endpoint_id = client.serving_endpoints.get(SHARED).id
+    details = json.dumps(
+        [
+            {
+                "type": "workspace_permission",
+                "object_type": "serving-endpoints",
+                "object_path": f"/serving-endpoints/{endpoint_id}",
+                "actions": ["query_inference_endpoint"],
+            }
+        ]
+    )
+    source = DataPlaneTokenSource(live.url, lambda: Token(access_token=live.admin.token or ""))
+    token = source.token(SHARED, details)  # type: ignore[no-untyped-call]
+    bound = Api(live.url, token.access_token)
+    answer = bound.send("POST", f"/serving-endpoints/{SHARED}/invocations", {"dataframe_records": [{"ask": "version"}]})
+    assert answer.status == 200
+    with pytest.raises(sdk.errors.PermissionDenied):
+        sdk.WorkspaceClient(host=live.url, token=bound.token).current_user.me()
+
+
+def test_sdk_queries_the_data_plane_of_a_route_optimized_endpoint(robot: Any, sdk: SimpleNamespace, live: Live) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("DATABRICKS_TOKEN")
+        client = sdk.WorkspaceClient(host=live.url, client_id=robot.client_id, client_secret=robot.secret.secret)
+        config = deployed_config(sdk, "sdk-direct", GOOD)
+        found = client.serving_endpoints.create_and_wait(name="sdk-direct", config=config, route_optimized=True)
+        assert found.route_optimized
+        answer = client.serving_endpoints_data_plane.query("sdk-direct", dataframe_records=[{"ask": "version"}])
+        assert answer.predictions == [GOOD]
+        client.serving_endpoints.delete("sdk-direct")
 
 
 def test_sdk_deploys_queries_updates_and_deletes(client: Any, sdk: SimpleNamespace) -> None:
@@ -217,8 +315,9 @@ def test_sdk_raises_the_classes_that_its_users_catch(client: Any, sdk: SimpleNam
     config.served_entities[0].entity_name = "no-such-model"
     with pytest.raises(errors.ResourceDoesNotExist, match="no-such-model"):
         client.serving_endpoints.create(name="sdk-none", config=config)
-    with pytest.raises(errors.BadRequest, match="route_optimized"):
-        client.serving_endpoints.create(name="sdk-none", route_optimized=True)
+    limit = sdk.serving.RateLimit(calls=1, renewal_period=sdk.serving.RateLimitRenewalPeriod.MINUTE)
+    with pytest.raises(errors.BadRequest, match="rate_limits"):
+        client.serving_endpoints.create(name="sdk-none", rate_limits=[limit])
 
     alice = sdk.WorkspaceClient(host=live.url, token=live.people["alice"].token)
     with pytest.raises(errors.PermissionDenied, match=r"User alice@example\.com does not have READ permission"):

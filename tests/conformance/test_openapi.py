@@ -35,8 +35,11 @@ CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance,
 
 OF_THE_PLATFORM = frozenset(
     (
-        *("id", "$ref", "logs", "token_id", "token_value", "detail", "object_id"),
+        *("id", "$ref", "logs", "token_id", "token_value", "detail", "object_id", "applicationId", "secret"),
+        *("secret_hash", "issuer", "authorization_endpoint", "token_endpoint", "create_time", "update_time"),
+        "expire_time",
         *("creation_time", "expiry_time", "creation_timestamp", "last_updated_timestamp", "start_time"),
+        *("replica_id", "duration_ms"),
     )
 )
 """Fields whose values differ from platform to platform, and SCIM's words for people, which no document fixes."""

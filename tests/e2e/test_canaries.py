@@ -13,10 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import grpc
 import psutil
@@ -25,11 +25,17 @@ import pytest
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 from tests.support.api import ENDPOINTS, SECRETS, Answer, Api, until
 from tests.support.canaries import Canary, found_in, found_in_files, found_in_processes
+from tests.support.issuer import AUDIENCE, Issuer, serving_in_a_thread
 from tests.support.registered_models import FAILING, GOOD, entity, stack_environment
 from tests.support.stack import Stack, running_stack
 
 ASSERTION_HEADER = base64.b64encode(b'{"alg":"EdDSA"')[:-2].decode()
 """How every assertion of ours begins."""
+
+
+TOKEN = "/oidc/v1/token"
+JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+FORM = {"content-type": "application/x-www-form-urlencoded"}
 
 
 @pytest.fixture
@@ -89,13 +95,20 @@ class Sweep:
 def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
     data, temporary = directory / "data", directory / "tmp"
     temporary.mkdir()
-    environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary))
+    with serving_in_a_thread(Issuer()) as issuer:
+        more = {"TESSERA_OIDC_ISSUER": issuer.url, "TESSERA_OIDC_AUDIENCE": AUDIENCE}
+        environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary), **more)
+        sweep_everything(data, temporary, environment, issuer)
+
+
+def sweep_everything(data: Path, temporary: Path, environment: dict[str, str], issuer: Issuer) -> None:
     with running_stack(data, environment=environment) as stack:
         sweep = Sweep(stack, [data, temporary])
         secret = sweep.new("a secret")
         put_and_get(sweep, secret)
         refused_requests(sweep)
         tokens_of_a_second_user(sweep)
+        oauth(sweep, issuer)
         assert sweep.found() == []
 
         launch(sweep, secret)
@@ -171,6 +184,54 @@ def tokens_of_a_second_user(sweep: Sweep) -> None:
             secrets_pb2.ListScopesRequest(), metadata=(("authorization", f"Bearer {user.token}"),), timeout=20
         )
     sweep.admin.call("POST", "/api/2.0/token/delete", {"token_id": _any_token_of(sweep.admin)})
+
+
+def oauth(sweep: Sweep, issuer: Issuer) -> None:
+    """Client secrets, access tokens and external tokens, right and wrong ones."""
+    robot = sweep.admin.call("POST", "/api/2.0/preview/scim/v2/ServicePrincipals", {"displayName": "robot"})
+    secrets = f"/api/2.0/accounts/servicePrincipals/{robot['id']}/credentials/secrets"
+    secret = sweep.admin.call("POST", secrets, {})["secret"]
+    wrong = secret[:-1] + ("0" if secret[-1] != "0" else "1")
+    sweep.canaries += [Canary.of("a client secret", secret), Canary.of("a mistyped client secret", wrong[:-1])]
+    assert sweep.send("GET", secrets).status == 200
+    form = {"grant_type": "client_credentials", "client_id": robot["applicationId"], "client_secret": secret}
+    nobody = Api(sweep.stack.url, None)
+    token = _signed(sweep, "an access token", nobody.send("POST", TOKEN, raw=_form(form), headers=FORM))
+    for refused in ({"client_secret": wrong}, {"client_id": "another"}, {"scope": "another"}, {"grant_type": secret}):
+        assert sweep.send("POST", TOKEN, raw=_form(form | refused), headers=FORM, api=nobody).status in (400, 401)
+    details = {
+        "type": "workspace_permission",
+        "object_type": "serving-endpoints",
+        "object_path": f"/serving-endpoints/{'0' * 32}",
+        "actions": ["query_inference_endpoint"],
+    }
+    form = {"grant_type": JWT_BEARER, "assertion": token, "authorization_details": json.dumps([details])}
+    bound = _signed(sweep, "a bound token", nobody.send("POST", TOKEN, raw=_form(form), headers=FORM))
+    mint = issuer.mint("second@example.com")
+    external, forged = mint.token(), mint.token(aud="another")
+    sweep.canaries += [Canary.of("an external token", each.split(".")[2]) for each in (external, forged)]
+    for credential, status in ((token, 200), (external, 200), (bound, 403), (forged, 403), (secret, 403), (wrong, 403)):
+        api = Api(sweep.stack.url, credential)
+        assert sweep.send("GET", "/api/2.0/preview/scim/v2/Me", api=api).status == status
+        wrong_form = {"grant_type": JWT_BEARER, "assertion": credential, "authorization_details": "x"}
+        assert sweep.send("POST", TOKEN, raw=_form(wrong_form), headers=FORM).status == 400
+    with grpc.insecure_channel(sweep.stack.secrets_address) as channel:
+        for credential in (token, external):
+            secrets_pb2_grpc.SecretsStub(channel).ListScopes(
+                secrets_pb2.ListScopesRequest(), metadata=(("authorization", f"Bearer {credential}"),), timeout=20
+            )
+
+
+def _form(fields: Mapping[str, str]) -> bytes:
+    return urlencode(fields).encode()
+
+
+def _signed(sweep: Sweep, name: str, answer: Answer) -> str:
+    """The token of an answer. Looked for is its signature: how it begins, every assertion does too."""
+    assert answer.status == 200
+    token = str(answer.json()["access_token"])
+    sweep.canaries.append(Canary.of(name, token.split(".")[2]))
+    return token
 
 
 def _any_token_of(api: Api) -> str:

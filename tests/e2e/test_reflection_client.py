@@ -20,7 +20,13 @@ from tests.support.stack import Stack, running_stack
 
 STANDARD = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 PUBLIC = {
-    "secrets": {"tessera.secrets.v1.Secrets", "tessera.identity.v1.Scim", "tessera.identity.v1.Tokens"},
+    "secrets": {
+        "tessera.secrets.v1.Secrets",
+        "tessera.identity.v1.Scim",
+        "tessera.identity.v1.Tokens",
+        "tessera.identity.v1.ServicePrincipalSecrets",
+        "tessera.identity.v1.Permissions",
+    },
     "serving": {"tessera.serving.v1.ServingEndpoints"},
 }
 FILES = {

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from secrets_service import scopes
+from secrets_service import scopes, store
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.secrets import Caller, RunningSecrets, refusal, running_secrets
 
@@ -81,6 +81,24 @@ async def test_without_permission_nobody_learns_which_keys_exist(service: Runnin
     assert await refusal(bob.put("Shop", "key", "value")) == await refusal(bob.put("Shop", "nokey", "value"))
     await alice.grant("Shop", "bob", pb.READ)  # READ lists keys, so what is refused now may say no more than before
     assert await refusal(bob.delete("Shop", "key")) == await refusal(bob.delete("Shop", "nokey"))
+
+
+async def test_key_is_not_even_looked_for_where_one_may_not_read(
+    service: RunningSecrets, alice: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bob = await service.user("bob")
+    looked: list[str] = []
+
+    def find_secret(connection: Any, scope: Any, key: str, find: Any = store.find_secret) -> Any:
+        looked.append(key)
+        return find(connection, scope, key)
+
+    monkeypatch.setattr(store, "find_secret", find_secret)
+    for key in ("key", "nokey"):
+        assert (await refusal(bob.get("Shop", key))).code is grpc.StatusCode.PERMISSION_DENIED
+    assert looked == []
+    await alice.get("Shop", "key")
+    assert looked == ["key"]
 
 
 async def test_admins_manage_every_scope_without_being_listed(service: RunningSecrets, alice: Caller) -> None:

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from servicekit import channels
-from serving_service import store
+from serving_service import endpoints, store
 from serving_service.environment import SecretReferences
 from tessera.identity.v1 import identity_pb2
 from tessera.identity.v1 import permissions_pb2 as permissions
@@ -300,6 +300,59 @@ async def test_an_update_that_fails_half_way_can_be_sent_again(
     await eventually(is_settled, what="only the active configuration is granted")
 
 
+async def test_a_reservation_that_cannot_be_released_is_released_when_the_disk_can_be_written_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "RELEASE_SECONDS", 0.01)
+    await platform.ann.serving.create("there", None)
+    fail_at(monkeypatch, "at the commit")
+    is_full = True
+
+    def while_there_is_room(release: Any) -> Any:
+        def attempt(*arguments: Any, **names: Any) -> None:
+            if is_full:
+                refuse()
+            release(*arguments, **names)
+
+        return attempt
+
+    for name in ("release_endpoint", "release_version"):
+        monkeypatch.setattr(store, name, while_there_is_room(getattr(store, name)))
+    ann = platform.ann.serving
+    for change in (ann.create("demo", None), ann.update("there", an_input("ready"))):
+        assert (await refusal(change)).reason == "INTERNAL_ERROR"
+    assert (await refusal(ann.create("demo", None))).reason == "RESOURCE_ALREADY_EXISTS"
+    monkeypatch.undo()
+    is_full = False
+
+    async def is_free() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ann.create("demo", None)
+            return True
+        return False
+
+    async def is_updated() -> bool:
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await ann.update("there", an_input("ready"))
+            return True
+        return False
+
+    await eventually(is_free, what="the name is free again")
+    await eventually(is_updated, what="the endpoint can be updated again")
+
+
+async def test_a_create_that_secrets_refuses_leaves_nothing_there(platform: Platform) -> None:
+    for _ in range(3):
+        refused = await refusal(platform.ben.serving.create("demo", environment={"A": SECRET}))
+        assert refused.reason == DENIED
+    with closing(sqlite3.connect(f"file:{platform.directory}/secrets/secrets.db?mode=ro", uri=True)) as connection:
+        assert connection.execute("SELECT count(*) FROM endpoints").fetchone() == (0,)
+
+
+def refuse(*arguments: Any, **names: Any) -> None:
+    raise sqlite3.OperationalError("injected")
+
+
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """Has the next change fail at one of its steps, as by a full disk."""
     grant = SecretReferences.grant
@@ -308,9 +361,6 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         if step == "after the grant":
             await grant(self, *arguments, **names)
         raise OSError("injected")
-
-    def refuse(*arguments: Any) -> None:
-        raise sqlite3.OperationalError("injected")
 
     if step == "at the commit":
         monkeypatch.setattr(store, "commit_endpoint", refuse)
@@ -352,6 +402,36 @@ async def test_what_a_killed_process_had_begun_is_undone_by_the_next(is_granted:
             await ann.create("taken", None)
             await ann.update("demo", an_input("ready", entity_version="2", environment_vars={"A": SECRET}))
             assert (await ann.settled("demo")).config.config_version == 3
+
+
+async def test_an_endpoint_that_is_older_than_grants_goes_on_and_is_granted_at_its_next_launch() -> None:
+    with data_directory() as directory:
+        async with running_platform(directory) as platform:
+            made = await platform.ann.serving.create("demo", environment={"A": SECRET})
+            await platform.ann.serving.settled("demo")
+            token = platform.ann.secrets.metadata[0][1].removeprefix("Bearer ")
+        with closing(sqlite3.connect(directory / "secrets" / "secrets.db")) as connection:
+            connection.execute("DELETE FROM endpoints")
+            connection.execute("UPDATE platform SET knows_older_endpoints = 0")
+            connection.commit()
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(no_replicas(directory))
+            secrets = await stack.enter_async_context(running_secrets(directory))
+            serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3))
+            platform = Platform(directory, secrets, serving)
+            ann = serving.public(token)
+
+            async def is_hers() -> bool:
+                return await ann.names() == ["demo"]
+
+            await eventually(is_hers, what="the endpoint is known again, with its creator")
+            for pid in (await serving.replicas()).values():
+                os.kill(pid, signal.SIGKILL)
+            await ann.until("demo", lambda endpoint: endpoint.state.ready == State.NOT_READY)
+            await ann.until("demo", lambda endpoint: endpoint.state.ready == State.READY)
+            assert await granted(platform) == {made.id: {1}}
+            await ann.update("demo", an_input("ready", entity_version="2", environment_vars={"A": SECRET}))
+            assert (await ann.settled("demo")).config.config_version == 2
 
 
 # --- retries ---

@@ -37,6 +37,7 @@ SECRETS = "/api/2.0/secrets"
 SCIM = "/api/2.0/preview/scim/v2"
 ENDPOINTS = "/api/2.0/serving-endpoints"
 MANAGED = "/api/2.0/token-management/tokens"
+OF_ROBOT = "/api/2.0/accounts/servicePrincipals"
 
 CANARY, NUMBER = "canary-666", 666_123
 """Values that are found nowhere else."""
@@ -44,8 +45,16 @@ CANARY, NUMBER = "canary-666", 666_123
 NOWHERE = ("creator_id", "owner", "owner_id", "grant", "admin", "is_admin", "revision", "workspace_id", "password")
 """Names that no answer has, and that somebody could think of."""
 
-CHANGING = {"id", "token_id", "token_value", "applicationId"} | {
-    *("creation_time", "expiry_time", "created_timestamp", "creation_timestamp", "last_updated_timestamp", "start_time")
+CHANGING = {"id", "token_id", "token_value", "applicationId", "secret", "secret_hash"} | {
+    *("create_time", "update_time", "expire_time"),
+    *(
+        "creation_time",
+        "expiry_time",
+        "created_timestamp",
+        "creation_timestamp",
+        "last_updated_timestamp",
+        "start_time",
+    ),
 }
 """Fields that are different in every object; of these only the type is compared, and that the canary is not in them."""
 
@@ -122,7 +131,11 @@ TOKEN = post("/api/2.0/token/create", comment="<n>")
 USER = post(f"{SCIM}/Users", userName="<n>", displayName="Old")
 GROUP = post(f"{SCIM}/Groups", displayName="<n>")
 ROBOT = post(f"{SCIM}/ServicePrincipals", displayName="<n>")
+CREDENTIALS = f"{OF_ROBOT}/<id>/credentials/secrets"
+CLIENT_SECRET = post(CREDENTIALS)
 ENDPOINT = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "ready", "entity_version": "1"}]})
+SLOW = post(ENDPOINTS, name="<n>", config={"served_entities": [{"entity_name": "slow", "entity_version": "1"}]})
+STOPPED = post(f"{ENDPOINTS}/<n>/config:stop")
 BARE = post(ENDPOINTS, name="<n>")
 GRANT = {"group_name": "users", "permission_level": "CAN_VIEW"}
 MINE = {"user_name": "alice", "permission_level": "CAN_MANAGE"}
@@ -204,6 +217,13 @@ CASES = {
         ),
         "DeleteManagedToken": Case(query={}, before=(TOKEN,), views=(f"{MANAGED}/<id>",), is_open=False),
     },
+    "tessera.identity.v1.ServicePrincipalSecrets": {
+        "CreateServicePrincipalSecret": Case({"lifetime": "60s"}, before=(ROBOT,), views=(CREDENTIALS,), is_open=False),
+        "ListServicePrincipalSecrets": Case(query={}, before=(ROBOT,), is_open=False),
+        "DeleteServicePrincipalSecret": Case(
+            query={}, before=(ROBOT, CLIENT_SECRET), views=(f"{OF_ROBOT}/<parent>/credentials/secrets",), is_open=False
+        ),
+    },
     "tessera.identity.v1.Permissions": {
         "GetPermissions": Case(query={}, before=(BARE,)),
         "SetPermissions": Case({"access_control_list": [GRANT, MINE]}, before=(BARE,), views=(GRANTED,)),
@@ -218,6 +238,25 @@ CASES = {
         "ListServingEndpoints": Case(query={}),
         "DeleteServingEndpoint": Case(query={}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
         "UpdateServingEndpointConfig": Case(CONFIG, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "StopServingEndpoint": Case({}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)),
+        "StartServingEndpoint": Case({}, before=(ENDPOINT, STOPPED), views=(f"{ENDPOINTS}/<n>",)),
+        "CancelServingEndpointUpdate": Case({}, before=(SLOW,), views=(f"{ENDPOINTS}/<n>",)),
+        "PatchServingEndpointTags": Case(
+            {"add_tags": [{"key": "k", "value": "v"}]}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "PutServingEndpointRateLimits": Case({"rate_limits": []}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)),
+        "PutServingEndpointAiGateway": Case(
+            {"usage_tracking_config": {"enabled": False}}, before=(BARE,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "UpdateServingEndpointNotifications": Case(
+            {"email_notifications": {"on_update_failure": ["a@example.com"]}},
+            before=(BARE,),
+            views=(f"{ENDPOINTS}/<n>",),
+        ),
+        "PatchServingEndpointTelemetryConfig": Case(
+            {"telemetry_config": {}}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)
+        ),
+        "ListServingEndpointEvents": Case(query={}, before=(BARE,)),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },
@@ -323,16 +362,18 @@ async def effect(platform: Platform, binding: Binding, case: Case, variant: str)
     """The answer to a case's request and what is seen of its effect; in comparable form."""
     alice = (await send(platform, "alice", "GET", f"{SCIM}/Me")).json()["id"]
     known = {"n": f"zz{next(_numbers)}zz", "alice": alice}
-    for verb, path, body in case.before:
-        who = "admin" if SCIM in path else "alice"
-        made = await send(platform, who, verb, path, filled(body, known))
+    for index, (verb, path, body) in enumerate(case.before):
+        who = "admin" if SCIM in path or OF_ROBOT in path else "alice"
+        made = await send(platform, who, verb, filled(path, known), filled(body, known))
         assert made.status in (200, 201), made.body
         if found := id_in(made.json()):
-            known["id"] = found
-    if case.before[-1:] == (ENDPOINT,):
-        await settled(platform, known["n"])
+            known["parent"], known["id"] = known.get("id", found), found
+        if case.before[index] == ENDPOINT:
+            await settled(platform, known["n"])
     made_id = known.get("id", "")
-    variables = {"name": known["n"], "id": made_id, "token_id": made_id, "serving_endpoint_id": made_id}
+    variables = {"name": known["n"], "service_principal_id": known.get("parent", "")} | dict.fromkeys(
+        ("id", "token_id", "secret_id", "serving_endpoint_id"), made_id
+    )
     path = binding.template.replace("{served_model_name}", "ready-1").format(**variables)
     request = binding.method.input_type
     in_path = [segment.variable for segment in binding.segments if segment.variable]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from gateway import app, http, invocations
+from gateway.json_codec import MOST_CONTAINERS
 from gateway.settings import GatewaySettings
 from servicekit import access, channels, identity
 from servicekit.context import Level
@@ -472,6 +473,13 @@ async def test_openai_style_paths_name_the_endpoint_in_the_body(stack: Platform,
     for body in bodies:
         bad = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", json=body)
         assert (bad.status, bad.json()["error_code"]) == (400, "BAD_REQUEST")
+
+
+async def test_an_openai_style_body_of_very_many_lists_is_refused_before_it_is_read(stack: Platform) -> None:
+    body: Any = {"model": "absent", "input": [[]] * MOST_CONTAINERS}
+    bad = await fetch(stack.url, "POST", "/serving-endpoints/embeddings", token="owner-token", json=body)
+    assert (bad.status, bad.json()["error_code"]) == (400, "BAD_REQUEST")
+    assert "objects and lists" in bad.json()["message"]
 
 
 # --- bodies, times, and people who hang up

@@ -64,6 +64,9 @@ class Authority(identity_rpc.AuthorityServicer):
     async def ExchangeToken(self, request: Any, rpc: Any) -> identity_pb.ExchangeTokenResponse:
         return identity_pb.ExchangeTokenResponse(assertion="none")
 
+    async def IssueToken(self, request: Any, rpc: Any) -> identity_pb.IssueTokenResponse:
+        return identity_pb.IssueTokenResponse(access_token="none")
+
     async def GetPlatform(self, request: Any, rpc: Any) -> identity_pb.GetPlatformResponse:
         request_context = context.current()
         assert request_context is not None

@@ -31,6 +31,7 @@ SERVICES = {
     "secrets": pb.DESCRIPTOR.services_by_name["Secrets"],
     "scim": identity.DESCRIPTOR.services_by_name["Scim"],
     "tokens": identity.DESCRIPTOR.services_by_name["Tokens"],
+    "client_secrets": identity.DESCRIPTOR.services_by_name["ServicePrincipalSecrets"],
 }
 """The services with public RPCs, by the stubs of a Caller."""
 
@@ -91,6 +92,13 @@ async def a_user(admin: Caller, name: str) -> str:
 async def a_service_principal(admin: Caller, name: str) -> str:
     request = identity.CreateServicePrincipalRequest(display_name=name)
     return str((await admin(admin.scim.CreateServicePrincipal, request)).id)
+
+
+async def a_client_secret(admin: Caller, name: str) -> tuple[str, str]:
+    """The ids of a service principal and of a client secret of its own."""
+    owner_id = await a_service_principal(admin, name)
+    request = identity.CreateServicePrincipalSecretRequest(service_principal_id=owner_id)
+    return owner_id, str((await admin(admin.client_secrets.CreateServicePrincipalSecret, request)).id)
 
 
 async def a_group(admin: Caller, name: str) -> str:
@@ -167,6 +175,14 @@ CHANGES: dict[str, Request] = {
     "UpdateManagedToken": about(
         a_token,
         lambda known_id, _: identity.UpdateTokenRequest(token_id=known_id, token=identity.TokenChange(comment="other")),
+    ),
+    "CreateServicePrincipalSecret": about(
+        a_service_principal,
+        lambda known_id, _: identity.CreateServicePrincipalSecretRequest(service_principal_id=known_id),
+    ),
+    "DeleteServicePrincipalSecret": about(
+        a_client_secret,
+        lambda ids, _: identity.DeleteServicePrincipalSecretRequest(service_principal_id=ids[0], secret_id=ids[1]),
     ),
     "DeleteManagedToken": about(a_token, lambda known_id, _: identity.DeleteManagedTokenRequest(token_id=known_id)),
 }

@@ -89,8 +89,14 @@ GOLDEN = {
         "UpdateManagedToken": "admins",
         "DeleteManagedToken": "admins",
     },
+    "tessera.identity.v1.ServicePrincipalSecrets": {
+        "CreateServicePrincipalSecret": "admins",
+        "ListServicePrincipalSecrets": "admins",
+        "DeleteServicePrincipalSecret": "admins",
+    },
     "tessera.identity.v1.Authority": {
         "ExchangeToken": "gateway, serving",
+        "IssueToken": "gateway",
         "GetPlatform": "gateway, serving",
         "RenewAdminToken": "operator",
     },
@@ -107,6 +113,15 @@ GOLDEN = {
         "ListServingEndpoints": "endpoint CAN_VIEW",
         "DeleteServingEndpoint": "endpoint CAN_MANAGE",
         "UpdateServingEndpointConfig": "endpoint CAN_MANAGE",
+        "StopServingEndpoint": "endpoint CAN_MANAGE",
+        "StartServingEndpoint": "endpoint CAN_MANAGE",
+        "CancelServingEndpointUpdate": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTags": "endpoint CAN_MANAGE",
+        "PutServingEndpointRateLimits": "endpoint CAN_MANAGE",
+        "PutServingEndpointAiGateway": "endpoint CAN_MANAGE",
+        "UpdateServingEndpointNotifications": "endpoint CAN_MANAGE",
+        "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
+        "ListServingEndpointEvents": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
@@ -126,6 +141,10 @@ GOLDEN_ROUTES = {
     "GET /health": "anybody",
     "GET /api/openapi.json": "any caller",
     "POST /telemetry-ext": "any caller",
+    "GET /oidc/.well-known/oauth-authorization-server": "anybody",
+    "GET /oidc/accounts/{account_id}/.well-known/oauth-authorization-server": "anybody",
+    "GET /oidc/v1/authorize": "anybody",
+    "POST /oidc/v1/token": "anybody",
 }
 
 USERS = ("stranger", "reader", "writer", "manager", "creator")
@@ -204,7 +223,10 @@ class World:
             token_id = made.token_info.token_id
         endpoint_id = self.steady_id
         if name.endswith(
-            ("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions")
+            (
+                *("DeleteServingEndpoint", "UpdateServingEndpointConfig", "SetPermissions", "UpdatePermissions"),
+                *("StopServingEndpoint", "StartServingEndpoint", "CancelServingEndpointUpdate"),
+            )
         ):
             endpoint_id = (await self.platform.endpoints_of("creator").create(thing, None)).id
             await share(self.platform, endpoint_id)
@@ -269,11 +291,26 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "UpdateToken": a_token_change,
     "DeleteToken": lambda it: identity.DeleteTokenRequest(token_id=it.token_id),
     "CreateOboToken": lambda it: identity.CreateOboTokenRequest(application_id="reader"),
+    "CreateServicePrincipalSecret": lambda it: identity.CreateServicePrincipalSecretRequest(service_principal_id=NO_ID),
+    "ListServicePrincipalSecrets": lambda it: identity.ListServicePrincipalSecretsRequest(service_principal_id=NO_ID),
+    "DeleteServicePrincipalSecret": lambda it: identity.DeleteServicePrincipalSecretRequest(
+        service_principal_id=NO_ID, secret_id="x"
+    ),
+    "IssueToken": lambda it: identity.IssueTokenRequest(assertion=it.token),
     "ExchangeToken": lambda it: identity.ExchangeTokenRequest(token=it.token),
     "CreateServingEndpoint": lambda it: serving.CreateServingEndpointRequest(name=it.new),
     "GetServingEndpoint": lambda it: serving.GetServingEndpointRequest(name="steady"),
     "DeleteServingEndpoint": lambda it: serving.DeleteServingEndpointRequest(name=it.new),
     "UpdateServingEndpointConfig": lambda it: serving.UpdateServingEndpointConfigRequest(name=it.new),
+    "StopServingEndpoint": lambda it: serving.StopServingEndpointRequest(name=it.new),
+    "StartServingEndpoint": lambda it: serving.StartServingEndpointRequest(name=it.new),
+    "CancelServingEndpointUpdate": lambda it: serving.CancelServingEndpointUpdateRequest(name=it.new),
+    "PatchServingEndpointTags": lambda it: serving.PatchServingEndpointTagsRequest(name="steady"),
+    "PutServingEndpointRateLimits": lambda it: serving.PutServingEndpointRateLimitsRequest(name="steady"),
+    "PutServingEndpointAiGateway": lambda it: serving.PutServingEndpointAiGatewayRequest(name="steady"),
+    "UpdateServingEndpointNotifications": lambda it: serving.UpdateServingEndpointNotificationsRequest(name="steady"),
+    "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
+    "ListServingEndpointEvents": lambda it: serving.ListServingEndpointEventsRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"
@@ -288,9 +325,15 @@ LET_IN = {
     **dict.fromkeys(("GetGroup", "PatchGroup", "ReplaceGroup", "DeleteGroup"), Code.NOT_FOUND),
     **dict.fromkeys(("GetServicePrincipal", "PatchServicePrincipal"), Code.NOT_FOUND),
     **dict.fromkeys(("ReplaceServicePrincipal", "DeleteServicePrincipal"), Code.NOT_FOUND),
+    **dict.fromkeys(("CreateServicePrincipalSecret", "ListServicePrincipalSecrets"), Code.NOT_FOUND),
+    "DeleteServicePrincipalSecret": Code.NOT_FOUND,
     **dict.fromkeys(("GetManagedToken", "UpdateManagedToken", "DeleteManagedToken"), Code.NOT_FOUND),
     # Without entities there is no configuration, and who may not manage does not learn that.
     "UpdateServingEndpointConfig": Code.INVALID_ARGUMENT,
+    # Nothing of theirs has ever run.
+    "StopServingEndpoint": Code.FAILED_PRECONDITION,
+    "StartServingEndpoint": Code.FAILED_PRECONDITION,
+    "CancelServingEndpointUpdate": Code.FAILED_PRECONDITION,
     # A good one would end whatever it does not name.
     "Reconcile": Code.INVALID_ARGUMENT,
 }
@@ -497,7 +540,7 @@ async def test_without_a_credential_nothing_is_answered_but_what_is_open(world: 
     for path in {path for _, path in map(canonical, ROUTES)} | {*ELSEWHERE}:
         for verb in VERBS:
             await send(verb, path)
-    assert answered == OPEN_ROUTES
+    assert answered == {" ".join(canonical(name)) for name in OPEN_ROUTES}
 
 
 async def test_another_spelling_of_a_path_never_gives_more_than_the_path(world: World) -> None:
@@ -525,6 +568,10 @@ async def test_another_spelling_of_a_path_never_gives_more_than_the_path(world: 
     assert more == []
 
 
+REFUSING = ("GET /oidc/v1/authorize", "POST /oidc/v1/token")
+"""What is open to anybody, and does not like what is sent here: no form, and there is no login through a browser."""
+
+
 @pytest.mark.parametrize("name", GOLDEN_ROUTES)
 async def test_each_route_lets_in_whom_the_table_names_and_nobody_else(world: World, name: str) -> None:
     verb, _, template = name.partition(" ")
@@ -539,7 +586,9 @@ async def test_each_route_lets_in_whom_the_table_names_and_nobody_else(world: Wo
         row = GOLDEN_ROUTES[name]
         is_let_in = row == "anybody" or (who is not None and who in MAY[row])
         is_hidden = who is not None and who not in MAY["endpoint CAN_VIEW"]
-        wanted[who] = 200 if is_let_in else 401 if who is None else 404 if is_hidden else 403
+        wanted[who] = (
+            (400 if name in REFUSING else 200) if is_let_in else 401 if who is None else 404 if is_hidden else 403
+        )
     assert found == wanted
 
 

@@ -19,6 +19,7 @@ from tessera.serving.v1 import serving_pb2_grpc as rpc
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
 from tests.support.secrets import running_secrets
+from tests.support.service_process import ServiceProcess
 from tests.support.serving import (
     MannerLauncher,
     ServingCaller,
@@ -27,7 +28,7 @@ from tests.support.serving import (
     running_replicas,
     serving_settings,
 )
-from tests.support.serving_process import ServingProcess, serving_process
+from tests.support.serving_process import serving_process
 
 State = pb.EndpointState
 
@@ -36,7 +37,7 @@ State = pb.EndpointState
 class Platform:
     """Secrets in this process, Serving in one that can be killed."""
 
-    serving: ServingProcess
+    serving: ServiceProcess
     launcher: MannerLauncher
     assertion: str
 

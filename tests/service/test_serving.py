@@ -207,7 +207,8 @@ async def test_a_failed_update_leaves_the_old_configuration_serving_and_says_why
     assert (failed.state.ready, failed.state.config_update) == (State.READY, State.UPDATE_FAILED)
     assert failed.config.config_version == 1
     states = entity_states(failed.pending_config)
-    assert states["failing-1"] == ("DEPLOYMENT_FAILED", "KeyError: the weights are missing")
+    assert states["failing-1"][0] == "DEPLOYMENT_FAILED"
+    assert states["failing-1"][1].startswith("Phase load failed: KeyError: the weights are missing. Its log says more.")
     assert states["slow-1"][0] == "DEPLOYMENT_ABORTED"
     assert "failing-1" in states["slow-1"][1]
     assert await environment_of(platform.admin, "demo") == {"VERSION": "one"}
@@ -340,6 +341,23 @@ async def test_to_others_an_endpoint_does_not_exist(platform: Platform) -> None:
     assert (taken.code, taken.reason) == (grpc.StatusCode.ALREADY_EXISTS, "RESOURCE_ALREADY_EXISTS")
 
 
+async def test_a_list_reads_nothing_of_endpoints_that_the_caller_may_not_see(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker, other = await platform.user("maker@example.com"), await platform.user("other@example.com")
+    await maker.create("hidden", None)
+    shown = await other.create("shown", None)
+    read: list[str] = []
+    original = store._configs
+
+    def recorded(connection: Any, endpoint_id: str) -> Any:
+        read.append(endpoint_id)
+        return original(connection, endpoint_id)
+
+    monkeypatch.setattr(store, "_configs", recorded)
+    assert (await other.names(), read) == (["shown"], [shown.id])
+
+
 async def test_creator_and_admins_may_do_everything(platform: Platform) -> None:
     maker = await platform.user("maker@example.com")
     await maker.create("demo")
@@ -370,12 +388,14 @@ async def test_nothing_is_there_after_a_refused_create(platform: Platform) -> No
         await refusal(platform.admin.create("demo", environment={"LD_PRELOAD": "x"})),
         await refusal(platform.admin.create("demo", environment={"A": "{{secrets/no/where}}"})),
         await refusal(platform.admin.create("demo", route_optimized=True)),
+        await refusal(platform.admin.create("demo", rate_limits=[pb.RateLimit(calls=1)])),
     ]
     assert [refused.reason for refused in refusals] == [
         "INVALID_PARAMETER_VALUE",
         "RESOURCE_DOES_NOT_EXIST",
         "INVALID_PARAMETER_VALUE",
         "INVALID_PARAMETER_VALUE",
+        "FEATURE_DISABLED",
         "FEATURE_DISABLED",
     ]
     assert "unknown-model" in refusals[1].message

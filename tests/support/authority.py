@@ -70,6 +70,9 @@ class ScriptedAuthority(rpc.AuthorityServicer):
         assert principal is not None
         return pb.ExchangeTokenResponse(assertion=self.signer.assertion(principal))
 
+    async def IssueToken(self, request: pb.IssueTokenRequest, context: Any) -> pb.IssueTokenResponse:
+        raise NotImplementedError
+
     async def GetPlatform(self, request: pb.GetPlatformRequest, context: Any) -> pb.GetPlatformResponse:
         self.key_fetches += 1
         await self._fail(context, self.failure)

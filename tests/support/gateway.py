@@ -35,17 +35,23 @@ WORKSPACE_ID = "1234567890123456"
 OWNER = Principal("11", "owner@example.com", frozenset({"users"}), "t1", None)
 STRANGER = Principal("12", "stranger@example.com", frozenset({"users"}), "t2", None)
 ADMIN = Principal("13", "admin", frozenset({"users", "admins"}), "t3", None)
-TOKENS = {"owner-token": OWNER, "stranger-token": STRANGER, "admin-token": ADMIN}
+BOUND = Principal("11", "owner@example.com", frozenset({"users"}), "t1", None, endpoint_id="id-churn")
+TOKENS = {"owner-token": OWNER, "stranger-token": STRANGER, "admin-token": ADMIN, "bound-token": BOUND}
+CLIENT = ("the-client", "the-secret")
 
 Application = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 class ScriptedAuthority:
-    """Knows the three tokens above, forgets those in `revoked`, and does not answer while it `is_gone`."""
+    """Knows the tokens and the client above, forgets those in `revoked`, and does not answer while it `is_gone`.
+
+    What it was asked to issue is in `issued`.
+    """
 
     def __init__(self) -> None:
         self.exchanges = 0
         self.tokens = dict(TOKENS)
+        self.issued: list[Any] = []
         self.is_gone = False
         self.revoked: set[str] = set()
         self._key = Ed25519PrivateKey.generate()
@@ -61,6 +67,14 @@ class ScriptedAuthority:
         return identity_pb2.ExchangeTokenResponse(
             assertion=jwt.encode(claims, self._key, algorithm=ALGORITHM, headers={"kid": "k1"})
         )
+
+    async def IssueToken(self, request: Any, context: Any) -> Any:
+        self.issued.append(request)
+        if self.is_gone:
+            raise Unavailable("gone", retry_after=1)
+        if (request.client.client_id, request.client.client_secret) != CLIENT and request.assertion not in TOKENS:
+            raise InvalidToken
+        return identity_pb2.IssueTokenResponse(access_token="issued", expires_in=3600)
 
     async def GetPlatform(self, request: Any, context: Any) -> Any:
         raw = self._key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)

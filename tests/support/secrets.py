@@ -51,6 +51,7 @@ class Caller:
         self.resolver = secrets_pb2_grpc.SecretResolverStub(channel)
         self.scim = identity_pb2_grpc.ScimStub(channel)
         self.tokens = identity_pb2_grpc.TokensStub(channel)
+        self.client_secrets = identity_pb2_grpc.ServicePrincipalSecretsStub(channel)
         self.authority = identity_pb2_grpc.AuthorityStub(channel)
         self.permissions = permissions_pb2_grpc.PermissionsStub(channel)
         self.feed = permissions_pb2_grpc.AccessFeedStub(channel)
@@ -253,6 +254,11 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
             assert status.details[0].Unpack(info)
         return Refusal(code=error.code(), reason=info.reason, message=error.details() or "", facts=dict(info.metadata))
     raise AssertionError("the call succeeded")
+
+
+async def failing(error: grpc.aio.AioRpcError) -> None:
+    """A call that was answered with an error."""
+    raise error
 
 
 @contextmanager

@@ -107,6 +107,29 @@ class ServingCaller:
     async def delete(self, name: str) -> None:
         await self(self.stub.DeleteServingEndpoint, pb.DeleteServingEndpointRequest(name=name))
 
+    async def stop(self, name: str) -> pb.ServingEndpointDetailed:
+        answer: pb.ServingEndpointDetailed = await self(
+            self.stub.StopServingEndpoint, pb.StopServingEndpointRequest(name=name)
+        )
+        return answer
+
+    async def start(self, name: str) -> pb.ServingEndpointDetailed:
+        answer: pb.ServingEndpointDetailed = await self(
+            self.stub.StartServingEndpoint, pb.StartServingEndpointRequest(name=name)
+        )
+        return answer
+
+    async def cancel(self, name: str) -> pb.ServingEndpointDetailed:
+        answer: pb.ServingEndpointDetailed = await self(
+            self.stub.CancelServingEndpointUpdate, pb.CancelServingEndpointUpdateRequest(name=name)
+        )
+        return answer
+
+    async def events(self, name: str) -> list[pb.LaunchEvent]:
+        """What the endpoint's launches did when, the oldest first."""
+        request = pb.ListServingEndpointEventsRequest(name=name)
+        return list((await self(self.stub.ListServingEndpointEvents, request)).events)
+
     async def logs(self, name: str, entity: str) -> str:
         request = pb.GetServedModelLogsRequest(name=name, served_model_name=entity)
         return str((await self(self.stub.GetServedModelLogs, request)).logs)

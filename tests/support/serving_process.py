@@ -6,62 +6,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import subprocess
 import sys
-from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-from servicekit import channels, sockets
+from servicekit import sockets
 from serving_service import app
-from tests.support.eventually import eventually
+from tests.support.service_process import ServiceProcess, service_process
 from tests.support.serving import MannerRegistry, a_launcher, serving_settings
 
 ROUTE_ACK_SECONDS = 0.3
 
 
-class ServingProcess:
-    """The service on a data directory; `channel` leads to its gateway socket, before and after a restart."""
-
-    def __init__(self, directory: Path, channel: grpc.aio.Channel) -> None:
-        self.channel = channel
-        self._directory = directory
-        self._process: subprocess.Popen[bytes] | None = None
-
-    async def start(self) -> None:
-        """Starts it and returns when it is ready."""
-        command = [sys.executable, "-m", "tests.support.serving_process", str(self._directory)]
-        self._process = await asyncio.to_thread(subprocess.Popen, command)
-        await eventually(self._is_ready, within=20.0)
-
-    async def kill(self) -> None:
-        """Ends it as `kill -9` does."""
-        if self._process is not None:
-            self._process.kill()
-            await asyncio.to_thread(self._process.wait)
-            self._process = None
-
-    async def _is_ready(self) -> bool:
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            answer = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-        return False
-
-
-@contextlib.asynccontextmanager
-async def serving_process(directory: Path) -> AsyncIterator[ServingProcess]:
-    """The service as a process, started, and killed in the end."""
+def serving_process(directory: Path) -> AbstractAsyncContextManager[ServiceProcess]:
+    """The service as a process on a data directory, started, and killed in the end."""
     address = sockets.socket_address(serving_settings(directory).sockets, callee="serving", caller="gateway")
-    async with channels.opened(address) as channel:
-        process = ServingProcess(directory, channel)
-        try:
-            await process.start()
-            yield process
-        finally:
-            await process.kill()
+    return service_process(address, [sys.executable, "-m", "tests.support.serving_process", str(directory)])
 
 
 async def main(directory: Path) -> None:

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.json_codec import MAX_DEPTH, Codec, CodecError, codec_for, parse
+from gateway.json_codec import MAX_DEPTH, MOST_CONTAINERS, Codec, CodecError, codec_for, parse
 from tests.support.descriptors import ProtoFile, message_type
 
 CANARY = "canary-5e1f"
@@ -255,6 +255,19 @@ def test_body_may_nest_to_the_limit_and_no_deeper() -> None:
     assert parse(nested(MAX_DEPTH)[:-1] + b',"list":[]}'), "more brackets than levels"
     with pytest.raises(CodecError, match=f"deeper than {MAX_DEPTH} levels"):
         parse(nested(MAX_DEPTH + 1))
+
+
+def test_a_body_of_very_many_objects_and_lists_is_refused_before_it_is_read() -> None:
+    assert parse(b'{"list":[%b]}' % b",".join([b"{}"] * (MOST_CONTAINERS - 2)))
+    with pytest.raises(CodecError, match=f"more than {MOST_CONTAINERS} objects and lists"):
+        parse(b'{"list":[%b]}' % b",".join([b"{}"] * (MOST_CONTAINERS - 1)))
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * MOST_CONTAINERS * 2, rb"\"[" * MOST_CONTAINERS, rb"\\" + b"{" * MOST_CONTAINERS]
+)
+def test_brackets_in_a_text_are_no_objects_and_lists(text: bytes) -> None:
+    assert parse(b'{"text":"%b"}' % text)
     assert parse(b'{"words": ["%s"]}' % (b"[{" * 1000)), "brackets inside of strings do not nest"
     assert parse(b'{"list": [%s[]]}' % (b"[]," * 1000)), "many lists side by side are not deep"
 

@@ -79,6 +79,7 @@ def test_every_special_route_is_described_and_nothing_else(rules: RouteTable, do
         transcoder=Mock(),
         exchange=Mock(),
         invocations=Mock(),
+        oauth=Mock(),
         document=Mock(),
         public_url="",
         trusted_proxies=(),
@@ -128,7 +129,7 @@ def test_every_reason_is_an_error_code_with_its_status(document: Any) -> None:
 
 def test_every_route_that_needs_a_credential_says_how_it_refuses(document: Any) -> None:
     public = {path for _, path, operation in operations(document) if operation.get("security") == []}
-    assert public == {"/.well-known/databricks-config", "/health"}
+    assert {path for path in public if not path.startswith("/oidc/")} == {"/.well-known/databricks-config", "/health"}
     silent = [path for _, path, operation in operations(document) if path not in public and not refuses(operation)]
     assert silent == []
 
@@ -153,7 +154,7 @@ def test_changes_that_are_made_once_take_a_request_id(document: Any) -> None:
         for parameter in operation.get("parameters", ())
         if (parameter["name"], parameter["in"]) == ("X-Tessera-Request-Id", "header")
     }
-    services = {"Secrets", "Scim", "Tokens", "Permissions", "ServingEndpoints"}
+    services = {"Secrets", "Scim", "Tokens", "ServicePrincipalSecrets", "Permissions", "ServingEndpoints"}
     changes = {(operation["tags"][0], verb) for verb, _, operation in operations(document) if verb != "GET"}
     assert taking == {(tag, verb) for tag, verb in changes if tag in services}
     assert {tag for tag, _ in taking} == services

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import jwt
 import pytest
@@ -17,7 +18,7 @@ from secrets_service.authority import Authority, SigningKeys
 from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Profile, SecretBytes, TokenInfo
-from secrets_service.tokens import TokenMac
+from secrets_service.tokens import Presented, TokenMac
 from servicekit import database, identity
 from servicekit.context import Principal
 from servicekit.identity import InvalidToken
@@ -32,7 +33,12 @@ async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
         yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
-async def test_remembered_token_is_refused_the_moment_it_expires(opened: RememberingDatabase) -> None:
+def an_authority(opened: RememberingDatabase, *, now: Callable[[], float] = lambda: 0.0) -> Authority:
+    return Authority(opened, MAC, SigningKeys({"k": Ed25519PrivateKey.generate()}), None, workspace_id="1", now=now)
+
+
+async def a_token(opened: RememberingDatabase) -> Presented:
+    """A new user's token, which is good for the first thousand seconds."""
     token = tokens.make()
 
     def insert(connection: sqlite3.Connection) -> None:
@@ -41,13 +47,38 @@ async def test_remembered_token_is_refused_the_moment_it_expires(opened: Remembe
         store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=MAC.of(token))
 
     await opened.write(insert)
+    return token
+
+
+async def test_remembered_token_is_refused_the_moment_it_expires(opened: RememberingDatabase) -> None:
+    token = await a_token(opened)
     times = [999.9]
-    keys = SigningKeys({"k": Ed25519PrivateKey.generate()})
-    authority = Authority(opened, MAC, keys, workspace_id="1", now=lambda: times[-1])
+    authority = an_authority(opened, now=lambda: times[-1])
     assert (await authority.authenticate(token.text)).token_expires_at == 1_000
     times.append(1_000.0)
     with pytest.raises(InvalidToken):
         await authority.authenticate(token.text)
+
+
+async def test_wrong_secret_is_looked_up_as_an_unknown_id_is_however_well_the_token_is_known(
+    opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, authority = await a_token(opened), an_authority(opened)
+    await authority.authenticate(token.text)
+    asked: list[str] = []
+
+    def find_token_mac(connection: sqlite3.Connection, token_id: str, find: Any = store.find_token_mac) -> Any:
+        asked.append(token_id)
+        return find(connection, token_id)
+
+    monkeypatch.setattr(store, "find_token_mac", find_token_mac)
+    monkeypatch.delattr(store, "find_token")  # nothing else is read before the secret was compared
+    wrong, unknown = Presented(token.id, SecretBytes(bytes(32))), tokens.make()
+    for refused in (wrong, unknown, wrong, unknown):
+        with pytest.raises(InvalidToken):
+            await authority.authenticate(refused.text)
+    assert asked == [wrong.id, unknown.id] * 2
+    assert (await authority.authenticate(token.text)).token_id == token.id
 
 
 def test_newest_key_signs_and_all_verify() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secrets_service import tokens
-from secrets_service.model import SecretBytes
+from secrets_service.model import SecretBytes, TokenKind
 from secrets_service.tokens import Presented, TokenMac
 
 MAC = TokenMac(SecretBytes(b"m" * 32))
@@ -61,17 +61,25 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 def test_only_the_right_secret_under_the_right_id_matches() -> None:
     token, other = tokens.make(), tokens.make()
     stored = MAC.of(token)
-    assert MAC.matches(token, stored)
-    assert not MAC.matches(other, stored)
-    assert not MAC.matches(Presented(other.id, token.secret), stored)
-    assert not MAC.matches(Presented(token.id, other.secret), stored)
-    assert not MAC.matches(token, None)
-    assert not TokenMac(SecretBytes(b"M" * 32)).matches(token, stored)
+    assert tokens.is_same(MAC.of(token), stored)
+    for wrong in (other, Presented(other.id, token.secret), Presented(token.id, other.secret)):
+        assert not tokens.is_same(MAC.of(wrong), stored)
+    assert not tokens.is_same(MAC.of(token), None)
+    assert not tokens.is_same(bytes(32), None)
+    assert not tokens.is_same(TokenMac(SecretBytes(b"M" * 32)).of(token), stored)
 
 
 def test_no_two_tokens_are_alike() -> None:
     made = [tokens.make() for _ in range(1_000)]
     assert len({token.id for token in made}) == len({token.secret.reveal() for token in made}) == len(made)
+
+
+def test_client_secret_has_a_prefix_of_its_own_and_is_parsed_as_nothing_else() -> None:
+    secret, token = tokens.make(TokenKind.CLIENT_SECRET), tokens.make()
+    assert secret.text.startswith("dose")
+    assert tokens.parse(secret.text, TokenKind.CLIENT_SECRET) is not None
+    assert tokens.parse(secret.text) is None
+    assert tokens.parse(token.text, TokenKind.CLIENT_SECRET) is None
 
 
 def test_repr_hides_the_secret() -> None:

@@ -24,6 +24,7 @@ from servicekit.context import Principal
 from servicekit.errors import PermissionDenied, ServiceError, Unauthenticated, Unavailable
 from servicekit.identity import (
     AssertionVerifier,
+    BoundToken,
     Identity,
     InvalidToken,
     TokenExchange,
@@ -31,6 +32,7 @@ from servicekit.identity import (
     by_token,
     claims_of,
     principal_of,
+    refuse_bound,
     token_from,
 )
 from tests.support.authority import ADA, GRACE, ScriptedAuthority, Signer, authority_server
@@ -163,9 +165,23 @@ async def test_assertion_of_secrets_is_believed(signer: Signer) -> None:
 
 def test_claims_say_all_there_is_to_a_principal() -> None:
     expiring = dataclasses.replace(GRACE, token_expires_at=1.5)
-    assert principal_of(json.loads(json.dumps(claims_of(expiring, issued_at=0.0)))) == expiring
+    bound = dataclasses.replace(expiring, endpoint_id="e1")
+    for principal in (expiring, bound):
+        assert principal_of(json.loads(json.dumps(claims_of(principal, issued_at=0.0)))) == principal
     assert GRACE.is_admin
     assert not ADA.is_admin
+
+
+def test_bound_token_is_good_for_its_endpoint_and_refused_for_all_else() -> None:
+    bound = dataclasses.replace(GRACE, endpoint_id="e1")
+    assert bound.may_query("e1")
+    assert not bound.may_query("e2")
+    assert GRACE.may_query("e2")
+    refuse_bound(GRACE)
+    with pytest.raises(BoundToken):
+        refuse_bound(bound)
+    with pytest.raises(BoundToken):
+        refuse_bound(dataclasses.replace(GRACE, endpoint_id=""))
 
 
 def hmac_secrets(signer: Signer) -> list[bytes]:
@@ -196,6 +212,10 @@ def forgeries(signer: Signer) -> dict[str, str]:
         "no alg": forged({"kid": "k1"}, claims()),
         "signed by a stranger": stranger.assertion(GRACE),
         "no kid": jwt.encode(claims(), signer.private, algorithm="EdDSA"),
+        "no type": jwt.encode(claims(), signer.private, algorithm="EdDSA", headers={"kid": "k1", "typ": None}),
+        "type of access tokens": jwt.encode(
+            claims(), signer.private, algorithm="EdDSA", headers={"kid": "k1", "typ": "at+jwt"}
+        ),
         "unknown kid": jwt.encode(claims(), signer.private, algorithm="EdDSA", headers={"kid": "k2"}),
         "kid that is a list": forged({"alg": "EdDSA", "kid": ["k1"]}, claims()),
         "unknown critical header": jwt.encode(

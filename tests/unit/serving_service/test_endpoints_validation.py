@@ -18,12 +18,6 @@ def read(message: pb.EndpointCoreConfigInput, *, at: str = "config") -> Endpoint
     return configs.read_config(message, at=at, version=3, author="maker@example.com", now=NOW)
 
 
-def filled() -> Struct:
-    struct = Struct()
-    struct["enabled"] = True
-    return struct
-
-
 @pytest.mark.parametrize("name", ["a", "A-b_9", "x" * 63, "pt", "databricks"])
 def test_endpoint_names_that_are_allowed(name: str) -> None:
     configs.check_create(pb.CreateServingEndpointRequest(name=name))
@@ -35,36 +29,22 @@ def test_endpoint_names_that_are_refused(name: str) -> None:
         configs.check_create(pb.CreateServingEndpointRequest(name=name))
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("route_optimized", True),
-        ("rate_limits", [filled()]),
-        ("ai_gateway", filled()),
-        ("email_notifications", filled()),
-        ("telemetry_config", filled()),
-    ],
-)
-def test_features_that_are_not_offered_are_refused_at_create(field: str, value: Any) -> None:
-    with pytest.raises(FeatureDisabled, match=f"^{field}: "):
-        configs.check_create(pb.CreateServingEndpointRequest(name="demo", **{field: value}))
+def test_a_create_request_that_is_too_long_is_refused() -> None:
+    with pytest.raises(InvalidParameter, match=r"^config: .* more than the limit of 262144"):
+        configs.check_create(pb.CreateServingEndpointRequest(name="demo", description="x" * 262_144))
 
 
 def test_features_that_are_switched_off_are_accepted() -> None:
-    off = Struct()
-    off["enabled"] = False
-    configs.check_create(
-        pb.CreateServingEndpointRequest(name="demo", route_optimized=False, ai_gateway=Struct(), budget_policy_id="b")
-    )
-    read(a_config_input(an_input(burst_scaling_enabled=False), auto_capture_config=off))
+    read(a_config_input(an_input(burst_scaling_enabled=False)))
 
 
-def test_a_tag_needs_a_key_of_its_own() -> None:
-    for keys in (["a", "a"], [""]):
-        with pytest.raises(InvalidParameter, match=r"^tags: "):
-            configs.check_create(
-                pb.CreateServingEndpointRequest(name="demo", tags=[pb.EndpointTag(key=key) for key in keys])
-            )
+def test_description_and_tags_are_small_enough_for_a_list_of_all_endpoints() -> None:
+    most = "x" * configs.MAX_LISTED_BYTES
+    configs.check_create(pb.CreateServingEndpointRequest(name="demo", description=most))
+    with pytest.raises(InvalidParameter, match=r"^description, tags: .* more than the limit"):
+        configs.check_create(
+            pb.CreateServingEndpointRequest(name="demo", description=most, tags=[pb.EndpointTag(key="k")])
+        )
 
 
 def test_defaults_are_filled_in() -> None:
@@ -139,8 +119,17 @@ def test_features_that_are_not_offered_are_refused_in_an_entity(field: str, valu
 
 
 def test_inference_tables_are_refused() -> None:
-    with pytest.raises(FeatureDisabled, match=r"^config\.auto_capture_config: "):
-        read(a_config_input(an_input(), auto_capture_config=filled()))
+    with pytest.raises(FeatureDisabled, match=r"^config\.auto_capture_config\.enabled: "):
+        read(a_config_input(an_input(), auto_capture_config=pb.AutoCaptureConfig(enabled=True)))
+
+
+def test_inference_tables_that_are_switched_off_are_kept_as_they_were_given() -> None:
+    assert read(a_config_input(an_input())).auto_capture is None
+    off = pb.AutoCaptureConfig(catalog_name="main", enabled=False)
+    assert read(a_config_input(an_input(), auto_capture_config=off)).auto_capture == {
+        "catalog_name": "main",
+        "enabled": False,
+    }
 
 
 def test_ten_entities_are_allowed_and_none_or_eleven_are_not() -> None:

@@ -33,6 +33,8 @@ CREATING = Desired(is_updating=True, pending=V2, deadline=DEADLINE)
 UPDATING = Desired(is_updating=True, active=V1, pending=V2, deadline=DEADLINE)
 SERVING = Desired(active=V2)
 FAILED = Desired(active=V1, pending=V2)
+STOPPED = Desired(active=V2, is_stopped=True)
+STARTED = Desired(active=V1, is_stopped=True, is_updating=True, pending=V2, deadline=DEADLINE)
 DELETED = Desired(is_deleted=True, active=V1, pending=V2, is_updating=True)
 
 
@@ -107,6 +109,16 @@ STARTING, READY, ENDED = Phase.STARTING, Phase.READY, Phase.ENDED
             [replica("1", phase=ENDED), replica("3", phase=ENDED), replica("2", "b")],
             [StartReplica(2, "a"), StopReplica("1")],
             id="of several dead ones the newest is kept",
+        ),
+        pytest.param(
+            STOPPED,
+            [replica("1"), replica("2", "b", phase=STARTING)],
+            [StopReplica("1", keep_log=True), StopReplica("2", keep_log=True)],
+            id="stopped: all stop and every log is kept",
+        ),
+        pytest.param(STOPPED, [replica("1", phase=ENDED)], [], id="and nothing is started again"),
+        pytest.param(
+            STARTED, [], [StartReplica(2, "a"), StartReplica(2, "b")], id="started again: only the new version runs"
         ),
         pytest.param(DELETED, [OLD, replica("1")], [StopReplica("old"), StopReplica("1")], id="deleted: all stop"),
     ],
@@ -183,7 +195,8 @@ class World:
         for action in actions:
             was_serving = self.is_serving()
             self.carry_out(action)
-            assert self.desired.is_deleted or not was_serving or self.is_serving(), action
+            is_to_serve = not (self.desired.is_deleted or self.desired.is_stopped)
+            assert not is_to_serve or not was_serving or self.is_serving(), action
         return len(actions)
 
     def carry_out(self, action: Any) -> None:
@@ -197,7 +210,7 @@ class World:
                 assert self.desired.pending is not None
                 assert all(self.observed().is_ready(version, entity) for entity in self.desired.pending[1])
                 self.desired = dataclasses.replace(
-                    self.desired, active=self.desired.pending, pending=None, is_updating=False
+                    self.desired, active=self.desired.pending, pending=None, is_updating=False, is_stopped=False
                 )
             case FailUpdate():
                 self.desired = dataclasses.replace(self.desired, is_updating=False)
@@ -217,6 +230,10 @@ class World:
             self.desired = dataclasses.replace(
                 self.desired, pending=(version, entities), is_updating=True, deadline=self.now + 50.0
             )
+        elif event == "stop" and not self.desired.is_updating and self.desired.active is not None:
+            self.desired = dataclasses.replace(self.desired, pending=None, is_stopped=True)
+        elif event == "cancel":
+            self.desired = dataclasses.replace(self.desired, is_updating=False)
         elif event == "delete" and number == 0:
             self.desired = dataclasses.replace(self.desired, is_deleted=True)
         elif live and event in ("ready", "fail", "die"):
@@ -243,7 +260,10 @@ class World:
 
 
 events = st.lists(
-    st.tuples(st.sampled_from(["update", "ready", "ready", "fail", "die", "delete", "pass"]), st.integers(0, 5)),
+    st.tuples(
+        st.sampled_from(["update", "ready", "ready", "fail", "die", "stop", "cancel", "delete", "pass"]),
+        st.integers(0, 5),
+    ),
     max_size=40,
 )
 
@@ -265,4 +285,5 @@ def test_whatever_happens_what_serves_goes_on_serving_and_the_plan_comes_to_an_e
         assert world.replicas == {}
     else:
         assert not world.desired.is_updating
-        assert live == ([] if active is None else [(active[0], entity) for entity in active[1]])
+        wanted = active if active is not None and not world.desired.is_stopped else (0, ())
+        assert live == [(wanted[0], entity) for entity in wanted[1]]

@@ -1,0 +1,132 @@
+"""What callers say about an endpoint beside its configuration: read, checked, kept as it was said, and shown again.
+
+The rule: whatever is switched on is honoured or refused by its name, and never kept in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+from google.protobuf.message import Message
+
+from servicekit.errors import FeatureDisabled, InvalidParameter
+from tessera.serving.v1 import serving_pb2 as pb
+
+M = TypeVar("M", bound=Message)
+Plain = Mapping[str, Any]
+"""A message as it was given: only what was said is in it."""
+
+Tags = tuple[tuple[str, str | None], ...]
+
+MAX_TAGS_BYTES = 6 * 1024
+"""Of all tags of an endpoint together: all endpoints that there can be must fit into one answer, that of the list."""
+
+_ADDRESS = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
+
+
+def plain(message: Message) -> Plain:
+    """What the message says, as plain values."""
+    said: Plain = MessageToDict(message, preserving_proto_field_name=True)
+    return said
+
+
+def message(kind: type[M], said: Plain | None) -> M | None:
+    """The message that was made `plain`."""
+    return None if said is None else ParseDict(dict(said), kind())
+
+
+def read_tags(tags: Iterable[pb.EndpointTag], *, at: str) -> Tags:
+    """Tags in the order given; raises InvalidParameter for one without a key, or a key that is given twice."""
+    read = tuple((tag.key, tag.value if tag.HasField("value") else None) for tag in tags)
+    keys = [key for key, _ in read]
+    if "" in keys:
+        raise InvalidParameter(f"{at}: every tag needs a key.")
+    if len(set(keys)) < len(keys):
+        raise InvalidParameter(f"{at}: a key may be given once only.")
+    return _bounded(read, at=at)
+
+
+def changed_tags(tags: Tags, *, added: Tags, deleted: Iterable[str]) -> Tags:
+    """The tags after a change: what is given anew keeps its place, what is new comes last, and deleting wins."""
+    gone = set(deleted)
+    changed = tuple((key, value) for key, value in {**dict(tags), **dict(added)}.items() if key not in gone)
+    return _bounded(changed, at="add_tags")
+
+
+def read_ai_gateway(gateway: pb.AiGatewayConfig, *, at: str) -> Plain | None:
+    """The configuration as it was given, None for an empty one; raises FeatureDisabled for what is switched on."""
+    refuse(next(_gateway_features(gateway), None), at=at)
+    return plain(gateway) or None
+
+
+def read_notifications(notifications: pb.EmailNotifications, *, at: str) -> Plain:
+    """Whom to tell, as it was given; raises InvalidParameter for what is no address."""
+    for field in ("on_update_failure", "on_update_success"):
+        addresses: Sequence[str] = getattr(notifications, field)
+        for index, address in enumerate(addresses):
+            if not _ADDRESS.fullmatch(address):
+                raise InvalidParameter(f"{at}.{field}[{index}]: give an e-mail address, such as ada@example.com.")
+    return plain(notifications)
+
+
+def read_telemetry(telemetry: pb.TelemetryConfig, *, at: str) -> Plain:
+    """The configuration as it was given; raises FeatureDisabled for what is switched on."""
+    refuse(next(_telemetry_features(telemetry), None), at=at)
+    return plain(telemetry)
+
+
+def read_auto_capture(capture: pb.AutoCaptureConfig, *, at: str) -> Plain:
+    """The configuration as it was given; raises FeatureDisabled when it is switched on."""
+    refuse("enabled" if capture.enabled else None, at=at)
+    return plain(capture)
+
+
+def refuse_rate_limits(limits: Sequence[pb.RateLimit]) -> None:
+    """Raises FeatureDisabled when there is a limit, since it would not be kept to."""
+    refuse("rate_limits" if limits else None)
+
+
+def refuse(feature: str | None, *, at: str = "") -> None:
+    """Raises FeatureDisabled, naming the field of a feature that is not offered; None: all is well."""
+    if feature is not None:
+        path = f"{at}.{feature}" if at else feature
+        raise FeatureDisabled(f"{path}: this feature is not offered here. Leave the field out, or switch it off.")
+
+
+def _bounded(tags: Tags, *, at: str) -> Tags:
+    size = sum(len(key.encode()) + len((value or "").encode()) for key, value in tags)
+    if size > MAX_TAGS_BYTES:
+        raise InvalidParameter(
+            f"{at}: all tags together have {size} bytes, more than the limit of {MAX_TAGS_BYTES}. Use fewer or shorter"
+            " ones."
+        )
+    return tags
+
+
+def _gateway_features(gateway: pb.AiGatewayConfig) -> Iterator[str]:
+    for field in ("fallback_config", "inference_table_config", "usage_tracking_config"):
+        if getattr(gateway, field).enabled:
+            yield f"{field}.enabled"
+    if gateway.rate_limits:
+        yield "rate_limits"
+    for side in ("input", "output"):
+        guardrail: pb.AiGatewayGuardrail = getattr(gateway.guardrails, side)
+        if guardrail.pii.behavior not in (pb.AiGatewayPii.BEHAVIOR_UNSPECIFIED, pb.AiGatewayPii.NONE):
+            yield f"guardrails.{side}.pii"
+        for field in ("safety", "invalid_keywords", "valid_topics"):
+            if getattr(guardrail, field):
+                yield f"guardrails.{side}.{field}"
+
+
+def _telemetry_features(telemetry: pb.TelemetryConfig) -> Iterator[str]:
+    for field in ("telemetry_profile_id", "enabled_telemetry_features"):
+        if getattr(telemetry, field):
+            yield field
+    for table in telemetry.table_names.DESCRIPTOR.fields_by_name:
+        if getattr(telemetry.table_names, table):
+            yield f"table_names.{table}"
+    if telemetry.inference_table_config.sampling_fraction:
+        yield "inference_table_config.sampling_fraction"

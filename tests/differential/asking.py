@@ -1,0 +1,90 @@
+"""`python -m tests.differential.asking SIZE MODEL...`: asks MLflow's scoring server and ours the same, in this process.
+
+Writes, for each model and case, a line of JSON with both answers. A process of its own, because no test process
+imports mlflow.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow.tracing
+from mlflow.pyfunc import scoring_server
+
+from serving_service.model_server import mlflow_rules
+from serving_service.model_server.application import Application
+from serving_service.model_server.scoring import Scoring
+from tests.differential import corpus, models
+from tests.differential.corpus import Case
+
+
+async def ask(app: Any, case: Case) -> tuple[int, str]:
+    """Status and body of the answer of an ASGI application."""
+    headers = [] if case.content_type is None else [(b"content-type", case.content_type.encode())]
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/invocations",
+        "raw_path": b"/invocations",
+        "query_string": b"",
+        "headers": headers,
+    }
+    answers: list[Any] = []
+    pending = [{"type": "http.request", "body": case.body}]
+    forever = asyncio.Event()
+
+    async def receive() -> Any:
+        if not pending:
+            await forever.wait()
+        return pending.pop()
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    with contextlib.suppress(Exception):  # what MLflow's application raises after its answer
+        await app(scope, receive, send)
+    return answers[0]["status"], b"".join(each.get("body", b"") for each in answers).decode("utf-8", "surrogateescape")
+
+
+async def compare(name: str, cases: list[Case]) -> None:
+    """Asks both servers for the answers of one model."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = mlflow_rules.load(str(models.saved(name, Path(folder))))
+        theirs = scoring_server.init(model)
+        ours = Application(Scoring(model).answer, threads=1, seconds=60, version="")
+        for case in cases:
+            if not case.models or name in case.models:
+                record = {
+                    "model": name,
+                    "content_type": case.content_type,
+                    "body": case.body.decode("latin-1"),
+                    "theirs": await ask(theirs, case),
+                    "ours": await ask(ours, case),
+                }
+                sys.stdout.write(json.dumps(record) + "\n")
+
+
+def main(size: int, names: list[str]) -> None:
+    """Compares the models of these names."""
+    warnings.simplefilter("ignore")  # what MLflow says while saving, and pandas while guessing at dates
+    logging.disable()
+    mlflow.tracing.disable()
+    cases = corpus.cases(size)
+    for kind in models.ANSWERS:
+        for document in ({"dataframe_records": [{"kind": kind}]}, {"messages": [], "kind": kind}):
+            cases.append(Case(body=json.dumps(document).encode(), models=("answers",)))
+    for name in names:
+        asyncio.run(compare(name, cases))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,512 @@
+"""The planted faults: bugs that somebody could make, each with the tests that must notice it.
+
+To add one, append a `Fault`: its old text must stand exactly once in the file, and a unit test says when it no longer
+does. Name the tests that are *about* the promise, the fewest that should go red. Then bring the table in
+tests/README.md up to date with `python -m tests.faults --list`, and see it caught: `make faults F=name`.
+"""
+
+from __future__ import annotations
+
+from tests.faults.fault import Fault
+
+_SECRETS = "tests/service/test_secrets.py"
+_ACLS = "tests/service/test_acls.py"
+_GRANTS = "tests/service/test_grants.py"
+_PERMISSIONS = "tests/service/test_permissions.py"
+_ENDPOINTS = "tests/service/test_endpoint_permissions.py"
+_REVOCATION = "tests/service/test_revocation.py::test_right_that_is_taken_away_is_gone_at_every_gateway"
+_OAUTH = "tests/service/test_oauth.py"
+_OIDC = "tests/service/test_oidc.py"
+_ONCE = "tests/service/test_once.py"
+_IDENTITY = "tests/service/test_identity.py"
+_DIRECTORY = "tests/service/test_directory.py"
+_VERSIONS = "tests/service/test_versions.py"
+_MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
+_HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
+
+FAULTS = (
+    # --- who may do what ---
+    Fault(
+        name="read-without-permission",
+        property="S7",
+        file="secrets_service/scopes.py",
+        old="        _require(standing, found, caller)\n        if sealed",
+        new="        current_decision(policy.SCOPE).allow()\n        if sealed",
+        tests=(f"{_ACLS}::test_each_operation_needs_its_permission", _MODEL),
+    ),
+    Fault(
+        name="write-changes-acls",
+        property="S7",
+        file="tessera/policy.py",
+        old='Secrets/PutAcl": MANAGE,',
+        new='Secrets/PutAcl": WRITE,',
+        tests=(f"{_ACLS}::test_each_operation_needs_its_permission", _MODEL),
+    ),
+    Fault(
+        name="restore-by-readers",
+        property="S7",
+        file="tessera/policy.py",
+        old='Secrets/RestoreSecret": WRITE,',
+        new='Secrets/RestoreSecret": READ,',
+        tests=(f"{_VERSIONS}::test_versions_are_listed_by_readers_and_changed_by_writers", _MODEL),
+    ),
+    Fault(
+        name="launch-without-permission",
+        property="S15",
+        file="secrets_service/resolver.py",
+        old="denied = [reader for reader in readers if not _may_read(connection, scope, reader)]",
+        new="denied: list[User | None] = []",
+        tests=(
+            f"{_GRANTS}::test_a_author_without_read_cannot_add_a_reference",
+            f"{_GRANTS}::test_c_creator_without_read_is_refused_at_the_grant_and_at_the_launch",
+            f"{_GRANTS}::test_h_creator_who_loses_read_is_named_with_scope_and_key_and_holds_what_runs",
+        ),
+    ),
+    Fault(
+        name="key-told-before-permission",
+        property="S8",
+        file="secrets_service/scopes.py",
+        old="""        _require(standing, found, caller)
+        if sealed is None:
+            raise SecretNotFound(found.name, key)
+""",
+        new="""        if sealed is None:
+            raise SecretNotFound(found.name, key)
+        _require(standing, found, caller)
+""",
+        tests=(
+            f"{_ACLS}::test_without_permission_nobody_learns_which_keys_exist",
+            "tests/service/test_secrecy.py::test_without_permission_keys_that_exist_and_others_are_refused_alike",
+        ),
+    ),
+    Fault(
+        name="key-looked-for-before-permission",
+        property="S8",
+        file="secrets_service/scopes.py",
+        old="may_read = access.allows(standing, Permission.READ)",
+        new="may_read = True",
+        tests=(f"{_ACLS}::test_key_is_not_even_looked_for_where_one_may_not_read",),
+    ),
+    Fault(
+        name="endpoints-seen-by-everybody",
+        property="S8",
+        file="serving_service/endpoints.py",
+        old="""        if endpoint_id is None or level is None:
+            raise EndpointNotFound(name)
+        if level < needed:""",
+        new="""        if endpoint_id is None:
+            raise EndpointNotFound(name)
+        if level is None or level < needed:""",
+        tests=("tests/service/test_secrecy.py::test_endpoint_without_permission_is_one_that_does_not_exist",),
+    ),
+    Fault(
+        name="endpoint-read-before-permission",
+        property="S8",
+        file="serving_service/endpoints.py",
+        old="        endpoint_id = await self._database.read(store.id_of, name)\n",
+        new="""        seen = await self._database.read(store.endpoint_named, name)
+        endpoint_id = seen.id if seen else None
+""",
+        tests=("tests/service/test_secrecy.py::test_endpoint_is_not_read_for_somebody_who_may_not_see_it",),
+    ),
+    # --- the directory ---
+    Fault(
+        name="ids-given-again",
+        property="S12",
+        file="secrets_service/directory_store.py",
+        old='"INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?)"',
+        new="""\
+        "INSERT INTO principals (id, kind, name, folded) VALUES"
+        " ((SELECT coalesce(max(id), 1000000000000000) + 1 FROM principals), ?, ?, ?)\"""",
+        tests=(f"{_DIRECTORY}::test_user_made_anew_under_an_old_name_inherits_nothing",),
+    ),
+    Fault(
+        name="deactivated-owner-accepted",
+        property="S12",
+        file="secrets_service/authority.py",
+        old="return stored.owner.profile.is_active and self._now() * 1000 < stored.info.expires_ms",
+        new="return self._now() * 1000 < stored.info.expires_ms",
+        tests=(f"{_IDENTITY}::test_token_of_an_inactive_user_is_refused", _MODEL),
+    ),
+    Fault(
+        name="assertion-outlives-its-token",
+        property="S12",
+        file="secrets_service/authority.py",
+        old="            await authority.confirm(found.principal)\n",
+        new="            pass\n",
+        tests=(f"{_DIRECTORY}::test_who_is_deactivated_or_deleted_is_refused_at_once_also_with_an_assertion",),
+    ),
+    Fault(
+        name="last-admin-may-go",
+        property="S7",
+        file="secrets_service/directory.py",
+        old="            if not directory_store.has_active_admin(connection):\n                raise LastAdmin\n",
+        new="",
+        tests=(f"{_DIRECTORY}::test_last_active_admin_stays",),
+    ),
+    Fault(
+        name="directory-changed-by-anybody",
+        property="S7",
+        file="secrets_service/callers.py",
+        old="    if not require_active(connection, caller).is_admin:",
+        new="    if not require_active(connection, caller):",
+        tests=(f"{_DIRECTORY}::test_only_admins_change_the_directory", _MODEL),
+    ),
+    Fault(
+        name="groups-from-the-assertion",
+        property="S12",
+        file="secrets_service/callers.py",
+        old="    if not require_active(connection, caller).is_admin:",
+        new="    if not (require_active(connection, caller) and caller.is_admin):",
+        tests=(
+            "tests/unit/secrets_service/test_callers.py::test_what_an_assertion_says_about_groups_makes_nobody_an_admin",
+        ),
+    ),
+    Fault(
+        name="patch-half-done",
+        property="R2",
+        file="servicekit/database.py",
+        old="""        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise""",
+        new="""        if connection.in_transaction:
+            connection.execute("COMMIT")
+        raise""",
+        tests=(
+            "tests/unit/servicekit/test_database.py::test_transaction_that_raises_leaves_nothing_and_the_next_one_works",
+            f"{_DIRECTORY}::test_last_active_admin_stays",
+        ),
+    ),
+    # --- tokens and assertions ---
+    Fault(
+        name="any-secret-goes",
+        property="S10",
+        file="secrets_service/tokens.py",
+        old="hmac.compare_digest(mac, stored or bytes(len(mac))) and stored is not None",
+        new="stored is not None",
+        tests=(
+            f"{_IDENTITY}::test_secret_of_one_token_does_not_go_with_the_id_of_another",
+            "tests/unit/secrets_service/test_tokens.py::test_only_the_right_secret_under_the_right_id_matches",
+        ),
+    ),
+    Fault(
+        name="expiry-ignored",
+        property="S10",
+        file="secrets_service/authority.py",
+        old="return stored.owner.profile.is_active and self._now() * 1000 < stored.info.expires_ms",
+        new="return stored.owner.profile.is_active",
+        tests=(f"{_IDENTITY}::test_expired_token_is_refused_at_once_and_no_longer_listed",),
+    ),
+    Fault(
+        name="known-token-id-shows",
+        property="S10",
+        file="secrets_service/authority.py",
+        old="""    if not tokens.is_same(mac, store.find_token_mac(connection, token_id)):
+        return None
+    return store.find_token(connection, token_id)
+""",
+        new="""    found = store.find_token(connection, token_id)
+    return found if tokens.is_same(mac, store.find_token_mac(connection, token_id)) else None
+""",
+        tests=(
+            "tests/unit/secrets_service/test_authority.py"
+            "::test_wrong_secret_is_looked_up_as_an_unknown_id_is_however_well_the_token_is_known",
+        ),
+    ),
+    Fault(
+        name="audience-not-checked",
+        property="S13",
+        file="servicekit/identity.py",
+        old="""                audience=AUDIENCE,
+                options={"require": ["exp", "iat", "sub", "aud"]},""",
+        new="""                options={"require": ["exp", "iat", "sub", "aud"], "verify_aud": False},""",
+        tests=("tests/unit/servicekit/test_identity.py::test_forged_assertion_is_refused_with_a_fixed_text",),
+    ),
+    Fault(
+        name="internal-rpc-in-public",
+        property="S14",
+        file="servicekit/grpc_server.py",
+        old="            if row.peers and listener.peer not in row.peers:",
+        new="            if row.peers and listener.peer is not None and listener.peer not in row.peers:",
+        tests=(f"{_IDENTITY}::test_internal_rpc_exists_only_on_the_sockets_of_its_callers",),
+    ),
+    Fault(
+        name="forwarded-for-believed",
+        property="S14",
+        file="servicekit/source.py",
+        old="""    if address is None or not _is_in(address, trusted):
+        return Source(""",
+        new="""    if address is None:
+        return Source(""",
+        tests=("tests/unit/servicekit/test_source.py::test_stranger_is_not_believed",),
+    ),
+    # --- values at rest ---
+    Fault(
+        name="key-not-bound",
+        property="S2",
+        file="secrets_service/cipher.py",
+        old="            place.key.encode(),\n",
+        new="",
+        tests=(
+            f"{_SECRETS}::test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open",
+            "tests/unit/secrets_service/test_cipher.py::test_record_opens_at_no_other_place",
+        ),
+    ),
+    Fault(
+        name="version-not-bound",
+        property="S2",
+        file="secrets_service/cipher.py",
+        old='            place.version.to_bytes(8, "big"),\n',
+        new="",
+        tests=(
+            f"{_SECRETS}::test_old_ciphertext_of_a_key_does_not_open_again",
+            "tests/unit/secrets_service/test_cipher.py::test_record_opens_at_no_other_place",
+        ),
+    ),
+    Fault(
+        name="nonce-reused",
+        property="S6",
+        file="secrets_service/cipher.py",
+        old="salt, nonce = os.urandom(SALT_LENGTH), os.urandom(NONCE_LENGTH)",
+        new="salt, nonce = bytes(SALT_LENGTH), bytes(NONCE_LENGTH)",
+        tests=("tests/unit/secrets_service/test_cipher.py::test_no_two_records_share_salt_or_nonce",),
+    ),
+    Fault(
+        name="deleted-value-stays",
+        property="S1",
+        file="secrets_service/values.py",
+        old="""        store.delete_key(connection, key)
+        return store.drop_versions(connection, key.id, keep=self._keep)
+""",
+        new="""        store.delete_key(connection, key)
+        return 0
+""",
+        tests=(f"{_VERSIONS}::test_destroyed_value_is_not_on_disk_any_more",),
+    ),
+    Fault(
+        name="log-not-emptied",
+        property="S1",
+        file="secrets_service/memory.py",
+        old="            if destroyed:\n                await self._database.erase()\n",
+        new="",
+        tests=(f"{_VERSIONS}::test_destroyed_value_is_not_on_disk_any_more",),
+    ),
+    Fault(
+        name="last-manage-not-warned-of",
+        property="contract 4.5",
+        file="secrets_service/scopes.py",
+        old="""            store.delete_grant(connection, found, folded)
+            _warn_if_abandoned(connection, found, before)""",
+        new="""            store.delete_grant(connection, found, folded)""",
+        tests=("tests/service/test_warnings.py::test_deleting_the_last_manage_is_warned_of", _MODEL),
+    ),
+    # --- one thing at a time ---
+    Fault(
+        name="memory-kept-across-writes",
+        property="R4",
+        file="secrets_service/memory.py",
+        old="        self._changes += 1\n        self._memory.clear()\n",
+        new="        self._changes += 1\n",
+        tests=(
+            _HISTORIES,
+            "tests/unit/secrets_service/test_memory.py::test_read_is_made_once_until_something_is_written",
+        ),
+    ),
+    Fault(
+        name="condition-looked-at-too-early",
+        property="R4",
+        file="secrets_service/scopes.py",
+        old="""        def put(connection: sqlite3.Connection) -> tuple[None, int]:
+            found = permitted(connection, scope, caller)
+            known = store.find_key(connection, found, names.folded(key))
+            current = known.current if known else 0
+""",
+        new="""        def look(connection: sqlite3.Connection) -> int:
+            found = permitted(connection, scope, caller)
+            known = store.find_key(connection, found, names.folded(key))
+            return known.current if known else 0
+
+        current = await self._database.read(look)
+
+        def put(connection: sqlite3.Connection) -> tuple[None, int]:
+            found = permitted(connection, scope, caller)
+""",
+        tests=(_HISTORIES,),
+    ),
+    # --- what may be launched with secrets ---
+    Fault(
+        name="author-not-asked",
+        property="S15",
+        file="secrets_service/grants.py",
+        old="readers = [creator] if reference in vouched or writer == creator else [creator, writer]",
+        new="readers = [creator]",
+        tests=(
+            f"{_GRANTS}::test_a_author_without_read_cannot_add_a_reference",
+            f"{_GRANTS}::test_b_author_without_read_cannot_change_what_runs_while_references_remain",
+            f"{_ENDPOINTS}::test_whoever_manages_an_endpoint_may_scale_it_but_not_run_something_else_with_its_secrets",
+        ),
+    ),
+    Fault(
+        name="another-digest-launched",
+        property="S3",
+        file="secrets_service/grants.py",
+        old="if (grant.version, grant.digest) == (version, digest):",
+        new="if grant.version == version:",
+        tests=(
+            f"{_GRANTS}::test_e_only_what_was_granted_is_handed_out",
+            f"{_ENDPOINTS}::test_what_was_changed_in_the_database_is_not_launched_with_secrets",
+        ),
+    ),
+    Fault(
+        name="variables-not-in-the-digest",
+        property="S15",
+        file="serving_service/environment.py",
+        old='        "environment": dict(entity.environment),\n',
+        new="",
+        tests=(
+            f"{_ENDPOINTS}::test_whoever_manages_an_endpoint_may_scale_it_but_not_run_something_else_with_its_secrets",
+        ),
+    ),
+    Fault(
+        name="deleted-endpoint-granted-again",
+        property="S15",
+        file="secrets_service/grants.py",
+        old="    if grant_store.find_endpoint(connection, endpoint_id) not in (None, mine):",
+        new="""    known = grant_store.find_endpoint(connection, endpoint_id)
+    if known is not None and not known.is_deleted and known != mine:""",
+        tests=(f"{_GRANTS}::test_g_a_deleted_endpoint_has_no_grant_and_never_gets_one_again",),
+    ),
+    Fault(
+        name="new-endpoints-believed",
+        property="S15",
+        file="secrets_service/foundation.py",
+        old="        grant_store.older_endpoints_are_known(connection)  # there are none\n",
+        new="",
+        tests=(f"{_GRANTS}::test_a_new_database_takes_nobodys_word_for_endpoints",),
+    ),
+    Fault(
+        name="reservation-kept",
+        property="R5",
+        file="serving_service/app.py",
+        old="        await opened.write(store.clear_reservations)\n",
+        new="",
+        tests=(f"{_ENDPOINTS}::test_what_a_killed_process_had_begun_is_undone_by_the_next",),
+    ),
+    # --- permissions on endpoints, and the feed ---
+    Fault(
+        name="viewers-may-query",
+        property="S7",
+        file="tessera/policy.py",
+        old='ServingEndpoints/Query": CAN_QUERY,',
+        new='ServingEndpoints/Query": CAN_VIEW,',
+        tests=(
+            f"{_ENDPOINTS}::test_each_level_opens_what_it_is_for_and_nothing_else",
+            "tests/service/test_policy.py::test_the_table_is_the_one_that_was_agreed_on",
+        ),
+    ),
+    Fault(
+        name="decision-forgotten",
+        property="S7",
+        file="servicekit/policy.py",
+        old="        self.is_allowed = not row.subject\n",
+        new="        self.is_allowed = True\n",
+        tests=(
+            "tests/service/test_grpc_server.py::test_answer_without_the_decision_that_its_row_asks_for_is_withheld",
+        ),
+    ),
+    Fault(
+        name="revocation-not-followed",
+        property="S12",
+        file="servicekit/access.py",
+        old="            self._forget(changes.principal_ids, changes.token_ids)\n",
+        new="",
+        tests=(_REVOCATION, f"{_PERMISSIONS}::test_every_change_of_an_identity_is_told"),
+    ),
+    Fault(
+        name="answered-before-it-is-followed",
+        property="S12",
+        file="secrets_service/memory.py",
+        old="""        result, revision = await self._writing(self._published(function, *args, **kwargs))
+        await self._feed.followed(revision)
+""",
+        new="""        result, revision = await self._writing(self._published(function, *args, **kwargs))
+""",
+        tests=(f"{_PERMISSIONS}::test_a_change_is_answered_when_it_is_followed",),
+    ),
+    Fault(
+        name="table-used-for-ever",
+        property="S12",
+        file="servicekit/access.py",
+        old="        if self._now() - self._heard_at > limit:\n            raise _unavailable()\n",
+        new="",
+        tests=("tests/service/test_gateway.py::test_without_a_window_permissions_that_nobody_confirms_are_not_used",),
+    ),
+    # --- OAuth and other issuers ---
+    Fault(
+        name="bound-token-goes-everywhere",
+        property="S13",
+        file="servicekit/context.py",
+        old="return self.endpoint_id in (None, endpoint_id)",
+        new="return True",
+        tests=(
+            f"{_OAUTH}::test_bound_token_queries_its_endpoint_over_grpc_and_does_nothing_else",
+            f"{_OAUTH}::test_bound_token_invokes_its_endpoint_through_the_gateway_and_does_nothing_else",
+        ),
+    ),
+    Fault(
+        name="client-secret-is-a-token",
+        property="S10",
+        file="secrets_service/authority.py",
+        old="if stored is None or stored.kind is not kind or not self._is_good(stored):",
+        new="if stored is None or not self._is_good(stored):",
+        tests=(f"{_OAUTH}::test_client_secret_is_no_token_and_a_token_no_client_secret",),
+    ),
+    Fault(
+        name="any-audience-goes",
+        property="S13",
+        file="secrets_service/jwts.py",
+        old='if claims.get("aud") not in (audience, [audience]):',
+        new='if "aud" not in claims:',
+        tests=(f"{_OAUTH}::test_forged_access_token_is_refused", f"{_OIDC}::test_forged_external_token_is_refused"),
+    ),
+    # --- retries ---
+    Fault(
+        name="retry-makes-it-twice",
+        property="R3",
+        file="servicekit/once.py",
+        old="        self.look(connection)\n        result",
+        new="        result",
+        tests=(f"{_ONCE}::test_retry_of_every_change_gives_the_first_answer_and_changes_nothing",),
+    ),
+    Fault(
+        name="answer-of-somebody-else",
+        property="R3",
+        file="servicekit/once.py",
+        old="        if fingerprint != request.fingerprint:",
+        new="        if not fingerprint:",
+        tests=(
+            f"{_ONCE}::test_permissions_are_changed_once",
+            f"{_ENDPOINTS}::test_a_retry_of_a_change_gets_the_first_answer",
+        ),
+    ),
+    # --- hostile text ---
+    Fault(
+        name="filter-text-in-sql",
+        property="S26",
+        file="secrets_service/directory_store.py",
+        old="""                    condition = f"{column.text} = ?\"""",
+        new="""                    parameters.pop()
+                    condition = f"{column.text} = '{value}'\"""",
+        tests=(
+            "tests/service/test_injection.py::test_hostile_text_is_text",
+            "tests/unit/test_sql.py::test_statements_are_made_of_the_programs_own_text",
+        ),
+    ),
+)
+
+
+def as_markdown() -> str:
+    """The table as tests/README.md shows it."""
+    lines = ["| Fault | Breaks | In |", "|---|---|---|"]
+    lines += [f"| `{fault.name}` | {fault.property} | `{fault.file}` |" for fault in FAULTS]
+    return "".join(f"{line}\n" for line in lines)
