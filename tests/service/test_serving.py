@@ -351,7 +351,8 @@ async def test_a_list_reads_nothing_of_endpoints_that_the_caller_may_not_see(
     original = store._configs
 
     def recorded(connection: Any, endpoint_id: str) -> Any:
-        read.append(endpoint_id)
+        if context.current() is not None:  # the workers of endpoints read them too, for nobody
+            read.append(endpoint_id)
         return original(connection, endpoint_id)
 
     monkeypatch.setattr(store, "_configs", recorded)
