@@ -96,10 +96,11 @@ async def test_user_is_known_by_an_external_token(algorithm: str) -> None:
 async def test_assertion_about_an_external_identity_says_what_the_database_says(
     service: RunningSecrets, issuer: Issuer
 ) -> None:
-    token = issuer.mint(groups=["admins"], name="mallory").token()
+    minted = issuer.mint(groups=["admins"], name="mallory")
+    token = minted.token()
     claims = jwt.decode(await service.assertion(token), options={"verify_signature": False})
     assert (claims["name"], claims["groups"], claims["tid"]) == ("bob", ["users"], "")
-    assert claims["texp"] == issuer.mint().claims["exp"]
+    assert claims["texp"] == minted.claims["exp"]
     assert "eid" not in claims
     peer = service.peer("gateway", await service.assertion(token))
     assert (await me(peer)).user_name == "bob"
