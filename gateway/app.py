@@ -292,7 +292,8 @@ class Gateway:
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
         )
         warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
-        await answer(send, binding.success_status, [*headers, *warnings, _JSON], transcoded.body)
+        content_type = (b"content-type", transcoded.content_type.encode("ascii"))
+        await answer(send, binding.success_status, [*headers, *warnings, content_type], transcoded.body)
 
     async def _answer_special(
         self, special: _Special, request: Request, send: Send, headers: Headers, match: re.Match[str]

@@ -17,6 +17,9 @@ from google.protobuf.descriptor import FieldDescriptor, MethodDescriptor, Servic
 from servicekit.exposure import REST, exposure
 from tessera.options.v1 import options_pb2
 
+HTTP_BODY = "google.api.HttpBody"
+"""The answer that is no message but bytes of a media type."""
+
 ALL = "*"
 """The body that is the whole message."""
 
@@ -64,6 +67,12 @@ class Binding:
     def service(self) -> ServiceDescriptor:
         """The service that the RPC belongs to."""
         return self.method.containing_service
+
+    @property
+    def media_type(self) -> str:
+        """What an answer is that is passed on as it comes; empty where it is a message, which becomes JSON."""
+        media_type: str = self.method.GetOptions().Extensions[options_pb2.answers_with]
+        return media_type
 
     @property
     def success_status(self) -> int:
@@ -160,6 +169,9 @@ def _binding(method: MethodDescriptor, rule: http_pb2.HttpRule) -> Binding:
         raise ValueError(f"{where}: a rule needs one of get, put, post, delete and patch, and no response_body.")
     if method.client_streaming or method.server_streaming:
         raise ValueError(f"{where}: a stream has no REST form here.")
+    media_type = method.GetOptions().Extensions[options_pb2.answers_with]
+    if bool(media_type) != (method.output_type.full_name == HTTP_BODY):
+        raise ValueError(f"{where}: {HTTP_BODY} and the option answers_with belong together.")
     template = getattr(rule, verb)
     segments = tuple(_segment(text, f"{where}: {template}") for text in _parts(template, where))
     fields = method.input_type.fields_by_name

@@ -1,5 +1,7 @@
 """An HTTP request becomes a message, the message a call, the answer JSON; the same way for every RPC.
 
+An answer that is a google.api.HttpBody is passed on as it is.
+
 The rule: what fills the message is decided by the binding alone; query, body and path, in this order, replace whole
 fields of the one before. No operation has code of its own here.
 """
@@ -14,15 +16,18 @@ from urllib.parse import parse_qsl
 
 import grpc
 import orjson
+from google.api.httpbody_pb2 import HttpBody
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from gateway.http_rules import ALL, Binding
+from gateway.http_rules import ALL, HTTP_BODY, Binding
 from gateway.json_codec import MAX_DEPTH, Codec, CodecError, codec_for, parse
 from servicekit import channels
 
 MAX_QUERY_FIELDS = 1000
+
+JSON = "application/json"
 
 _TWICE = "given more than once in the query"
 
@@ -32,7 +37,9 @@ class Transcoded:
     """The answer to a request."""
 
     body: bytes
-    """A JSON object."""
+    """A JSON object, unless the RPC answers with bytes."""
+
+    content_type: str
 
     warnings: tuple[str, ...]
     """What the service that answered wants the caller to know besides: printable ASCII."""
@@ -41,7 +48,8 @@ class Transcoded:
 @dataclass(frozen=True, slots=True)
 class _Call:
     request: Codec
-    response: Codec
+    read: Callable[[Any], tuple[bytes, str]]
+    """Body and content type of what is answered."""
     channel: grpc.aio.Channel
     invoke: grpc.aio.UnaryUnaryMultiCallable[Message, Message]
 
@@ -80,7 +88,7 @@ class Transcoder:
         response = await answering
         trailers = await answering.trailing_metadata()
         warnings = tuple(str(value) for name, value in trailers or () if name == channels.WARNING)
-        return Transcoded(orjson.dumps(call.response.encode(response)), warnings)
+        return Transcoded(*call.read(response), warnings)
 
 
 def request_message(
@@ -102,7 +110,7 @@ def _call(channel: grpc.aio.Channel, method: MethodDescriptor) -> _Call:
     request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
     return _Call(
         codec_for(method.input_type),
-        codec_for(method.output_type),
+        _raw if method.output_type.full_name == HTTP_BODY else _encoder(method),
         channel,
         channel.unary_unary(
             f"/{method.containing_service.full_name}/{method.name}",
@@ -110,6 +118,15 @@ def _call(channel: grpc.aio.Channel, method: MethodDescriptor) -> _Call:
             response_deserializer=response.FromString,
         ),
     )
+
+
+def _encoder(method: MethodDescriptor) -> Callable[[Any], tuple[bytes, str]]:
+    codec = codec_for(method.output_type)
+    return lambda message: (orjson.dumps(codec.encode(message)), JSON)
+
+
+def _raw(body: HttpBody) -> tuple[bytes, str]:
+    return body.data, body.content_type
 
 
 def _replace(codec: Codec, message: Message, stronger: Mapping[str, Any]) -> None:

@@ -123,7 +123,7 @@ class _Description:
         success = {
             "description": "The operation succeeded.",
             "headers": _headers("X-Tessera-Request-Id", "X-Databricks-Org-Id"),
-            "content": {JSON: {"schema": self._schemas.reference(method.output_type)}},
+            "content": self._answer(binding),
         }
         is_scim = binding.service.GetOptions().Extensions[options_pb2.error_shape] == options_pb2.ERROR_SHAPE_SCIM
         operation["responses"] = {
@@ -131,6 +131,11 @@ class _Description:
             **_error_responses("ScimError" if is_scim else "Error"),
         }
         return operation
+
+    def _answer(self, binding: Binding) -> Node:
+        if not binding.media_type:
+            return {JSON: {"schema": self._schemas.reference(binding.method.output_type)}}
+        return {binding.media_type: {"schema": {"type": "object" if binding.media_type == JSON else "string"}}}
 
     def _path_parameters(self, binding: Binding, in_path: list[str]) -> Iterator[Node]:
         for name in in_path:

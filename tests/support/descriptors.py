@@ -19,6 +19,7 @@ from tessera.options.v1 import options_pb2
 _numbers = itertools.count(1)
 _DEPENDENCIES = (
     "google/api/annotations.proto",
+    "google/api/httpbody.proto",
     "google/protobuf/struct.proto",
     "google/protobuf/timestamp.proto",
     "tessera/options/v1/options.proto",
@@ -32,7 +33,8 @@ class ProtoFile:
     """A .proto under construction; types are named without their package."""
 
     def __init__(self) -> None:
-        from google.protobuf import struct_pb2, timestamp_pb2  # noqa: F401 (their files must be in the pool)
+        from google.api import httpbody_pb2  # noqa: F401 (these files must be in the pool)
+        from google.protobuf import struct_pb2, timestamp_pb2  # noqa: F401
 
         number = next(_numbers)
         self.package = f"tessera.testing.v{number}"
@@ -95,6 +97,7 @@ class ProtoFile:
         grpc_only: bool = False,
         internal_to: Sequence[str] = (),
         streaming: bool = False,
+        answers_with: str = "",
         error_shape: options_pb2.ErrorShape.ValueType = options_pb2.ERROR_SHAPE_UNSPECIFIED,
     ) -> None:
         """Adds an RPC, and its service if need be. `http` holds the rule, then the additional bindings."""
@@ -114,6 +117,8 @@ class ProtoFile:
         if grpc_only:
             method.options.Extensions[options_pb2.grpc_only] = True
         method.options.Extensions[options_pb2.internal_to].extend(internal_to)
+        if answers_with:
+            method.options.Extensions[options_pb2.answers_with] = answers_with
 
     def build(self) -> FileDescriptor:
         """The file in the default pool; to be called once."""
@@ -214,6 +219,14 @@ def library() -> FileDescriptor:
         "Library", "PutItem", "Everything", "Everything", http=[{"put": "/api/things/{name}/item", "body": "item"}]
     )
     file.rpc("Library", "Delete", "Everything", "Nothing", http=[{"delete": "/api/things/{name}"}])
+    file.rpc(
+        "Library",
+        "Print",
+        "Everything",
+        "google.api.HttpBody",
+        http=[{"get": "/api/things/{name}/print"}],
+        answers_with="text/plain",
+    )
     file.rpc("Library", "Watch", "Everything", "Nothing", grpc_only=True)
     file.rpc("Library", "Resolve", "Everything", "Nothing", internal_to=["serving"])
     file.rpc(

@@ -154,6 +154,12 @@ def test_stream_with_a_route_is_refused() -> None:
         table({"get": "/a"}, streaming=True)
 
 
+def test_what_an_answer_of_bytes_is_must_be_said_and_of_no_other() -> None:
+    with pytest.raises(ValueError, match=r"HttpBody and the option answers_with belong together"):
+        table({"get": "/a"}, answers_with="text/plain")
+    assert [binding.media_type for binding in table({"get": "/a"})] == [""]
+
+
 def test_rpc_that_does_not_say_who_may_reach_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"R0 needs exactly one of"):
         table([])
@@ -162,7 +168,7 @@ def test_rpc_that_does_not_say_who_may_reach_it_is_refused() -> None:
 def test_only_rest_rpcs_have_routes_and_only_scim_creations_answer_201() -> None:
     routes = bindings([service("Library"), service("People")])
     statuses = {binding.method.name: binding.success_status for binding in routes}
-    assert statuses == {"Create": 200, "Get": 200, "Put": 200, "PutItem": 200, "Delete": 200} | {
+    assert statuses == {"Create": 200, "Get": 200, "Put": 200, "PutItem": 200, "Delete": 200, "Print": 200} | {
         "CreatePerson": 201,
         "GetPerson": 200,
     }

@@ -188,6 +188,8 @@ def test_other_services_are_described_just_so() -> None:
     assert places["name"] == ("path", True)
     assert places["flag"] == places["words"] == places["item.title"] == ("query", False)
     assert not [name for name in places if name.startswith(("free", "any", "child"))]
+    printed = document["paths"]["/api/things/{name}/print"]["get"]["responses"]["200"]["content"]
+    assert printed == {"text/plain": {"schema": {"type": "string"}}}
     put_item = document["paths"]["/api/things/{name}/item"]["put"]
     assert put_item["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(".Item")
     assert "201" in document["paths"]["/scim/People"]["post"]["responses"]

@@ -9,10 +9,11 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from google.api.httpbody_pb2 import HttpBody
 
 from gateway.http_rules import RouteTable, bindings
 from gateway.json_codec import CodecError
-from gateway.transcoding import MAX_QUERY_FIELDS, Transcoder
+from gateway.transcoding import MAX_QUERY_FIELDS, Transcoded, Transcoder
 from tests.support.descriptors import ProtoFile, service
 from tests.support.echo import EchoServer, echo_server
 
@@ -27,7 +28,13 @@ class Client:
         self._routes = routes
         self._transcoder = Transcoder(self._channel_for, routes)
 
-    async def send(
+    async def send(self, verb: str, path: str, **request: Any) -> Any:
+        transcoded = await self.transcoded(verb, path, **request)
+        self.warnings = transcoded.warnings
+        assert transcoded.content_type == "application/json"
+        return json.loads(transcoded.body)
+
+    async def transcoded(
         self,
         verb: str,
         path: str,
@@ -36,12 +43,10 @@ class Client:
         body: bytes = b"",
         metadata: tuple[tuple[str, str], ...] = (),
         timeout: float | None = 5,
-    ) -> Any:
+    ) -> Transcoded:
         match = self._routes.match(verb, path)
         assert match is not None
-        transcoded = await self._transcoder.handle(*match, query, body, metadata, timeout)
-        self.warnings = transcoded.warnings
-        return json.loads(transcoded.body)
+        return await self._transcoder.handle(*match, query, body, metadata, timeout)
 
     def _channel_for(self, method: Any) -> grpc.aio.Channel:
         self.asked_for_channel.append(method.full_name)
@@ -162,6 +167,15 @@ async def test_failed_call_raises_the_status_of_the_peer(client: Client) -> None
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
+async def test_answer_of_bytes_is_passed_on_as_it_is(client: Client) -> None:
+    async def print_it(request: Any, context: Any) -> Any:
+        return HttpBody(content_type="text/plain; charset=utf-8", data=b"\xff {}\n")
+
+    client.server.answer = print_it
+    answer = await client.transcoded("GET", "/api/things/n/print")
+    assert (answer.body, answer.content_type) == (b"\xff {}\n", "text/plain; charset=utf-8")
+
+
 async def test_warnings_of_the_peer_come_with_the_answer(client: Client) -> None:
     async def warn(request: Any, context: Any) -> Any:
         context.set_trailing_metadata((("x-tessera-warning", "one"), ("other", "no"), ("x-tessera-warning", "two")))
@@ -177,7 +191,7 @@ async def test_warnings_of_the_peer_come_with_the_answer(client: Client) -> None
 async def test_channel_is_asked_for_once_per_rpc(client: Client) -> None:
     for _ in range(2):
         await client.send("GET", "/api/things/n")
-    assert len(client.asked_for_channel) == len(set(client.asked_for_channel)) == 7
+    assert len(client.asked_for_channel) == len(set(client.asked_for_channel)) == 8
 
 
 async def test_binding_is_compiled_at_the_start_not_at_the_first_call() -> None:
