@@ -79,6 +79,17 @@ class Observation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelPython:
+    """The Python environment of a model that does not run in the service's own."""
+
+    executable: Path
+    program: Path
+    """A folder that holds our model server, which is run with it, and nothing else of ours."""
+    places: tuple[Path, ...]
+    """Where all that it imports lies, the program included."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Launch:
     """Everything a replica is started from."""
 
@@ -91,6 +102,8 @@ class Launch:
     """Another program than our model server: an absolute path and arguments; see `Spec.command`."""
     user: int | None = None
     """The user and group that it runs as, and that is nobody else's; None: the service's own."""
+    python: ModelPython | None = None
+    """The environment that it runs in; None: the service's own."""
 
 
 class LaunchError(Exception):
@@ -140,12 +153,16 @@ def is_reserved(name: str) -> bool:
     return name in OWN_VARIABLES | _CODE_VARIABLES or name.startswith(_CODE_PREFIXES)
 
 
-def model_environment(declared: Mapping[str, str], *, directory: Path, service: Mapping[str, str]) -> dict[str, str]:
+def model_environment(
+    declared: Mapping[str, str], *, directory: Path, service: Mapping[str, str], python: ModelPython | None = None
+) -> dict[str, str]:
     """The whole environment of a model process: the declared variables and a short set of our own, nothing else.
 
     Of `service`, the environment of this service, only the search path and the certificate bundle are passed on: the
-    rest may hold anything. Raises ValueError for a reserved name.
+    rest may hold anything. The programs of `python` come first in the search path. Raises ValueError for a reserved
+    name.
     """
+    path = service.get("PATH", os.defpath)
     if reserved := sorted(filter(is_reserved, declared)):
         raise ValueError(f"reserved environment variables cannot be declared: {', '.join(reserved)}")
     return {
@@ -153,7 +170,7 @@ def model_environment(declared: Mapping[str, str], *, directory: Path, service: 
         "LC_CTYPE": "C.UTF-8",
         **{name: service[name] for name in _CERTIFICATES if name in service},
         **declared,
-        "PATH": service.get("PATH", os.defpath),
+        "PATH": f"{python.executable.parent}{os.pathsep}{path}" if python else path,
         "HOME": str(directory / "work"),
         "TMPDIR": str(directory / "tmp"),
         "PYTHONUNBUFFERED": "1",
@@ -263,7 +280,8 @@ class LocalLauncher:
 
     def _start(self, launch: Launch) -> LocalReplica:
         directory = self._directory / launch.replica_id
-        environment = model_environment(launch.environment, directory=directory, service=self._service_environment)
+        service = self._service_environment
+        environment = model_environment(launch.environment, directory=directory, service=service, python=launch.python)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             directory.mkdir(mode=0o700)
@@ -283,7 +301,7 @@ class LocalLauncher:
                 directory=str(directory),
                 lock_fd=lock,
                 working_directory=str(directory / "work"),
-                command=list(launch.command or _model_server(launch.model_path)),
+                command=list(launch.command or _model_server(launch)),
                 environment=environment,
                 masked_values=list(launch.masked_values),
                 confinement=_confinement(launch, directory, self._certificates, groups),
@@ -332,10 +350,13 @@ class LocalLauncher:
         return None
 
 
-def _model_server(model_path: Path) -> list[str]:
+def _model_server(launch: Launch) -> list[str]:
     # -P: the model's working directory must not provide modules.
-    program = [sys.executable, "-P", "-u", "-m", "serving_service.model_server"]
-    return [*program, "--model", str(model_path), "--fd", "{listen_fd}", "--report-fd", "{report_fd}"]
+    if launch.python is None:
+        program = [sys.executable, "-P", "-u", "-m", "serving_service.model_server"]
+    else:
+        program = [str(launch.python.executable), "-P", "-u", str(launch.python.program)]
+    return [*program, "--model", str(launch.model_path), "--fd", "{listen_fd}", "--report-fd", "{report_fd}"]
 
 
 def _spawn_shim(spec: Spec) -> None:
@@ -366,12 +387,13 @@ def _confinement(launch: Launch, directory: Path, certificates: list[Path], grou
         return Confinement(open_files=OPEN_FILES, cgroups=groups)
     if launch.command is None:
         _let_read(launch.model_path)
+    interpreter = launch.python.places if launch.python else _interpreter()
     return Confinement(
         open_files=OPEN_FILES,
         cgroups=groups,
         user=launch.user,
         user_processes=USER_PROCESSES,
-        readable=[str(path) for path in (*_interpreter(), *certificates, launch.model_path.absolute())],
+        readable=[str(path) for path in (*interpreter, *certificates, launch.model_path.absolute())],
         writable=[str(directory / "work"), str(directory / "tmp")],
     )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from serving_service.launcher import Launch, is_reserved, model_environment
+from serving_service.launcher import Launch, ModelPython, is_reserved, model_environment
 
 DIRECTORY = Path("/run/replicas/r1")
 
@@ -53,6 +53,12 @@ def test_a_reserved_variable_is_refused_by_name_and_without_its_value(name: str)
 @pytest.mark.parametrize("name", ["OPENAI_API_KEY", "PYTHONPATH", "LANG", "path", "LDAP_HOST", "MLFLOW_TRACKING_URI"])
 def test_other_variables_may_be_declared(name: str) -> None:
     assert not is_reserved(name)
+
+
+def test_the_programs_of_a_models_own_environment_come_first() -> None:
+    python = ModelPython(executable=Path("/envs/1/bin/python"), program=Path("/runner"), places=())
+    environment = model_environment({}, directory=DIRECTORY, service={"PATH": "/opt/bin:/bin"}, python=python)
+    assert environment["PATH"] == "/envs/1/bin:/opt/bin:/bin"
 
 
 def test_a_launch_does_not_show_its_values() -> None:
