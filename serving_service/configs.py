@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from servicekit.errors import InvalidParameter
 from serving_service import details, environment
 from serving_service.model import EndpointConfig, ModelVersion, Route, ServedEntity
+from serving_service.scaling import REPLICA_CONCURRENCY, WORKLOAD_SIZES
 from tessera.serving.v1 import serving_pb2 as pb
 
 MAX_ENTITIES = 10
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_LISTED_BYTES = 6 * 1024
 """Description and tags together: all endpoints that there can be must fit into one answer, that of the list."""
-WORKLOAD_SIZES = ("Small", "Medium", "Large")
 WORKLOAD_TYPES = (pb.CPU, pb.CPU_MEDIUM, pb.CPU_LARGE)
-CONCURRENCY_STEP = 4
 
 _NOT_OFFERED = (
     "external_model",
@@ -89,7 +88,7 @@ def _read_entity(message: pb.ServedEntityInput, *, at: str, author: str, now: in
         model=ModelVersion(name=message.entity_name, version=message.entity_version, source="", created_at=0),
         environment=dict(message.environment_vars),
         instance_profile_arn=message.instance_profile_arn,
-        workload_size=message.workload_size or ("" if has_concurrency else WORKLOAD_SIZES[0]),
+        workload_size=message.workload_size or ("" if has_concurrency else "Small"),
         workload_type=pb.WorkloadType.Name(message.workload_type or pb.CPU),
         scale_to_zero=message.scale_to_zero_enabled,
         min_concurrency=_optional(message, "min_provisioned_concurrency"),
@@ -126,12 +125,12 @@ def _check_workload(message: pb.ServedEntityInput, at: str) -> None:
     if bounds and message.workload_size:
         raise InvalidParameter(f"{at}.workload_size: give it or provisioned concurrency, not both.")
     for name, value in bounds.items():
-        if value < 0 or value % CONCURRENCY_STEP:
-            raise InvalidParameter(f"{at}.{name}: use a multiple of {CONCURRENCY_STEP}.")
-    if bounds.get("max_provisioned_concurrency", 1) < bounds.get("min_provisioned_concurrency", 1):
+        if value < 0 or value % REPLICA_CONCURRENCY:
+            raise InvalidParameter(f"{at}.{name}: use a multiple of {REPLICA_CONCURRENCY}.")
+    if len(bounds) == 2 and bounds["max_provisioned_concurrency"] < bounds["min_provisioned_concurrency"]:
         raise InvalidParameter(f"{at}.max_provisioned_concurrency: it may not be below the minimum.")
     if bounds.get("max_provisioned_concurrency") == 0:
-        raise InvalidParameter(f"{at}.max_provisioned_concurrency: use at least {CONCURRENCY_STEP}.")
+        raise InvalidParameter(f"{at}.max_provisioned_concurrency: use at least {REPLICA_CONCURRENCY}.")
 
 
 def _read_routes(routes: Sequence[pb.RouteInput], names: list[str], *, at: str) -> tuple[Route, ...]:

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from servicekit.database import Database
-from serving_service import phases, reconcile, store
+from serving_service import phases, reconcile, scaling, store
 from serving_service.launcher import (
     Launch,
     Launcher,
@@ -119,17 +119,19 @@ class EndpointController:
 
     def state_of(self, endpoint: Endpoint, config: EndpointConfig, entity: str) -> EntityState:
         """How an entity of the active or the pending configuration is."""
-        observed = self._observed()
-        is_ready = observed.is_ready(config.version, entity)
+        wanted = _wanted(config)
+        ready, count = self._observed().ready(config.version, entity), wanted.replicas[entity]
         if endpoint.active is not None and config.version == endpoint.active.version:
-            if is_ready:
-                return EntityState(Deployment.READY, self._doors.notice)
+            if ready:
+                return EntityState(Deployment.READY, _sentences(_shortage(ready, count), self._doors.notice))
             return EntityState(Deployment.RECOVERING, self._doing(config.version, entity))
         if not endpoint.is_updating:
             return endpoint.failures.get(entity, EntityState(Deployment.FAILED, ""))
-        if is_ready:
+        if ready >= count:
             return EntityState(Deployment.READY, "Ready. The update ends when every served entity is.")
-        return EntityState(Deployment.CREATING, self._doing(config.version, entity))
+        return EntityState(
+            Deployment.CREATING, _sentences(_shortage(ready, count), self._doing(config.version, entity))
+        )
 
     def events(self) -> list[LaunchEvent]:
         """The phases of launches that are not stored: those that go on, and those that ended a moment ago."""
@@ -206,8 +208,8 @@ class EndpointController:
         return reconcile.Desired(
             is_deleted=endpoint.is_deleted,
             is_updating=endpoint.is_updating,
-            active=_named(endpoint.active),
-            pending=_named(endpoint.pending),
+            active=_wanted(endpoint.active) if endpoint.active else None,
+            pending=_wanted(endpoint.pending) if endpoint.pending else None,
             is_stopped=endpoint.is_stopped,
             deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
         )
@@ -229,6 +231,8 @@ class EndpointController:
             case reconcile.StopReplica(replica_id, keep_log):
                 drain = DELETE_DRAIN_SECONDS if endpoint.is_deleted else self._doors.inference_deadline
                 self._change(replica_id, is_stopping=True)
+                if not endpoint.is_deleted:
+                    self.publish(endpoint, endpoint.active)  # nobody is sent there any more, so it can be drained
                 self._spawn(self._stop(replica_id, drain=drain, keep_log=keep_log))
 
     async def _start(self, endpoint: Endpoint, version: int, entity: ServedEntity) -> None:
@@ -245,9 +249,8 @@ class EndpointController:
         assert config is not None
         self.publish(endpoint, config)
         await self._doors.routes.acknowledged()
-        observed = self._observed()
         # A replica may have died while the gateways were told; then the old ones go on and this version is not done.
-        is_ready = all(observed.is_ready(version, entity.name) for entity in config.entities)
+        is_ready = self._observed().is_ready(_wanted(config))
         if is_ready and await self._doors.database.write(store.activate, endpoint.id, version):
             log.info("configuration activated", extra={"endpoint": endpoint.name, "version": version})
             if endpoint.active is not None:
@@ -488,5 +491,13 @@ class EndpointController:
             log.error("endpoint controller failed", extra={"endpoint": self.endpoint_id}, exc_info=kind)
 
 
-def _named(config: EndpointConfig | None) -> tuple[int, tuple[str, ...]] | None:
-    return None if config is None else (config.version, tuple(entity.name for entity in config.entities))
+def _wanted(config: EndpointConfig) -> reconcile.Wanted:
+    return reconcile.Wanted(config.version, {each.name: scaling.bounds(each).first for each in config.entities})
+
+
+def _shortage(ready: int, count: int) -> str:
+    return f"{ready} of {count} replicas are ready." if 0 < ready < count else ""
+
+
+def _sentences(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))

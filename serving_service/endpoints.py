@@ -26,7 +26,7 @@ from servicekit.context import Level, Principal, current_decision
 from servicekit.database import Database
 from servicekit.errors import FeatureDisabled, ServiceError
 from servicekit.once import Answers
-from serving_service import configs, details, store
+from serving_service import configs, details, quotas, store
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
 from serving_service.errors import (
@@ -248,9 +248,13 @@ class Endpoints:
         view = self._view(endpoint, Level.CAN_MANAGE)
 
         def commit(connection: sqlite3.Connection) -> View:
+            if pending is not None:
+                _check_quotas(connection, endpoint.id, pending)
             store.commit_endpoint(connection, endpoint)
             return view
 
+        if pending is not None:
+            await self._database.read(_check_quotas, endpoint.id, pending)
         await self._database.write(store.reserve_endpoint, endpoint)
         is_granted = False
         try:
@@ -346,9 +350,11 @@ class Endpoints:
         view = self._view(updated, level)
 
         def commit(connection: sqlite3.Connection) -> View:
+            _check_quotas(connection, endpoint.id, pending)
             store.propose_config(connection, endpoint, pending)
             return view
 
+        await self._database.read(_check_quotas, endpoint.id, pending)
         await self._database.write(store.reserve_version, endpoint, pending.version)
         is_granted = False
         try:
@@ -542,6 +548,11 @@ def _notifications(name: str, notifications: pb.EmailNotifications) -> details.P
             endpoint=name,
         )
     return said
+
+
+def _check_quotas(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+    """Before Secrets is asked for anything, and again when it is recorded: others may have come in between."""
+    quotas.check(config, store.deployed_by_others(connection, endpoint_id))
 
 
 def _now() -> int:

@@ -91,6 +91,16 @@ class TooManyEndpoints(errors.LimitExceeded):
         super().__init__(f"There are {limit} serving endpoints, which is the limit. Delete one first.")
 
 
+class ConcurrencyQuotaExceeded(errors.LimitExceeded):
+    """More concurrency would be provisioned than may be."""
+
+    def __init__(self, what: str, concurrency: int, limit: int) -> None:
+        super().__init__(
+            f"Workspace exceeded provisioned concurrency quota: {what} would have {concurrency} of at most {limit}."
+            " Choose a smaller workload_size or max_provisioned_concurrency, or delete an endpoint."
+        )
+
+
 class ModelNotFound(errors.NotFound):
     """The registry has no such model version."""
 

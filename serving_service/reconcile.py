@@ -1,8 +1,9 @@
 """What to do next for one endpoint: a pure decision from what is desired and what was observed.
 
 The rules: the active configuration is served, unless the endpoint was stopped, until the pending one is ready in all
-its parts and has been activated; nothing is stopped that could still be needed; a plan can be made at any time, however
-often, and ends in a state where there is nothing left to do.
+its parts and has been activated; of each entity as many replicas run as are wanted and never more are started; nothing
+is stopped that could still be needed; a plan can be made at any time, however often, and ends in a state where there is
+nothing left to do.
 """
 
 from __future__ import annotations
@@ -59,14 +60,23 @@ class Retry:
     """How often in a row something was missing that a launch needs."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A version, and how many replicas each of its entities is to have."""
+
+    version: int
+    replicas: Mapping[str, int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Desired:
-    """What the records ask for. Versions are given with the names of their entities."""
+    """What the records and the load ask for."""
 
     is_deleted: bool = False
     is_updating: bool = False
-    active: tuple[int, tuple[str, ...]] | None = None
-    pending: tuple[int, tuple[str, ...]] | None = None
+    active: Wanted | None = None
+    pending: Wanted | None = None
+    """It is activated when as many of each entity are ready."""
     is_stopped: bool = False
     """Whether the active version is not to run."""
     deadline: float = 0.0
@@ -84,8 +94,17 @@ class Observed:
         """The replicas of one entity that are not being stopped, the oldest first."""
         return [r for r in self.replicas if (r.version, r.entity) == (version, entity) and not r.is_stopping]
 
-    def is_ready(self, version: int, entity: str) -> bool:
-        return any(replica.phase is Phase.READY for replica in self.of(version, entity))
+    def ready(self, version: int, entity: str) -> int:
+        """How many replicas of an entity answer."""
+        return sum(replica.phase is Phase.READY for replica in self.of(version, entity))
+
+    def live(self, version: int, entity: str) -> int:
+        """How many replicas of an entity start or answer."""
+        return sum(replica.is_live for replica in self.of(version, entity))
+
+    def is_ready(self, wanted: Wanted) -> bool:
+        """Whether a version has all the replicas that it is to have."""
+        return all(self.ready(wanted.version, entity) >= count for entity, count in wanted.replicas.items())
 
 
 @dataclass(frozen=True)
@@ -133,17 +152,15 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     if desired.is_deleted:
         return actions
     if desired.active is not None:
-        version, entities = desired.active
         if desired.is_stopped:
-            actions += _rest(version, entities, observed)
+            actions += _rest(desired.active, observed)
         else:
-            actions += _keep_running(version, entities, observed, now)
+            actions += _keep_running(desired.active, observed, now)
     if desired.pending is not None:
-        version, entities = desired.pending
         if desired.is_updating:
-            actions += _deploy(version, entities, observed, desired.deadline, now)
+            actions += _deploy(desired.pending, observed, desired.deadline, now)
         else:
-            actions += _rest(version, entities, observed)
+            actions += _rest(desired.pending, observed)
     return actions
 
 
@@ -155,9 +172,15 @@ def next_look(desired: Desired, observed: Observed, now: float) -> float | None:
     return min(times, default=None)
 
 
-def after_end(before: Retry | None, *, ready_seconds: float, message: str, now: float) -> Retry:
-    """When to start an entity again whose replica ended: at once the first time, then later and later."""
+def after_end(
+    before: Retry | None, *, ready_seconds: float, message: str, now: float, is_patient: bool = False
+) -> Retry:
+    """When to start an entity again whose replica ended: at once the first time, then later and later.
+
+    The patient do not try at once even then.
+    """
     failures = 1 if before is None or ready_seconds >= GOOD_SECONDS else before.failures + 1
+    failures = max(failures, 2) if is_patient else failures
     delay = 0.0 if failures == 1 else min(FIRST_BACKOFF * 2.0 ** min(failures - 2, 16), LONGEST_BACKOFF)
     return Retry(failures, now + delay, message)
 
@@ -171,53 +194,68 @@ def after_wait(before: Retry | None, *, message: str, now: float) -> Retry:
 def _versions(desired: Desired) -> set[int]:
     if desired.is_deleted:
         return set()
-    return {each[0] for each in (desired.active, desired.pending) if each is not None}
+    return {each.version for each in (desired.active, desired.pending) if each is not None}
 
 
-def _keep_running(version: int, entities: tuple[str, ...], observed: Observed, now: float) -> list[Action]:
+def _keep_running(wanted: Wanted, observed: Observed, now: float) -> list[Action]:
     actions: list[Action] = []
-    for entity in entities:
-        replicas = observed.of(version, entity)
-        actions += _started(version, entity, observed, now)
-        # The log of the latest one that ended may be read until its successor is ready.
-        ended = [replica for replica in replicas if replica.phase is Phase.ENDED]
-        obsolete = ended if observed.is_ready(version, entity) else ended[:-1]
+    for entity, count in wanted.replicas.items():
+        if count == 0:
+            actions += _put_to_rest(observed.of(wanted.version, entity))
+            continue
+        actions += _started(wanted.version, entity, count, observed, now)
+        actions += [StopReplica(replica.id) for replica in _surplus(observed.of(wanted.version, entity), count)]
+        # The log of the latest one that ended may be read until a successor is ready.
+        ended = [each for each in observed.of(wanted.version, entity) if each.phase is Phase.ENDED]
+        obsolete = ended if observed.ready(wanted.version, entity) else ended[:-1]
         actions += [StopReplica(replica.id) for replica in obsolete]
     return actions
 
 
-def _rest(version: int, entities: tuple[str, ...], observed: Observed) -> list[Action]:
-    """Nothing is to run; what did can still be read in its logs."""
-    return [
-        StopReplica(replica.id, keep_log=True)
-        for entity in entities
-        for replica in observed.of(version, entity)
-        if replica.is_live
-    ]
+def _surplus(replicas: list[Replica], count: int) -> list[Replica]:
+    """Those that are too many: what still starts before what answers, the newest first to go."""
+    live = [replica for replica in replicas if replica.is_live]
+    by_merit = sorted(live, key=lambda replica: replica.phase is not Phase.READY)
+    return by_merit[count:][::-1]
 
 
-def _deploy(version: int, entities: tuple[str, ...], observed: Observed, deadline: float, now: float) -> list[Action]:
+def _rest(wanted: Wanted, observed: Observed) -> list[Action]:
+    return [action for entity in wanted.replicas for action in _put_to_rest(observed.of(wanted.version, entity))]
+
+
+def _put_to_rest(replicas: list[Replica]) -> list[Action]:
+    """Nothing of an entity is to run; what the replica that says most has logged can still be read."""
+    telling = next((replica for replica in reversed(replicas) if replica.is_final), replicas[-1] if replicas else None)
+    others = [StopReplica(replica.id) for replica in replicas if replica is not telling]
+    return [*others, *([StopReplica(telling.id, keep_log=True)] if telling is not None and telling.is_live else [])]
+
+
+def _deploy(wanted: Wanted, observed: Observed, deadline: float, now: float) -> list[Action]:
+    version = wanted.version
     failed = [
         (entity, replica.message)
-        for entity in entities
+        for entity in wanted.replicas
         for replica in observed.of(version, entity)
         if replica.phase is Phase.ENDED and replica.is_final
     ]
     if failed:
         return [FailUpdate(version, tuple(dict(failed).items()))]
-    unready = [entity for entity in entities if not observed.is_ready(version, entity)]
-    if not unready:
+    if observed.is_ready(wanted):
         return [Activate(version)]
+    unready = {entity: count for entity, count in wanted.replicas.items() if observed.ready(version, entity) < count}
     if now >= deadline:
         return [FailUpdate(version, tuple((entity, _overdue(version, entity, observed)) for entity in unready))]
-    return [action for entity in unready for action in _started(version, entity, observed, now)]
+    return [action for entity, count in unready.items() for action in _started(version, entity, count, observed, now)]
 
 
-def _started(version: int, entity: str, observed: Observed, now: float) -> list[Action]:
-    if any(replica.is_live for replica in observed.of(version, entity)):
-        return []
+def _started(version: int, entity: str, count: int, observed: Observed, now: float) -> list[Action]:
     retry = observed.retries.get((version, entity))
-    return [] if retry is not None and now < retry.not_before else [StartReplica(version, entity)]
+    if retry is not None and now < retry.not_before:
+        return []
+    if retry is not None and observed.ready(version, entity) == 0:
+        count = min(count, 1)  # what failed shows with one that it works again
+    missing = count - observed.live(version, entity)
+    return [StartReplica(version, entity)] * missing
 
 
 def _overdue(version: int, entity: str, observed: Observed) -> str:

@@ -247,6 +247,17 @@ def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endp
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
 
 
+def deployed_by_others(connection: sqlite3.Connection, endpoint_id: str) -> list[EndpointConfig]:
+    """What every other endpoint deploys just now, or has active."""
+    rows = connection.execute(
+        "SELECT version, configs.created_at, content FROM endpoints JOIN configs ON endpoint_id = id AND version ="
+        " CASE config_update WHEN 'IN_PROGRESS' THEN pending_version ELSE active_version END"
+        " WHERE id != ? AND NOT is_deleted AND NOT is_reserved",
+        (endpoint_id,),
+    ).fetchall()
+    return [_config(version, created_at, orjson.loads(content)) for version, created_at, content in rows]
+
+
 def add_events(connection: sqlite3.Connection, endpoint_id: str, events: Sequence[LaunchEvent]) -> None:
     """Records phases of launches; of each endpoint the newest are kept."""
     connection.executemany(

@@ -20,13 +20,14 @@ from serving_service.reconcile import (
     Retry,
     StartReplica,
     StopReplica,
+    Wanted,
     after_end,
     after_wait,
     next_look,
     plan,
 )
 
-V1, V2 = (1, ("a",)), (2, ("a", "b"))
+V1, V2 = Wanted(1, {"a": 1}), Wanted(2, {"a": 1, "b": 1})
 DEADLINE = 1000.0
 
 CREATING = Desired(is_updating=True, pending=V2, deadline=DEADLINE)
@@ -35,6 +36,9 @@ SERVING = Desired(active=V2)
 FAILED = Desired(active=V1, pending=V2)
 STOPPED = Desired(active=V2, is_stopped=True)
 STARTED = Desired(active=V1, is_stopped=True, is_updating=True, pending=V2, deadline=DEADLINE)
+SCALED = Desired(active=Wanted(2, {"a": 3}))
+AT_ZERO = Desired(active=Wanted(2, {"a": 0}))
+WIDE = Desired(is_updating=True, pending=Wanted(2, {"a": 2}), deadline=DEADLINE)
 DELETED = Desired(is_deleted=True, active=V1, pending=V2, is_updating=True)
 
 
@@ -120,6 +124,37 @@ STARTING, READY, ENDED = Phase.STARTING, Phase.READY, Phase.ENDED
         pytest.param(
             STARTED, [], [StartReplica(2, "a"), StartReplica(2, "b")], id="started again: only the new version runs"
         ),
+        pytest.param(SCALED, [replica("1")], [StartReplica(2, "a")] * 2, id="as many are started as are missing"),
+        pytest.param(
+            SCALED, [replica("1"), replica("2", phase=STARTING)], [StartReplica(2, "a")], id="what starts is counted"
+        ),
+        pytest.param(
+            SCALED,
+            [replica("1"), replica("2", is_stopping=True), replica("3"), replica("4")],
+            [],
+            id="what is being stopped is not",
+        ),
+        pytest.param(
+            SERVING,
+            [replica("1", phase=STARTING), replica("2"), replica("3"), replica("4", "b")],
+            [StopReplica("1"), StopReplica("3")],
+            id="of too many, what still starts goes first, then the newest",
+        ),
+        pytest.param(WIDE, [replica("1"), replica("2", phase=STARTING)], [], id="an update needs all its replicas"),
+        pytest.param(WIDE, [replica("1"), replica("2")], [Activate(2)], id="and switches when it has them"),
+        pytest.param(
+            AT_ZERO,
+            [replica("1"), replica("2"), replica("3", phase=STARTING)],
+            [StopReplica("1"), StopReplica("2"), StopReplica("3", keep_log=True)],
+            id="to zero: all stop and the newest log is kept",
+        ),
+        pytest.param(AT_ZERO, [replica("1", phase=ENDED)], [], id="at zero nothing is started"),
+        pytest.param(
+            Desired(pending=Wanted(2, {"a": 3})),
+            [replica("1"), replica("2", phase=ENDED, is_final=True), replica("3")],
+            [StopReplica("1"), StopReplica("3")],
+            id="after a failure the log of what failed is kept, not that of its equals",
+        ),
         pytest.param(DELETED, [OLD, replica("1")], [StopReplica("old"), StopReplica("1")], id="deleted: all stop"),
     ],
 )
@@ -132,6 +167,13 @@ def test_a_back_off_is_waited_for_and_no_longer() -> None:
     assert plan(SERVING, observed, now=9.9) == []
     assert next_look(SERVING, observed, now=9.9) == 10.0
     assert plan(SERVING, observed, now=10.0) == [StartReplica(2, "a")]
+
+
+def test_what_failed_shows_with_one_replica_that_it_works_again() -> None:
+    retries = {(2, "a"): Retry(2, 10.0, "it ended")}
+    assert plan(SCALED, Observed(retries=retries), now=10.0) == [StartReplica(2, "a")]
+    assert plan(SCALED, Observed(replicas=(replica("1", phase=STARTING),), retries=retries), now=10.0) == []
+    assert plan(SCALED, Observed(replicas=(replica("1"),), retries=retries), now=10.0) == [StartReplica(2, "a")] * 2
 
 
 def test_an_update_that_is_not_ready_in_time_fails_with_what_it_was_doing() -> None:
@@ -163,6 +205,14 @@ def test_restarts_come_at_once_then_later_and_later_and_at_once_again_after_good
     assert after_end(retry, ready_seconds=GOOD_SECONDS, message="", now=100.0).not_before == 100.0
 
 
+def test_the_patient_wait_even_the_first_time() -> None:
+    retry, delays = None, []
+    for _ in range(3):
+        retry = after_end(retry, ready_seconds=0.0, message="", now=100.0, is_patient=True)
+        delays.append(retry.not_before - 100.0)
+    assert delays == [10, 20, 40]
+
+
 def test_waiting_for_a_neighbour_backs_off_gently_and_is_no_failure_of_the_model() -> None:
     retry, delays = None, []
     for _ in range(7):
@@ -186,8 +236,11 @@ class World:
         return Observed(replicas=tuple(self.replicas.values()), retries=self.retries)
 
     def is_serving(self) -> bool:
+        """Whether every entity that is not at zero has a replica that answers."""
         active = self.desired.active
-        return active is not None and all(self.observed().is_ready(active[0], entity) for entity in active[1])
+        return active is not None and all(
+            self.observed().ready(active.version, entity) for entity, count in active.replicas.items() if count
+        )
 
     def step(self) -> int:
         """One pass; how many actions it took."""
@@ -202,13 +255,13 @@ class World:
     def carry_out(self, action: Any) -> None:
         match action:
             case StartReplica(version, entity):
-                live = [r for r in self.observed().of(version, entity) if r.is_live]
-                assert live == []
+                wanted = next(w for w in (self.desired.active, self.desired.pending) if w and w.version == version)
+                assert self.observed().live(version, entity) < wanted.replicas[entity], "more than the planned surge"
                 self.count += 1
                 self.replicas[str(self.count)] = replica(str(self.count), entity, version, Phase.STARTING)
             case Activate(version):
                 assert self.desired.pending is not None
-                assert all(self.observed().is_ready(version, entity) for entity in self.desired.pending[1])
+                assert self.observed().is_ready(self.desired.pending)
                 self.desired = dataclasses.replace(
                     self.desired, active=self.desired.pending, pending=None, is_updating=False, is_stopped=False
                 )
@@ -225,11 +278,16 @@ class World:
         self.now += 1.0
         live = [r for r in self.replicas.values() if r.is_live]
         if event == "update" and not self.desired.is_updating and not self.desired.is_deleted:
-            version = max([each[0] for each in (self.desired.active, self.desired.pending) if each] or [0]) + 1
-            entities = ("a", "b", "c")[: 1 + number % 3]
+            version = max([each.version for each in (self.desired.active, self.desired.pending) if each] or [0]) + 1
+            replicas = dict.fromkeys(("a", "b", "c")[: 1 + number % 3], 1 + number // 3)
             self.desired = dataclasses.replace(
-                self.desired, pending=(version, entities), is_updating=True, deadline=self.now + 50.0
+                self.desired, pending=Wanted(version, replicas), is_updating=True, deadline=self.now + 50.0
             )
+        elif event == "scale" and self.desired.active is not None:
+            active = self.desired.active
+            entity = sorted(active.replicas)[number % len(active.replicas)]
+            changed = Wanted(active.version, {**active.replicas, entity: number})
+            self.desired = dataclasses.replace(self.desired, active=changed)
         elif event == "stop" and not self.desired.is_updating and self.desired.active is not None:
             self.desired = dataclasses.replace(self.desired, pending=None, is_stopped=True)
         elif event == "cancel":
@@ -240,12 +298,13 @@ class World:
             chosen = live[number % len(live)]
             was_ready = chosen.phase is Phase.READY
             if event == "ready":
-                changed = dataclasses.replace(chosen, phase=Phase.READY)
+                self.replicas[chosen.id] = dataclasses.replace(chosen, phase=Phase.READY)
             else:
-                changed = dataclasses.replace(chosen, phase=Phase.ENDED, is_final=event == "fail" and not was_ready)
+                self.replicas[chosen.id] = dataclasses.replace(
+                    chosen, phase=Phase.ENDED, is_final=event == "fail" and not was_ready
+                )
                 key = (chosen.version, chosen.entity)
                 self.retries[key] = after_end(self.retries.get(key), ready_seconds=0, message="", now=self.now)
-            self.replicas[chosen.id] = changed
 
     def settle(self) -> None:
         """Everything that starts gets ready; ends when there is nothing left to do."""
@@ -261,7 +320,9 @@ class World:
 
 events = st.lists(
     st.tuples(
-        st.sampled_from(["update", "ready", "ready", "fail", "die", "stop", "cancel", "delete", "pass"]),
+        st.sampled_from(
+            ["update", "ready", "ready", "fail", "die", "stop", "scale", "scale", "cancel", "delete", "pass"]
+        ),
         st.integers(0, 5),
     ),
     max_size=40,
@@ -285,5 +346,5 @@ def test_whatever_happens_what_serves_goes_on_serving_and_the_plan_comes_to_an_e
         assert world.replicas == {}
     else:
         assert not world.desired.is_updating
-        wanted = active if active is not None and not world.desired.is_stopped else (0, ())
-        assert live == [(wanted[0], entity) for entity in wanted[1]]
+        wanted = active if active is not None and not world.desired.is_stopped else Wanted(0, {})
+        assert live == sorted((wanted.version, entity) for entity, n in wanted.replicas.items() for _ in range(n))
