@@ -16,8 +16,6 @@ from tessera.serving.v1 import serving_pb2 as pb
 
 MAX_ENTITIES = 10
 MAX_CONFIG_BYTES = 256 * 1024
-MAX_LISTED_BYTES = 6 * 1024
-"""Description and tags together: all endpoints that there can be must fit into one answer, that of the list."""
 WORKLOAD_TYPES = (pb.CPU, pb.CPU_MEDIUM, pb.CPU_LARGE)
 
 _NOT_OFFERED = (
@@ -40,11 +38,6 @@ def check_create(request: pb.CreateServingEndpointRequest) -> None:
     if request.name.startswith(_RESERVED_PREFIX):
         raise InvalidParameter(f"name: names that start with '{_RESERVED_PREFIX}' are reserved. Choose another name.")
     _check_size(request.ByteSize())
-    listed = len(request.description.encode()) + sum(tag.ByteSize() for tag in request.tags)
-    if listed > MAX_LISTED_BYTES:
-        raise InvalidParameter(
-            f"description, tags: they have {listed} bytes together, more than the limit of {MAX_LISTED_BYTES}."
-        )
 
 
 def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, author: str, now: int) -> EndpointConfig:

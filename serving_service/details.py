@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import orjson
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
 
 from servicekit.errors import FeatureDisabled, InvalidParameter
+from serving_service.model import Endpoint, EndpointConfig
 from tessera.serving.v1 import serving_pb2 as pb
 
 M = TypeVar("M", bound=Message)
@@ -21,8 +23,11 @@ Plain = Mapping[str, Any]
 
 Tags = tuple[tuple[str, str | None], ...]
 
-MAX_TAGS_BYTES = 6 * 1024
-"""Of all tags of an endpoint together: all endpoints that there can be must fit into one answer, that of the list."""
+MAX_LISTED_BYTES = 16 * 1024
+"""Of what the list shows of an endpoint: all endpoints that there can be must fit into that one answer."""
+
+MAX_ADDRESSES = 100
+"""Of each list of people to tell."""
 
 _ADDRESS = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
 
@@ -46,14 +51,27 @@ def read_tags(tags: Iterable[pb.EndpointTag], *, at: str) -> Tags:
         raise InvalidParameter(f"{at}: every tag needs a key.")
     if len(set(keys)) < len(keys):
         raise InvalidParameter(f"{at}: a key may be given once only.")
-    return _bounded(read, at=at)
+    return read
 
 
 def changed_tags(tags: Tags, *, added: Tags, deleted: Iterable[str]) -> Tags:
     """The tags after a change: what is given anew keeps its place, what is new comes last, and deleting wins."""
     gone = set(deleted)
-    changed = tuple((key, value) for key, value in {**dict(tags), **dict(added)}.items() if key not in gone)
-    return _bounded(changed, at="add_tags")
+    return tuple((key, value) for key, value in {**dict(tags), **dict(added)}.items() if key not in gone)
+
+
+def check_listed(endpoint: Endpoint) -> None:
+    """Raises InvalidParameter when what the list shows of an endpoint is too long, however it came to be so."""
+    configs = [config for config in (endpoint.active, endpoint.pending) if config is not None]
+    # Names are shown twice, as entities and as models; the JSON text of the rest is at least as long as its message.
+    names = [2 * sum(map(_length, _names(config))) for config in configs]
+    said = (endpoint.description, endpoint.tags, endpoint.ai_gateway, endpoint.telemetry_config)
+    size = len(orjson.dumps((*said, endpoint.budget_policy_id))) + max(names, default=0)
+    if size > MAX_LISTED_BYTES:
+        raise InvalidParameter(
+            "description, tags, ai_gateway, telemetry_config, budget_policy_id and the names of served entities: they"
+            f" have {size} bytes together, more than the limit of {MAX_LISTED_BYTES}. Shorten them."
+        )
 
 
 def read_ai_gateway(gateway: pb.AiGatewayConfig, *, at: str) -> Plain | None:
@@ -66,6 +84,8 @@ def read_notifications(notifications: pb.EmailNotifications, *, at: str) -> Plai
     """Whom to tell, as it was given; raises InvalidParameter for what is no address."""
     for field in ("on_update_failure", "on_update_success"):
         addresses: Sequence[str] = getattr(notifications, field)
+        if len(addresses) > MAX_ADDRESSES:
+            raise InvalidParameter(f"{at}.{field}: give at most {MAX_ADDRESSES} addresses. Use one of a group.")
         for index, address in enumerate(addresses):
             if not _ADDRESS.fullmatch(address):
                 raise InvalidParameter(f"{at}.{field}[{index}]: give an e-mail address, such as ada@example.com.")
@@ -96,14 +116,13 @@ def refuse(feature: str | None, *, at: str = "") -> None:
         raise FeatureDisabled(f"{path}: this feature is not offered here. Leave the field out, or switch it off.")
 
 
-def _bounded(tags: Tags, *, at: str) -> Tags:
-    size = sum(len(key.encode()) + len((value or "").encode()) for key, value in tags)
-    if size > MAX_TAGS_BYTES:
-        raise InvalidParameter(
-            f"{at}: all tags together have {size} bytes, more than the limit of {MAX_TAGS_BYTES}. Use fewer or shorter"
-            " ones."
-        )
-    return tags
+def _names(config: EndpointConfig) -> Iterator[str]:
+    for entity in config.entities:
+        yield from (entity.name, entity.model.name, entity.model.version)
+
+
+def _length(text: str) -> int:
+    return len(text.encode()) + 4  # with what a message has around it
 
 
 def _gateway_features(gateway: pb.AiGatewayConfig) -> Iterator[str]:

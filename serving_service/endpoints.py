@@ -245,6 +245,7 @@ class Endpoints:
             config_update=ConfigUpdate.IN_PROGRESS if pending else ConfigUpdate.NOT_UPDATING,
             **described,
         )
+        details.check_listed(endpoint)
         view = self._view(endpoint, Level.CAN_MANAGE)
 
         def commit(connection: sqlite3.Connection) -> View:
@@ -301,6 +302,7 @@ class Endpoints:
             if current is None or current.is_deleted:
                 raise EndpointNotFound(name)
             changed = replace(change(current), updated_at=_now())
+            details.check_listed(changed)
             store.save_details(connection, changed)
             return changed
 
@@ -322,7 +324,9 @@ class Endpoints:
                 raise EndpointNotFound(name)
             if (current.latest_version, current.is_updating) != (endpoint.latest_version, False):
                 raise UpdateInProgress(name)
-            store.save_details(connection, replace(current, telemetry_config=said, updated_at=view.endpoint.updated_at))
+            changed = replace(current, telemetry_config=said, updated_at=view.endpoint.updated_at)
+            details.check_listed(changed)
+            store.save_details(connection, changed)
             return view
 
         return await self._database.write(self._answers.once, commit)
@@ -347,11 +351,15 @@ class Endpoints:
             config_update=ConfigUpdate.IN_PROGRESS,
             failures={},
         )
+        details.check_listed(updated)
         view = self._view(updated, level)
 
         def commit(connection: sqlite3.Connection) -> View:
             _check_quotas(connection, endpoint.id, pending)
             store.propose_config(connection, endpoint, pending)
+            current = store.endpoint_with_id(connection, endpoint.id)
+            assert current is not None
+            details.check_listed(current)  # tags may have been added meanwhile
             return view
 
         await self._database.read(_check_quotas, endpoint.id, pending)

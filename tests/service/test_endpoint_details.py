@@ -59,6 +59,32 @@ async def test_changes_at_once_are_all_made(admin: ServingCaller) -> None:
     assert found.last_updated_timestamp >= created.last_updated_timestamp
 
 
+async def test_nothing_makes_an_endpoint_too_long_for_the_list(admin: ServingCaller) -> None:
+    long = "x" * 15_000
+    await admin.create("demo", None, description=long)
+    config = pb.UpdateServingEndpointConfigRequest(
+        name="demo", served_entities=[an_input("ready", name=f"{number}{'n' * 200}") for number in range(9)]
+    )
+    config.traffic_config.routes.extend(
+        pb.RouteInput(served_entity_name=each.name, traffic_percentage=0 if index else 100)
+        for index, each in enumerate(config.served_entities)
+    )
+    gateway = pb.AiGatewayConfig(inference_table_config=pb.AiGatewayInferenceTableConfig(schema_name="x" * 2_000))
+    refused = [
+        admin.create("other", None, description=long, tags=[pb.EndpointTag(key="k", value="x" * 2_000)]),
+        admin(admin.stub.PatchServingEndpointTags, added(("k", "x" * 2_000))),
+        admin(
+            admin.stub.PutServingEndpointAiGateway,
+            pb.PutServingEndpointAiGatewayRequest(name="demo", ai_gateway=gateway),
+        ),
+        admin(admin.stub.UpdateServingEndpointConfig, config),
+    ]
+    for call in refused:
+        error = await refusal(call)
+        assert (error.reason, "more than the limit of 16384" in error.message) == ("INVALID_PARAMETER_VALUE", True)
+    assert (await admin.get("demo")).state.config_update == pb.EndpointState.NOT_UPDATING
+
+
 async def test_what_is_said_takes_no_new_version_and_no_update(admin: ServingCaller) -> None:
     await admin.create("demo")
     before = await admin.settled("demo")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from google.protobuf.json_format import ParseDict
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from servicekit.context import Level
 from servicekit.errors import FeatureDisabled, InvalidParameter
-from serving_service import details
+from serving_service import details, messages
+from serving_service.app import MESSAGE_LIMIT
+from serving_service.endpoints import View
+from serving_service.model import Endpoint
+from serving_service.store import MAX_ENDPOINTS
 from tessera.serving.v1 import serving_pb2 as pb
+from tests.support.builders import a_config, an_endpoint
 
 GATEWAY_OFF = {
     "fallback_config": {"enabled": False},
@@ -99,11 +109,75 @@ def test_tags_keep_their_places_and_deleting_wins() -> None:
     assert changed == (("a", "3"), ("c", "2"))
 
 
-def test_tags_are_bounded_together() -> None:
-    given = [pb.EndpointTag(key=f"k{number:03}", value="x" * 92) for number in range(64)]
-    full = details.read_tags(given, at="tags")
-    with pytest.raises(InvalidParameter, match=r"^tags: .* more than the limit of 6144"):
-        details.read_tags([*given, pb.EndpointTag(key="k")], at="tags")
-    assert details.changed_tags(full, added=(), deleted=["k000"]) == full[1:]
-    with pytest.raises(InvalidParameter, match=r"^add_tags: .* more than the limit of 6144"):
-        details.changed_tags(full, added=(("k", None),), deleted=())
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=700)
+PLAIN_TAGS = st.lists(st.tuples(TEXTS, st.none() | TEXTS), max_size=1_200).map(tuple)
+GATEWAYS = st.none() | st.builds(
+    lambda names, words: {
+        "inference_table_config": dict(zip(("catalog_name", "schema_name", "table_name_prefix"), names, strict=True)),
+        "guardrails": {"input": {"valid_topics": words}},
+    },
+    st.tuples(TEXTS, TEXTS, TEXTS),
+    st.lists(TEXTS, max_size=40),
+)
+
+
+def an_endpoint_of(names: list[str], **said: object) -> Endpoint:
+    return an_endpoint("x" * 63, creator="c" * 255, active=None, pending=a_config(entities=names), **said)
+
+
+@given(
+    names=st.lists(TEXTS, min_size=1, max_size=10),
+    description=TEXTS,
+    tags=PLAIN_TAGS,
+    ai_gateway=GATEWAYS,
+    budget_policy_id=TEXTS,
+)
+@settings(max_examples=200, deadline=None)
+@example(names=["n" * 255] * 10, description="", tags=(("", None),) * 1_000, ai_gateway=None, budget_policy_id="")
+@example(names=["n"], description="d" * 16_000, tags=(), ai_gateway=None, budget_policy_id="")
+def test_a_list_of_as_many_endpoints_as_there_can_be_fits_into_one_message(names: list[str], **said: object) -> None:
+    endpoint = an_endpoint_of(names, **said)
+    try:
+        details.check_listed(endpoint)
+    except InvalidParameter:
+        return
+    listed = pb.ListServingEndpointsResponse(endpoints=[messages.summary(View(endpoint, {}, {}, Level.CAN_VIEW, ""))])
+    assert listed.ByteSize() * MAX_ENDPOINTS < MESSAGE_LIMIT
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"description": "x"},
+        {"tags": (("k", None),)},
+        {"ai_gateway": {"inference_table_config": {"schema_name": "x"}}},
+        {"telemetry_config": {"inference_table_config": {"name": "x"}}},
+        {"budget_policy_id": "x"},
+        {"pending": a_config(entities=["x" * 200])},
+    ],
+)
+def test_everything_that_a_list_shows_counts(said: dict[str, Any]) -> None:
+    spare = details.MAX_LISTED_BYTES - 150
+    full: dict[str, Any] = {"tags": (("k" * spare, None),)} if "description" in said else {"description": "x" * spare}
+    details.check_listed(an_endpoint(**full))
+    with pytest.raises(InvalidParameter, match=r"^description, tags, .* more than the limit of 16384\. Shorten them"):
+        details.check_listed(an_endpoint(**full, **{key: longer(value) for key, value in said.items()}))
+
+
+def longer(value: Any) -> Any:
+    """The same, with each `x` made so long that it does not fit into what is left."""
+    if isinstance(value, dict):
+        return {key: longer(each) for key, each in value.items()}
+    if isinstance(value, tuple):
+        return (*value, ("x" * 150, "x"))
+    return value.replace("x", "x" * 150) if isinstance(value, str) else value
+
+
+def test_lists_of_people_to_tell_are_bounded() -> None:
+    most = ["ada@example.com"] * details.MAX_ADDRESSES
+    said = details.read_notifications(pb.EmailNotifications(on_update_failure=most), at="email_notifications")
+    assert said == {"on_update_failure": most}
+    with pytest.raises(InvalidParameter, match=r"^email_notifications\.on_update_success: give at most 100"):
+        details.read_notifications(
+            pb.EmailNotifications(on_update_success=[*most, "bob@example.com"]), at="email_notifications"
+        )

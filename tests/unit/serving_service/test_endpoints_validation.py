@@ -38,15 +38,6 @@ def test_features_that_are_switched_off_are_accepted() -> None:
     read(a_config_input(an_input(burst_scaling_enabled=False)))
 
 
-def test_description_and_tags_are_small_enough_for_a_list_of_all_endpoints() -> None:
-    most = "x" * configs.MAX_LISTED_BYTES
-    configs.check_create(pb.CreateServingEndpointRequest(name="demo", description=most))
-    with pytest.raises(InvalidParameter, match=r"^description, tags: .* more than the limit"):
-        configs.check_create(
-            pb.CreateServingEndpointRequest(name="demo", description=most, tags=[pb.EndpointTag(key="k")])
-        )
-
-
 def test_defaults_are_filled_in() -> None:
     config = read(a_config_input(an_input("main.ml.churn", version="7")))
     (entity,) = config.entities
