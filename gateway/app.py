@@ -128,17 +128,16 @@ class _Special:
     path: re.Pattern[str]
     row: Row
     handle: _Handle
-    is_inference: bool
 
 
-def _special(name: str, row: Row, handle: _Handle, *, is_inference: bool = False) -> _Special:
+def _special(name: str, row: Row, handle: _Handle) -> _Special:
     """The route that the policy names so.
 
     One slash at the end is tolerated, as with routes that are messages; but what is open is open in one spelling only.
     """
     method, _, template = name.partition(" ")
     path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
-    return _Special(method, re.compile(f"{path}/?" if row.needs_caller else path), row, handle, is_inference)
+    return _Special(method, re.compile(f"{path}/?" if row.needs_caller else path), row, handle)
 
 
 class Gateway:
@@ -167,6 +166,14 @@ class Gateway:
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
         # them to users.
         specials: dict[str, _Handle] = {
+            # The body belongs to the model and is streamed.
+            "POST /serving-endpoints/{name}/invocations": self._invoke,
+            "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": self._invoke,
+            # As above; the endpoint is named in the body.
+            "POST /serving-endpoints/chat/completions": self._invoke_openai_style,
+            "POST /serving-endpoints/completions": self._invoke_openai_style,
+            "POST /serving-endpoints/embeddings": self._invoke_openai_style,
+            "POST /serving-endpoints/responses": self._invoke_openai_style,
             # Clients ask before they know where to log in; it must answer at once.
             "GET /.well-known/databricks-config": self._discovery,
             # For load balancers and supervisors.
@@ -181,22 +188,9 @@ class Gateway:
             # It describes the others.
             "GET /api/openapi.json": self._openapi,
         }
-        inference: dict[str, _Handle] = {
-            # The body belongs to the model and is streamed.
-            "POST /serving-endpoints/{name}/invocations": self._invoke,
-            "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": self._invoke,
-            # As above; the endpoint is named in the body.
-            "POST /serving-endpoints/chat/completions": self._invoke_openai_style,
-            "POST /serving-endpoints/completions": self._invoke_openai_style,
-            "POST /serving-endpoints/embeddings": self._invoke_openai_style,
-            "POST /serving-endpoints/responses": self._invoke_openai_style,
-        }
         services = {binding.service.full_name: binding.service for binding in rules}
-        policy.check(table, services.values(), routes={*specials, *inference})
-        self._special = (
-            *(_special(name, table[name], handle, is_inference=True) for name, handle in inference.items()),
-            *(_special(name, table[name], handle) for name, handle in specials.items()),
-        )
+        policy.check(table, services.values(), routes=specials)
+        self._special = tuple(_special(name, table[name], handle) for name, handle in specials.items())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(
@@ -308,7 +302,7 @@ class Gateway:
 
         caller = None
         if special.row.needs_caller:
-            caller = (await self._identify(request, headers, for_inference=special.is_inference)).principal
+            caller = (await self._identify(request, headers, for_inference=special.row.is_inference)).principal
         context.enter(RequestContext(request.id, caller, decision=decision))
         await special.handle(request, send_decided, headers, match)
 

@@ -17,8 +17,8 @@ from gateway.http import ClientGone, Headers, Request, Send, read_body, too_larg
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, Entity, RoutingTable
 from servicekit.access import AccessTable
-from servicekit.context import Level, Principal, current_decision
-from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, PermissionDenied, ServiceError, Unavailable
+from servicekit.context import Principal, current_decision
+from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from tessera import policy
 
@@ -104,21 +104,13 @@ class Invocations:
     async def _permitted(self, name: str, caller: Principal) -> Endpoint:
         """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
         decision = current_decision(policy.ENDPOINT)
-        needed = Level[decision.row.level]
         await self._access.known()
         if not self._table.known.is_set():
             await self._first_table()
         endpoint = self._table.endpoint(name)
-        level = self._access.level(caller, endpoint.id if endpoint else "", may_be_stale=True)
-        if endpoint is None or level is None:
+        level = self._access.decide(decision, caller, name=name, endpoint_id=endpoint.id if endpoint else None)
+        if endpoint is None or level is None or not endpoint.entities:
             raise EndpointNotFound
-        if level < needed:
-            raise PermissionDenied(
-                f"User {caller.name} does not have {needed.name} permission on serving endpoint '{name}'."
-            )
-        if not endpoint.entities:
-            raise EndpointNotFound
-        decision.allow()
         return endpoint
 
     async def _first_table(self) -> None:

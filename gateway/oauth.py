@@ -18,6 +18,7 @@ from gateway.errors import OAuthError
 from gateway.http import Headers, Request, Send, answer, read_body
 from servicekit import channels, context
 from servicekit.errors import ServiceError
+from servicekit.identity import authorization_details
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.identity.v1 import identity_pb2_grpc as rpc
 
@@ -103,7 +104,7 @@ class OAuth:
         issued = await self._issued(message, grant)
         document = {"access_token": issued.access_token, "token_type": "Bearer", "expires_in": issued.expires_in}
         if is_bound:
-            document["authorization_details"] = [_details(endpoint_id)]
+            document["authorization_details"] = [authorization_details(endpoint_id)]
         else:
             document["scope"] = SCOPE
         await answer(send, 200, [*headers, _JSON], orjson.dumps(document))
@@ -192,16 +193,7 @@ def _endpoint_id(text: str) -> str:
         match = _OBJECT_PATH.fullmatch(details[0]["object_path"])
     except (orjson.JSONDecodeError, LookupError, TypeError):
         match = None
-    if match is None or details != [_details(match[1])]:
-        shown = orjson.dumps([_details("<id>")]).decode()
+    if match is None or details != [authorization_details(match[1])]:
+        shown = orjson.dumps([authorization_details("<id>")]).decode()
         raise OAuthError("invalid_authorization_details", f"authorization_details: expected {shown}.")
     return match[1]
-
-
-def _details(endpoint_id: str) -> dict[str, object]:
-    return {
-        "type": "workspace_permission",
-        "object_type": "serving-endpoints",
-        "object_path": f"/serving-endpoints/{endpoint_id}",
-        "actions": ["query_inference_endpoint"],
-    }

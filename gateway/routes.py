@@ -8,21 +8,16 @@ waits for before it stops the process.
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 
-from servicekit import channels
+from servicekit import channels, followed
 from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
-
-log = logging.getLogger(__name__)
-
-RECONNECT_SECONDS = (0.05, 0.5)
-"""The first and the longest pause before Serving is asked again."""
 
 
 @dataclass(slots=True, eq=False)
@@ -155,16 +150,7 @@ class RoutingTable:
 
     async def follow(self, channel: grpc.aio.Channel) -> None:
         """Keeps the table up to date until cancelled; comes back by itself when Serving was gone."""
-        first, longest = RECONNECT_SECONDS
-        pause = first
-        while True:
-            revision = self._revision
-            try:
-                await self._follow_once(channel)
-            except grpc.aio.AioRpcError as error:
-                log.info("route stream ended", extra={"code": error.code().name})
-            pause = first if self._revision != revision else min(pause * 2, longest)
-            await asyncio.sleep(pause)
+        await followed.follow("routes", partial(self._follow_once, channel), heard=lambda: self._revision)
 
     async def _follow_once(self, channel: grpc.aio.Channel) -> None:
         self._revision = 0

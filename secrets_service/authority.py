@@ -23,6 +23,7 @@ from secrets_service.oidc import ExternalIssuer
 from servicekit import identity
 from servicekit.context import Principal
 from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
+from servicekit.policy import Row
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ class Authority:
 def by_own_token(authority: Authority) -> Identify:
     """How the public listener of this service knows its callers: without asking itself over gRPC."""
 
-    async def identify(metadata: Mapping[str, str], method: str) -> Identity:
+    async def identify(metadata: Mapping[str, str], row: Row | None) -> Identity:
         return Identity(await authority.authenticate(identity.token_from(metadata.get("authorization"))))
 
     return identify
@@ -184,8 +185,8 @@ def by_confirmed_assertion(authority: Authority) -> Identify:
     """
     by_peer = identity.by_assertion(AssertionVerifier(authority.public_keys))
 
-    async def identify(metadata: Mapping[str, str], method: str) -> Identity | None:
-        found = await by_peer(metadata, method)
+    async def identify(metadata: Mapping[str, str], row: Row | None) -> Identity | None:
+        found = await by_peer(metadata, row)
         if found is not None:
             await authority.confirm(found.principal)
         return found

@@ -8,7 +8,6 @@ from typing import ClassVar
 import grpc
 
 from secrets_service.model import Kind, Permission
-from servicekit.context import Level
 from servicekit.errors import (
     AlreadyExists,
     Conflict,
@@ -85,13 +84,6 @@ class EndpointNotFound(NotFound):
 
     def __init__(self, endpoint_id: str) -> None:
         super().__init__(f"Serving endpoint with id '{endpoint_id[:64]}' does not exist.")
-
-
-class EndpointPermissionDenied(PermissionDenied):
-    """The caller has too little permission on the endpoint."""
-
-    def __init__(self, user: str, level: Level, endpoint_id: str) -> None:
-        super().__init__(f"User {user} does not have {level.name} permission on serving endpoint '{endpoint_id}'.")
 
 
 class TooManyPermissions(LimitExceeded):

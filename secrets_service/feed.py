@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from dataclasses import dataclass, field
 
 from secrets_service.model import AccessChange
+from servicekit import followed
 from servicekit.context import Level
 from servicekit.followed import Follower
 from tessera.identity.v1 import permissions_pb2 as pb
@@ -90,12 +91,8 @@ class AccessFeed:
             await self._notify()
 
     async def run(self) -> None:
-        """Ends every stream when cancelled, so that the service does not wait for them when it stops."""
-        try:
-            await asyncio.Event().wait()
-        finally:
-            for stream in list(self._streams):
-                stream.cut()
+        """Ends every stream when cancelled."""
+        await followed.cut_at_end(self._streams)
 
     def _next(self, stream: _Stream) -> pb.AccessChanges:
         """All that a stream was not told yet; nothing, as a sign of life, when it knows everything."""

@@ -82,12 +82,6 @@ def levels_of(connection: sqlite3.Connection, endpoint_id: str, principal_id: in
     return [Level(row[0]) for row in rows]
 
 
-def find_principal(connection: sqlite3.Connection, folded: str) -> tuple[int, Kind] | None:
-    """The id and the kind of the principal of that name."""
-    row = connection.execute("SELECT id, kind FROM principals WHERE folded = ?", (folded,)).fetchone()
-    return (row[0], Kind(row[1])) if row else None
-
-
 def endpoint_grants(connection: sqlite3.Connection, endpoint_id: str) -> list[EndpointGrant]:
     """All that is granted on an endpoint, in the order in which it was first granted."""
     rows = connection.execute(

@@ -11,15 +11,15 @@ import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from secrets_service import access, callers, grant_store, names
+from secrets_service import access, callers, grant_store, names, store
 from secrets_service.errors import (
     EndpointNotFound,
-    EndpointPermissionDenied,
     TooManyPermissions,
     UnknownPrincipal,
 )
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Endpoint, EndpointGrant, Kind
+from servicekit.access import EndpointPermissionDenied
 from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import InvalidParameter
 from servicekit.warnings import warn
@@ -143,7 +143,7 @@ def _warn_if_abandoned(endpoint: Endpoint, granted: Sequence[EndpointGrant]) -> 
 
 
 def _principal(connection: sqlite3.Connection, entry: Entry, folded: str) -> int:
-    found = grant_store.find_principal(connection, folded)
-    if found is None or found[1] not in _KINDS[entry.field]:
+    found = store.find_principal(connection, folded)
+    if found is None or store.kind_of(connection, found) not in _KINDS[entry.field]:
         raise UnknownPrincipal(f"{entry.at}.{entry.field}", entry.name)
-    return found[0]
+    return found

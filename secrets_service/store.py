@@ -84,6 +84,11 @@ def find_principal(connection: sqlite3.Connection, folded: str) -> int | None:
     return row[0] if row else None
 
 
+def kind_of(connection: sqlite3.Connection, principal_id: int) -> Kind:
+    """What the principal of that id is."""
+    return Kind(connection.execute("SELECT kind FROM principals WHERE id = ?", (principal_id,)).fetchone()[0])
+
+
 def groups_of(connection: sqlite3.Connection, principal_id: int) -> tuple[Group, ...]:
     """The groups that a principal belongs to, by id."""
     rows = connection.execute(

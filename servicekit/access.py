@@ -12,12 +12,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import grpc
 
-from servicekit import channels
+from servicekit import channels, followed
 from servicekit.context import Level, Principal
-from servicekit.errors import Unavailable
+from servicekit.errors import PermissionDenied, Unavailable
+from servicekit.policy import Decision
 from tessera.identity.v1 import permissions_pb2 as pb
 from tessera.identity.v1 import permissions_pb2_grpc as rpc
 
@@ -32,12 +34,16 @@ SILENCE_SECONDS = 5.0
 FIRST_TABLE_SECONDS = 5.0
 """How long a request waits for the first table of a process that has just started."""
 
-RECONNECT_SECONDS = (0.05, 0.5)
-"""The first and the longest pause before Secrets is asked again."""
-
 
 Forget = Callable[[Iterable[str], Iterable[str]], None]
 """Drops what is known about principals and about credentials, by their ids."""
+
+
+class EndpointPermissionDenied(PermissionDenied):
+    """The caller may know of the endpoint, and not do this with it; `endpoint` is its name or its id."""
+
+    def __init__(self, user: str, level: Level, endpoint: str) -> None:
+        super().__init__(f"User {user} does not have {level.name} permission on serving endpoint '{endpoint}'.")
 
 
 class AccessTable:
@@ -65,6 +71,22 @@ class AccessTable:
         except TimeoutError:
             raise _unavailable() from None
 
+    def decide(self, decision: Decision, caller: Principal, *, name: str, endpoint_id: str | None) -> Level | None:
+        """The caller's level on the endpoint called `name`, when it is enough for the row; None when the caller may not
+        know that there is one.
+
+        Without an endpoint (its id is None) the table is asked all the same, so that one that cannot be judged looks
+        like one that does not exist. Raises EndpointPermissionDenied and Unavailable.
+        """
+        needed = Level[decision.row.level]
+        level = self.level(caller, endpoint_id or "", may_be_stale=decision.row.is_inference)
+        if endpoint_id is None or level is None:
+            return None
+        if level < needed:
+            raise EndpointPermissionDenied(caller.name, needed, name)
+        decision.allow()
+        return level
+
     def level(self, caller: Principal, endpoint_id: str, *, may_be_stale: bool = False) -> Level | None:
         """The strongest level that a caller holds on an endpoint; None when it may not know that there is one.
 
@@ -83,18 +105,7 @@ class AccessTable:
 
     async def follow(self, channel: grpc.aio.Channel) -> None:
         """Keeps the table up to date until cancelled; comes back by itself when Secrets was gone."""
-        first, longest = RECONNECT_SECONDS
-        pause = first
-        while True:
-            asked_at = self._now()
-            try:
-                await self._follow_once(channel)
-            except grpc.aio.AioRpcError as error:
-                log.info("access feed ended", extra={"code": error.code().name})
-            except TimeoutError:
-                log.warning("access feed is silent and is opened anew")
-            pause = first if self._heard_at > asked_at else min(pause * 2, longest)
-            await asyncio.sleep(pause)
+        await followed.follow("access", partial(self._follow_once, channel), heard=lambda: self._heard_at)
 
     async def _follow_once(self, channel: grpc.aio.Channel) -> None:
         stream = rpc.AccessFeedStub(channel).Watch(metadata=channels.outgoing_metadata())
@@ -107,6 +118,8 @@ class AccessTable:
                         return
                     self._apply(changes, parts)
                     await stream.write(pb.AccessReport(acknowledged_revision=0 if changes.more else changes.revision))
+        except TimeoutError:
+            log.warning("access feed is silent and is opened anew")
         finally:
             stream.cancel()
 

@@ -1,11 +1,24 @@
-"""A stream by which somebody follows what we know: it is woken to be told, says what it acts by, and can be cut off."""
+"""Streams by which one process follows what another knows; both sides of them.
+
+Who is followed wakes each stream when there is something to tell, hears what the other acts by, and can cut it off. Who
+follows opens its stream anew for as long as it lives.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+import grpc
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = (0.05, 0.5)
+"""The first and the longest pause before a stream is opened anew."""
 
 
 @dataclass(eq=False)
@@ -40,3 +53,29 @@ class Follower:
         self.end()
         if self.task is not None and not self._is_waiting:
             self.task.cancel()
+
+
+async def cut_at_end(streams: Collection[Follower]) -> None:
+    """Waits to be cancelled, and ends every stream then, so that a service that stops does not wait for them."""
+    try:
+        await asyncio.Event().wait()
+    finally:
+        for stream in list(streams):
+            stream.cut()
+
+
+async def follow(name: str, once: Callable[[], Awaitable[None]], *, heard: Callable[[], object]) -> None:
+    """Follows until cancelled: `once` opens a stream and returns, or raises AioRpcError, when that has ended.
+
+    The pauses before it is called again grow for as long as `heard`, which tells what was heard last, stays the same.
+    """
+    first, longest = RECONNECT_SECONDS
+    pause = first
+    while True:
+        before = heard()
+        try:
+            await once()
+        except grpc.aio.AioRpcError as error:
+            log.info("stream ended", extra={"stream": name, "code": error.code().name})
+        pause = first if heard() != before else min(pause * 2, longest)
+        await asyncio.sleep(pause)

@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from servicekit import channels
 from servicekit.context import Principal
 from servicekit.errors import PermissionDenied, ServiceError, Unauthenticated, Unavailable
+from servicekit.policy import Row
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.identity.v1 import identity_pb2_grpc as rpc
 
@@ -78,6 +79,16 @@ def refuse_bound(principal: Principal) -> None:
         raise BoundToken
 
 
+def authorization_details(endpoint_id: str) -> dict[str, object]:
+    """What a token for the queries of one endpoint allows, as clients say it and are told it (contract 6.9)."""
+    return {
+        "type": "workspace_permission",
+        "object_type": "serving-endpoints",
+        "object_path": f"/serving-endpoints/{endpoint_id}",
+        "actions": ["query_inference_endpoint"],
+    }
+
+
 CREDENTIAL_REFUSED = (Unauthenticated, InvalidToken)
 """What is raised when a request's credential is missing, of a wrong kind, or not good (any more)."""
 
@@ -90,9 +101,9 @@ class Identity:
     assertion: str | None = field(default=None, repr=False)
 
 
-Identify = Callable[[Mapping[str, str], str], Awaitable[Identity | None]]
-"""Decides who calls: from a call's metadata and full method name to an identity; raises Unauthenticated or
-InvalidToken. None: nobody, which only an internal RPC accepts."""
+Identify = Callable[[Mapping[str, str], Row | None], Awaitable[Identity | None]]
+"""Decides who calls: from a call's metadata and its row in the policy (None: there is no such method) to an identity;
+raises Unauthenticated or InvalidToken. None: nobody, which only an internal RPC accepts."""
 
 
 def token_from(authorization: str | None) -> str:
@@ -327,9 +338,8 @@ class TokenExchange:
                 self._known[digest].unanswered_at = self._now()
             raise Unavailable("The Secrets service does not answer just now.", retry_after=1) from None
         identity = Identity(principal, answer.assertion)
-        if (
-            forgotten != self._forgotten
-        ):  # something changed meanwhile, maybe this: good for now, and asked again next time
+        if forgotten != self._forgotten:
+            # Something changed meanwhile, maybe this: good for now, and asked again next time.
             asked_at -= REFRESH_SECONDS
         _remember(self._known, digest, _Known(identity, asked_at))
         return identity
@@ -339,12 +349,12 @@ class TokenExchange:
         return {key.key_id: Ed25519PublicKey.from_public_bytes(key.public_key) for key in platform.keys}
 
 
-def by_token(exchange: TokenExchange, *, stale_methods: frozenset[str] = frozenset()) -> Identify:
-    """How a public listener knows its callers; `stale_methods` may go on with known ones while Secrets is gone."""
+def by_token(exchange: TokenExchange) -> Identify:
+    """How a public listener knows its callers; inference may go on with known ones while Secrets is gone."""
 
-    async def identify(metadata: Mapping[str, str], method: str) -> Identity:
+    async def identify(metadata: Mapping[str, str], row: Row | None) -> Identity:
         token = token_from(metadata.get("authorization"))
-        return await exchange.identify(token, may_be_stale=method in stale_methods)
+        return await exchange.identify(token, may_be_stale=row is not None and row.is_inference)
 
     return identify
 
@@ -352,7 +362,7 @@ def by_token(exchange: TokenExchange, *, stale_methods: frozenset[str] = frozens
 def by_assertion(verifier: AssertionVerifier) -> Identify:
     """How an internal listener knows on whose behalf its peer calls."""
 
-    async def identify(metadata: Mapping[str, str], method: str) -> Identity | None:
+    async def identify(metadata: Mapping[str, str], row: Row | None) -> Identity | None:
         assertion = metadata.get(channels.ASSERTION)
         if assertion is None:
             return None

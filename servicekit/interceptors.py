@@ -28,12 +28,6 @@ DEFAULT_DEADLINE = 10.0
 
 LONGEST_DEADLINE = 60.0
 
-_MADE_UP = "our own request id"
-"""Where it stands among a call's metadata; no name that a caller could use."""
-
-INFERENCE = "/tessera.serving.v1.ServingEndpoints/Query"
-"""The one method that a token which is bound to an endpoint is good for."""
-
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
 
@@ -82,19 +76,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             raise NotImplementedError(f"{method} streams requests only, which no RPC of ours does")
         return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary, read, write), None, None)
 
-    async def authenticate(self, method: str, metadata: dict[str, str]) -> context.RequestContext:
+    async def authenticate(self, method: str, metadata: dict[str, str], request_id: str) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
-        request_id = _request_id(metadata)
         row = self._rows.get(method)
         decision = None if row is None else Decision(row)
         if row == OPEN:
             return context.RequestContext(request_id, decision=decision)
-        identity = await self._identify(metadata, method)
+        identity = await self._identify(metadata, row)
         if identity is None:
             if row is None or row.needs_caller:
                 raise Unauthenticated
             return context.RequestContext(request_id, decision=decision)
-        if method != INFERENCE:
+        if row is None or not row.is_inference:
             refuse_bound(identity.principal)
         may_be_repeated = self._may_be_repeated(row, metadata)
         return context.RequestContext(
@@ -121,6 +114,8 @@ class _Call:
         self._metadata = metadata
         self._decision: Decision | None = None
         self._started = time.perf_counter()
+        given = metadata.get(channels.REQUEST_ID, "")
+        self._request_id = given if channels.is_request_id(given) else channels.new_request_id()
 
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
         async def handle(request: bytes, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -172,8 +167,8 @@ class _Call:
         return handle
 
     async def _begin(self) -> None:
-        context.enter(context.RequestContext(_request_id(self._metadata)))
-        request = await self._chain.authenticate(self._method, self._metadata)
+        context.enter(context.RequestContext(self._request_id))
+        request = await self._chain.authenticate(self._method, self._metadata, self._request_id)
         self._decision = request.decision
         context.enter(request)
 
@@ -192,8 +187,7 @@ class _Call:
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
         log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))
-        request_id = _request_id(self._metadata)
-        await rpc.abort_with_status(to_status(ServiceError(f"Internal error. Request id: {request_id}.")))
+        await rpc.abort_with_status(to_status(ServiceError(f"Internal error. Request id: {self._request_id}.")))
 
     def _log_success(self) -> None:
         if log.isEnabledFor(logging.DEBUG):
@@ -230,8 +224,3 @@ def _pass_warnings(rpc: grpc.aio.ServicerContext[Any, Any], warnings: Sequence[s
 async def _no_such_method(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
     """Answers for a method that a listener does not have; only callers that we know learn as much."""
     await rpc.abort(grpc.StatusCode.UNIMPLEMENTED, "This listener has no such method.")
-
-
-def _request_id(metadata: dict[str, str]) -> str:
-    given = metadata.get(channels.REQUEST_ID, "")
-    return given if channels.is_request_id(given) else metadata.setdefault(_MADE_UP, channels.new_request_id())

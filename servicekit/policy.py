@@ -32,6 +32,10 @@ class Row:
     level: str = ""
     """Which permission on the subject that takes."""
 
+    is_inference: bool = False
+    """Whether a token that is bound to one endpoint is good for it, and callers that were known before may go on with
+    it for a while when Secrets does not answer (S12)."""
+
 
 Table = Mapping[str, Row]
 """A row for each RPC (`package.Service/Method`) and for each route of a gateway that is no RPC (`GET /path/{name}`)."""
@@ -53,9 +57,9 @@ def on_behalf(peer: str, *others: str) -> Row:
     return Row(peers=frozenset((peer, *others)))
 
 
-def permission(subject: str, level: str = "") -> Row:
+def permission(subject: str, level: str = "", *, is_inference: bool = False) -> Row:
     """The row of what takes a permission that a use case decides about."""
-    return Row(subject=subject, level=level)
+    return Row(subject=subject, level=level, is_inference=is_inference)
 
 
 class Decision:

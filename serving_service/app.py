@@ -16,7 +16,6 @@ from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
-from servicekit.interceptors import INFERENCE
 from servicekit.once import Answers, Unsealed
 from serving_service import cgroups, store
 from serving_service.controller import Doors
@@ -132,7 +131,7 @@ async def running(
                 [
                     Listener(
                         address=settings.listen,
-                        identify=by_token(exchange, stale_methods=frozenset({INFERENCE})),
+                        identify=by_token(exchange),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
                         trusted_proxies=settings.trusted_proxies,
                         reflection=settings.has_reflection,

@@ -33,7 +33,6 @@ from serving_service.errors import (
     ConfigVersionNotFound,
     EndpointExists,
     EndpointNotFound,
-    EndpointPermissionDenied,
     EntityNotFound,
     NothingToCancel,
     NotStoppable,
@@ -493,20 +492,15 @@ class Endpoints:
         Raises EndpointNotFound and EndpointPermissionDenied.
         """
         decision = current_decision(policy.ENDPOINT)
-        needed = Level[decision.row.level]
         await self._access.known()
         # Nothing else is read on behalf of who may not see it: the time of the answer would tell that it is there.
         endpoint_id = await self._database.read(store.id_of, name)
-        # Asked in any case, so that an endpoint that cannot be judged looks like one that does not exist.
-        level = self._access.level(caller, endpoint_id or "")
+        level = self._access.decide(decision, caller, name=name, endpoint_id=endpoint_id)
         if endpoint_id is None or level is None:
             raise EndpointNotFound(name)
-        if level < needed:
-            raise EndpointPermissionDenied(caller.name, needed, name)
         endpoint = await self._database.read(store.endpoint_with_id, endpoint_id)
         if endpoint is None or endpoint.is_deleted:
             raise EndpointNotFound(name)
-        decision.allow()
         return endpoint, level
 
     async def _with_models(self, config: EndpointConfig) -> EndpointConfig:

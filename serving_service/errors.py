@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from servicekit import errors
-from servicekit.context import Level
 
 
 class EndpointNotFound(errors.NotFound):
@@ -13,13 +12,6 @@ class EndpointNotFound(errors.NotFound):
 
     def __init__(self, name: str) -> None:
         super().__init__(f"Endpoint with name '{name}' does not exist.")
-
-
-class EndpointPermissionDenied(errors.PermissionDenied):
-    """The caller may know of the endpoint, and not do this with it."""
-
-    def __init__(self, user: str, level: Level, endpoint: str) -> None:
-        super().__init__(f"User {user} does not have {level.name} permission on serving endpoint '{endpoint}'.")
 
 
 class EntityNotFound(errors.NotFound):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from servicekit.identity import authorization_details
 from serving_service import details
 from serving_service.endpoints import View
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
@@ -94,17 +95,8 @@ def event(event: LaunchEvent) -> pb.LaunchEvent:
 
 def _data_plane(view: View) -> pb.ModelDataPlaneInfo:
     """Where the endpoint is asked, and what a token for it must allow; clients send the text as it is."""
-    allowed = {
-        "type": "workspace_permission",
-        "object_type": "serving-endpoints",
-        "object_path": f"/serving-endpoints/{view.endpoint.id}",
-        "actions": ["query_inference_endpoint"],
-    }
-    return pb.ModelDataPlaneInfo(
-        query_info=pb.DataPlaneInfo(
-            endpoint_url=view.url, authorization_details=json.dumps([allowed], separators=(",", ":"))
-        )
-    )
+    allowed = json.dumps([authorization_details(view.endpoint.id)], separators=(",", ":"))
+    return pb.ModelDataPlaneInfo(query_info=pb.DataPlaneInfo(endpoint_url=view.url, authorization_details=allowed))
 
 
 def _state(view: View) -> pb.EndpointState:

@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from servicekit.access import AccessTable
-from servicekit.context import Level, Principal, current_decision
+from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
-from serving_service.errors import EndpointPermissionDenied, ModelServerFailed, NotDeployed, NotReady, Stopped
+from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, Stopped
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
 from tessera import policy
 
@@ -81,15 +81,11 @@ class Queries:
     async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
         """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
         decision = current_decision(policy.ENDPOINT)
-        needed = Level[decision.row.level]
         await self._access.known()
         routes = await self._routes.find(name)
-        level = self._access.level(caller, routes.endpoint_id if routes else "", may_be_stale=True)
+        level = self._access.decide(decision, caller, name=name, endpoint_id=routes.endpoint_id if routes else None)
         if routes is None or level is None:
             raise NotDeployed
-        if level < needed:
-            raise EndpointPermissionDenied(caller.name, needed, name)
-        decision.allow()
         return routes
 
 

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
+from servicekit import followed
 from servicekit.errors import Unavailable
 from servicekit.followed import Follower
 from tessera.serving.v1 import serving_pb2 as pb
@@ -90,13 +91,9 @@ class RouteTable:
         """Called with an endpoint's id when a gateway asks for an entity without a replica."""
 
     async def run(self) -> None:
-        """Ends every stream when cancelled, so that the service does not wait for gateways when it stops."""
+        """Ends every stream when cancelled."""
         self._expect_return()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            for stream in list(self._streams):
-                stream.cut()
+        await followed.cut_at_end(self._streams)
 
     def loaded(self) -> None:
         """Says that the table is whole; no stream is served before."""

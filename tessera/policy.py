@@ -11,6 +11,7 @@ that has no row here, with a row for one that it does not have, or with one that
 | `ADMIN` | members of the group `admins` |
 | `READ` < `WRITE` < `MANAGE` | who has that permission on the scope, through itself or a group, and admins |
 | `CAN_VIEW` < `CAN_QUERY` < `CAN_MANAGE` | who has that permission on the endpoint, likewise |
+| `INFERENCE` | `CAN_QUERY`, also with a token that is good for that endpoint alone, and while Secrets is away |
 | `internal(peer)` | that one of our own processes, over its socket; `operator` is who runs this machine |
 | `on_behalf(peer)` | as `internal`, but with proof of a caller on whose behalf it asks |
 
@@ -27,7 +28,8 @@ ADMINS, OWNER, SCOPE, ENDPOINT = "admins", "owner", "scope", "endpoint"
 ADMIN = permission(ADMINS)
 OWN = permission(OWNER)
 READ, WRITE, MANAGE = (permission(SCOPE, level) for level in ("READ", "WRITE", "MANAGE"))
-CAN_VIEW, CAN_QUERY, CAN_MANAGE = (permission(ENDPOINT, level) for level in ("CAN_VIEW", "CAN_QUERY", "CAN_MANAGE"))
+CAN_VIEW, CAN_MANAGE = (permission(ENDPOINT, level) for level in ("CAN_VIEW", "CAN_MANAGE"))
+INFERENCE = permission(ENDPOINT, "CAN_QUERY", is_inference=True)
 
 POLICY: Table = {
     # Secrets: scopes and what is in them. The names of scopes are public (contract 4.1).
@@ -113,15 +115,15 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/ListServingEndpointEvents": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
-    "tessera.serving.v1.ServingEndpoints/Query": CAN_QUERY,
+    "tessera.serving.v1.ServingEndpoints/Query": INFERENCE,
     "tessera.serving.v1.Routes/Watch": internal("gateway"),
     # Inference over REST, which the gateway answers by itself.
-    "POST /serving-endpoints/{name}/invocations": CAN_QUERY,
-    "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": CAN_QUERY,
-    "POST /serving-endpoints/chat/completions": CAN_QUERY,
-    "POST /serving-endpoints/completions": CAN_QUERY,
-    "POST /serving-endpoints/embeddings": CAN_QUERY,
-    "POST /serving-endpoints/responses": CAN_QUERY,
+    "POST /serving-endpoints/{name}/invocations": INFERENCE,
+    "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": INFERENCE,
+    "POST /serving-endpoints/chat/completions": INFERENCE,
+    "POST /serving-endpoints/completions": INFERENCE,
+    "POST /serving-endpoints/embeddings": INFERENCE,
+    "POST /serving-endpoints/responses": INFERENCE,
     # About the gateway. Clients ask the first before they know where to log in; the second is for supervisors.
     "GET /.well-known/databricks-config": OPEN,
     "GET /health": OPEN,

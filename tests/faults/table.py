@@ -90,12 +90,12 @@ FAULTS = (
     Fault(
         name="endpoints-seen-by-everybody",
         property="S8",
-        file="serving_service/endpoints.py",
+        file="servicekit/access.py",
         old="""        if endpoint_id is None or level is None:
-            raise EndpointNotFound(name)
+            return None
         if level < needed:""",
         new="""        if endpoint_id is None:
-            raise EndpointNotFound(name)
+            return None
         if level is None or level < needed:""",
         tests=("tests/service/test_secrecy.py::test_endpoint_without_permission_is_one_that_does_not_exist",),
     ),
@@ -397,7 +397,7 @@ FAULTS = (
         name="viewers-may-query",
         property="S7",
         file="tessera/policy.py",
-        old='ServingEndpoints/Query": CAN_QUERY,',
+        old='ServingEndpoints/Query": INFERENCE,',
         new='ServingEndpoints/Query": CAN_VIEW,',
         tests=(
             f"{_ENDPOINTS}::test_each_level_opens_what_it_is_for_and_nothing_else",

@@ -252,7 +252,7 @@ async def test_method_of_grpc_without_a_row_is_not_there(platform: Platform) -> 
 
 
 async def test_open_rpc_is_answered_without_looking_at_a_credential() -> None:
-    async def identify(metadata: Any, method: str) -> Any:
+    async def identify(metadata: Any, row: Row | None) -> Any:
         raise AssertionError("nobody asked who calls")
 
     async with running(table=with_row("tessera.identity.v1.Scim/GetUser", OPEN), identify=identify) as platform:
@@ -561,7 +561,7 @@ async def test_exception_of_a_streaming_handler_stays_in_the_service(
 
 
 async def test_exception_while_a_caller_is_identified_lets_nobody_in(logged: Callable[[], str]) -> None:
-    async def identify(metadata: Any, method: str) -> Any:
+    async def identify(metadata: Any, row: Row | None) -> Any:
         raise CarriesSecret(CANARY)
 
     async with running(identify=identify) as platform:
@@ -717,7 +717,7 @@ async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platfo
 
 
 async def start(address: str) -> None:
-    async def identify(metadata: Any, method: str) -> None:
+    async def identify(metadata: Any, row: Row | None) -> None:
         return None
 
     listener = Listener(address=address, identify=identify)
@@ -744,7 +744,7 @@ async def test_listener_that_fails_closes_the_ones_before_it(platform: Platform)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 
-    async def identify(metadata: Any, method: str) -> None:
+    async def identify(metadata: Any, row: Row | None) -> None:
         return None
 
     listeners = [Listener(address=at, identify=identify) for at in (f"127.0.0.1:{port}", platform.addresses[0])]

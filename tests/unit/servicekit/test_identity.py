@@ -35,6 +35,7 @@ from servicekit.identity import (
     refuse_bound,
     token_from,
 )
+from servicekit.policy import AUTHENTICATED, permission
 from tests.support.authority import ADA, GRACE, ScriptedAuthority, Signer, authority_server
 from tests.support.eventually import eventually
 
@@ -323,11 +324,11 @@ async def test_memory_of_assertions_is_bounded(signer: Signer, monkeypatch: pyte
 async def test_nobody_and_a_forger_are_told_apart_on_an_internal_listener(signer: Signer) -> None:
     identify = by_assertion(AssertionVerifier(Keys(signer)))
     assertion = signer.assertion(ADA)
-    assert await identify({}, "/a/b") is None
-    assert await identify({"authorization": "Bearer ada-token"}, "/a/b") is None
-    assert await identify({channels.ASSERTION: assertion}, "/a/b") == Identity(ADA, assertion)
+    assert await identify({}, AUTHENTICATED) is None
+    assert await identify({"authorization": "Bearer ada-token"}, AUTHENTICATED) is None
+    assert await identify({channels.ASSERTION: assertion}, AUTHENTICATED) == Identity(ADA, assertion)
     with pytest.raises(Unauthenticated):
-        await identify({channels.ASSERTION: ""}, "/a/b")
+        await identify({channels.ASSERTION: ""}, AUTHENTICATED)
 
 
 # --- tokens at Secrets
@@ -583,20 +584,22 @@ async def test_memory_of_identities_is_bounded(
         assert len(authority.exchanges) == before
 
 
-async def test_public_listener_allows_staleness_by_method_only(authority: ScriptedAuthority, clock: Clock) -> None:
+async def test_public_listener_allows_staleness_for_inference_only(authority: ScriptedAuthority, clock: Clock) -> None:
     async with exchange_with(authority, clock) as exchange:
-        identify = by_token(exchange, stale_methods=frozenset({"/shop.Shop/Query"}))
+        identify = by_token(exchange)
+        inference = permission("shop", "CAN_QUERY", is_inference=True)
         headers = {"authorization": "Bearer ada-token", channels.ASSERTION: authority.signer.assertion(GRACE)}
-        found = await identify(headers, "/shop.Shop/Query")
+        found = await identify(headers, inference)
         assert found is not None
         assert found.principal == ADA
         authority.failure = Unavailable("gone")
         clock.advance(20)
-        assert await identify(headers, "/shop.Shop/Query") is found
-        with pytest.raises(Unavailable):
-            await identify(headers, "/shop.Shop/Delete")
+        assert await identify(headers, inference) is found
+        for row in (AUTHENTICATED, permission("shop", "CAN_QUERY"), None):
+            with pytest.raises(Unavailable):
+                await identify(headers, row)
         with pytest.raises(Unauthenticated):
-            await identify({channels.ASSERTION: authority.signer.assertion(GRACE)}, "/shop.Shop/Query")
+            await identify({channels.ASSERTION: authority.signer.assertion(GRACE)}, inference)
 
 
 async def test_platform_is_told_with_its_keys(authority: ScriptedAuthority, clock: Clock) -> None:
