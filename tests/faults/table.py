@@ -22,6 +22,7 @@ _IDENTITY = "tests/service/test_identity.py"
 _DIRECTORY = "tests/service/test_directory.py"
 _VERSIONS = "tests/service/test_versions.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
+_KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 
 FAULTS = (
@@ -488,6 +489,23 @@ FAULTS = (
             f"{_ONCE}::test_permissions_are_changed_once",
             f"{_ENDPOINTS}::test_a_retry_of_a_change_gets_the_first_answer",
         ),
+    ),
+    # --- what a replica may and what becomes of it ---
+    Fault(
+        name="record-of-the-dead-kept",
+        property="R5",
+        file="serving_service/controllers.py",
+        old="            await database.write(store.remove_replica, replica_id)\n            self._doors.launches",
+        new="            self._doors.launches",
+        tests=(_KILLED,),
+    ),
+    Fault(
+        name="survivors-not-taken-over",
+        property="R5",
+        file="serving_service/controllers.py",
+        old="        for replica_id in records.keys() & handles.keys():",
+        new="        for replica_id in records.keys() - records.keys():",
+        tests=(_KILLED,),
     ),
     # --- hostile text ---
     Fault(

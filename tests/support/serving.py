@@ -26,12 +26,15 @@ from serving_service.model import ModelVersion
 from serving_service.settings import ServingSettings
 from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
-from tests.support import model_servers
+from tests.support import model_servers, tiny_runner
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
 from tests.support.secrets import RunningSecrets, running_secrets
 
-MANNERS = ("ready", "dying", "failing", "slow", "stubborn", "speaking")
+TINY = "tiny"
+"""The manner that is quickest to start."""
+
+MANNERS = (TINY, "ready", "dying", "failing", "slow", "stubborn", "speaking")
 TIMEOUT = 10.0
 
 IN_PROGRESS = pb.EndpointState.IN_PROGRESS
@@ -61,7 +64,8 @@ class MannerLauncher(LocalLauncher):
     """The real launcher; in place of our model server it runs the program that the model's folder names."""
 
     async def start(self, launch: Launch) -> LocalReplica:
-        command = model_servers.command(launch.model_path.name)
+        manner = launch.model_path.name
+        command = tiny_runner.command() if manner == TINY else model_servers.command(manner)
         return await super().start(dataclasses.replace(launch, command=command))
 
 

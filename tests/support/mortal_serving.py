@@ -1,0 +1,159 @@
+"""Serving as a process that dies where it is told to, and is there again within a fraction of a second.
+
+`python -m tests.support.mortal_serving DIRECTORY` imports everything once and forks the service anew for every start.
+While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see `tests/support/failpoints.py`) and
+`passed`, which it answers with the points that it passed since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import grpc
+
+from servicekit import channels, sockets
+from serving_service import app
+from tests.support.failpoints import Failpoints
+from tests.support.serving import MannerRegistry, a_launcher, serving_settings
+
+ROUTE_ACK_SECONDS = 0.1
+START_SECONDS = 20.0
+
+
+class MortalServing:
+    """The service; `channel` leads to the gateway socket of the process that was started last."""
+
+    def __init__(self, address: str, nursery: asyncio.subprocess.Process) -> None:
+        self.channel: grpc.aio.Channel
+        self.pid = 0
+        self._address = address
+        self._channels = AsyncExitStack()
+        self._nursery = nursery
+        self.ended = asyncio.Event()
+        """Set while no service lives."""
+        self.ended.set()
+        self._told: asyncio.Queue[list[str]] = asyncio.Queue()
+        self._reading = asyncio.create_task(self._read())
+
+    async def start(self, *, deadly: str | None = None) -> None:
+        """Starts it, to end at the point `deadly`; returns when it is there, or has ended again."""
+        assert self.ended.is_set()
+        self.ended.clear()
+        self._order("start", deadly)
+        told = await asyncio.wait_for(self._told.get(), START_SECONDS)
+        self.pid = int(told[0])
+        serving, ended = asyncio.create_task(self._told.get()), asyncio.create_task(self.ended.wait())
+        done, _ = await asyncio.wait((serving, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        assert done, "Serving neither started nor ended"
+        for task in (serving, ended):
+            task.cancel()
+        # Anew, since one that was refused meanwhile waits for a second until it tries again.
+        await self._channels.aclose()
+        self.channel = await self._channels.enter_async_context(channels.opened(self._address))
+
+    async def watch(self, deadly: str | None = None) -> None:
+        """Has the service note the points that it passes from now on, and end at the one that is deadly."""
+        self._order("watch", deadly)
+        await asyncio.wait_for(self._told.get(), START_SECONDS)
+
+    async def passed(self) -> list[str]:
+        """The points that the service has passed since `watch`, in their order."""
+        self._order("passed", None)
+        return await asyncio.wait_for(self._told.get(), START_SECONDS)
+
+    async def kill(self) -> None:
+        """Ends it as `kill -9` does; nothing when it has ended."""
+        if not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            await self.ended.wait()
+
+    async def close(self) -> None:
+        """Ends it and what starts it."""
+        await self.kill()
+        await self._channels.aclose()
+        self._reading.cancel()
+        self._nursery.kill()
+        await self._nursery.wait()
+
+    def _order(self, word: str, point: str | None) -> None:
+        assert self._nursery.stdin is not None
+        self._nursery.stdin.write(f"{json.dumps([word, point])}\n".encode())
+
+    async def _read(self) -> None:
+        assert self._nursery.stdout is not None
+        async for line in self._nursery.stdout:
+            told = json.loads(line)
+            if told == ["ended"]:
+                self.ended.set()
+            else:
+                self._told.put_nowait(told)
+
+
+@contextlib.asynccontextmanager
+async def mortal_serving(directory: Path) -> AsyncIterator[MortalServing]:
+    """The service on a data directory, not started yet, and killed in the end."""
+    address = sockets.socket_address(serving_settings(directory).sockets, callee="serving", caller="gateway")
+    nursery = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    serving = MortalServing(address, nursery)
+    try:
+        yield serving
+    finally:
+        await serving.close()
+
+
+def _main(directory: Path) -> None:
+    while (order := _next_order()) is not None:
+        if order[0] != "start":
+            continue  # it was meant for one that has just ended
+        if (child := os.fork()) == 0:
+            asyncio.run(_serve(directory, deadly=order[1]))
+        _tell(child)
+        os.waitpid(child, 0)
+        _tell("ended")
+
+
+async def _serve(directory: Path, *, deadly: str | None) -> None:
+    points = Failpoints()
+    points.install()
+    points.watch(deadly)
+    settings = serving_settings(directory, route_ack_seconds=ROUTE_ACK_SECONDS)
+    async with app.running(settings, launcher=a_launcher(settings), registry=MannerRegistry(directory)):
+        _tell("serving")
+        while (order := await asyncio.to_thread(_next_order)) is not None:
+            if order[0] == "watch":
+                points.watch(order[1])
+                _tell()
+            else:
+                _tell(*points.passed)
+
+
+def _next_order() -> list[str] | None:
+    """Byte by byte, so that nothing is taken that is meant for the next one who reads."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (piece := os.read(0, 1)):
+            return None
+        line += piece
+    order: list[str] = json.loads(line)
+    return order
+
+
+def _tell(*words: object) -> None:
+    os.write(1, json.dumps(words).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))
