@@ -520,6 +520,14 @@ FAULTS = (
             "tests/unit/test_sql.py::test_statements_are_made_of_the_programs_own_text",
         ),
     ),
+    Fault(
+        name="comment-in-sql",
+        property="S26",
+        file="secrets_service/store.py",
+        old="""connection.execute("UPDATE tokens SET comment = ? WHERE id = ?", (comment, token_id))""",
+        new="""connection.execute(f"UPDATE tokens SET comment = '{comment}' WHERE id = ?", (token_id,))""",
+        tests=("tests/service/test_injection.py::test_hostile_text_is_text",),
+    ),
 )
 
 

@@ -1,7 +1,8 @@
 """Text that means something to a database means nothing to us: in every string field and in the credential (S26).
 
 Each public RPC of Secrets, Scim and Tokens is called once with harmless text in a field, and once with each hostile one
-in the same place. The hostile one is refused, or does what the harmless one does: as many rows more or fewer in each
+in the same place. The harmless one is answered, or refused for the one reason that its field allows, so that what comes
+after it is reached. The hostile one is refused, or does what the harmless one does: as many rows more or fewer in each
 table, as many items in the answer. An error of the database would be an INTERNAL one.
 """
 
@@ -12,6 +13,7 @@ import itertools
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -51,9 +53,50 @@ GOOD_VALUES = {
     "op": "add",
     "path": "displayName",
     "application_id": "bob",
-    "initial_manage_principal": "",
+    "user_name": "user{}",
+    "display_name": "name{}",
+    "update_mask": "comment",
+    "lifetime": "60s",
 }
-"""What brings a call far, by the name of the field."""
+"""What brings a call far, by the name of the field; `{}` is a number of its own each time."""
+
+FORMS = {
+    "filter": ("{}", 'displayName eq "{}"', "displayName eq '{}'"),
+    "path": ("{}", 'roles[value eq "{}"]', "roles[value eq '{}']"),
+}
+"""How text stands in a field that has a syntax: in one of these forms the harmless text is good."""
+
+NAMING = {
+    "scope",
+    "key",
+    "principal",
+    "id",
+    "members.value",
+    "token_id",
+    "application_id",
+    "service_principal_id",
+    "secret_id",
+    "serving_endpoint_id",
+    "access_control_list.user_name",
+    "access_control_list.group_name",
+    "access_control_list.service_principal_name",
+}
+"""Fields that name what is there: harmless text names nothing, and is looked for."""
+
+MAKING = {("CreateScope", "scope"), ("PutSecret", "key")}
+"""But here they name what is made."""
+
+CHOOSING = {
+    "initial_manage_principal",
+    "sort_by",
+    "sort_order",
+    "operations.op",
+    "update_mask",
+    "lifetime",
+    "scopes",
+    "page_token",
+}
+"""Fields that take words of ours only: no other text goes beyond the check."""
 
 SERVICES = [
     secrets_pb2.DESCRIPTOR.services_by_name["Secrets"],
@@ -90,17 +133,33 @@ def request(method: MethodDescriptor, path: Path, text: str, ids: dict[str, str]
     """A request that is good but for the text in one place."""
     message: Message = GetMessageClass(method.input_type)()
     for other in string_paths(method.input_type):
-        known = ids.get(method.name, "") if other[-1] == "id" else GOOD_VALUES.get(other[-1], "")
-        if known and len(other) == 1:
+        if len(other) == 1 and (known := _good_value(method, other[0], ids)):
             _place(message, other, known)
     _place(message, path, text)
-    if method.name == "PutAcl":
-        message.permission = secrets_pb2.READ  # type: ignore[attr-defined]
+    _complete(message, ids)
+    return message
+
+
+def _good_value(method: MethodDescriptor, field: str, ids: dict[str, str]) -> str:
+    if field == "id":
+        kinds = ("ServicePrincipal", "Group", "User")
+        return next((ids[kind] for kind in kinds if method.name.endswith(kind)), "")
+    return ids.get(field) or GOOD_VALUES.get(field, "").format(next(numbers))
+
+
+def _complete(message: Any, ids: dict[str, str]) -> None:
+    """What the fields of a request cannot do without, besides texts at its top."""
+    if isinstance(message, secrets_pb2.PutAclRequest):
+        message.permission = secrets_pb2.READ
     for operation in getattr(message, "operations", ()):
-        operation.op, operation.path = operation.op or "add", operation.path or "displayName"
+        operation.path = operation.path or "displayName"
+        operation.op = operation.op or ("remove" if "[" in operation.path else "add")
         if not operation.HasField("value"):
             operation.value.string_value = "text"
-    return message
+    for member in getattr(message, "members", ()):
+        member.value = member.value or ids["User"]
+    for entry in getattr(message, "access_control_list", ()):
+        entry.permission_level = permissions_pb2.CAN_VIEW
 
 
 def _place(message: Any, path: Path, text: str) -> None:
@@ -126,20 +185,63 @@ class Database:
             return {name: connection.execute(f'SELECT count(*) FROM "{name}"').fetchone()[0] for name in names}
 
 
+@dataclass(frozen=True)
+class World:
+    """The service, and what there is in it."""
+
+    service: RunningSecrets
+    ids: dict[str, str]
+    """By the kind of what the field `id` names, or by the field that names it."""
+
+
 @pytest.fixture(scope="module")
-async def service() -> AsyncIterator[RunningSecrets]:
-    async with running_secrets(tokens_per_minute=0, secret_versions=1_000) as running:
-        await running.user("bob")
-        await running.admin.create_scope("Shop")
-        await running.admin.put("Shop", "key", "value")
-        yield running
+async def world() -> AsyncIterator[World]:
+    async with running_secrets(tokens_per_minute=0, secret_versions=1_000) as service:
+        admin = service.admin
+        await service.user("bob")
+        await admin.create_scope("Shop")
+        await admin.put("Shop", "key", "value")
+        await admin.grant("Shop", "bob", secrets_pb2.READ)
+        user = await admin.create_user("carol")
+        group = await admin(admin.scim.CreateGroup, identity_pb2.CreateGroupRequest(display_name="team"))
+        robot = await admin(
+            admin.scim.CreateServicePrincipal, identity_pb2.CreateServicePrincipalRequest(display_name="robot")
+        )
+        secret = await admin(
+            admin.client_secrets.CreateServicePrincipalSecret,
+            identity_pb2.CreateServicePrincipalSecretRequest(service_principal_id=robot.id),
+        )
+        token = await admin(admin.tokens.CreateToken, identity_pb2.CreateTokenRequest(comment="kept"))
+        endpoint, _ = await service.grant(admin)
+        ids = {
+            "User": user.id,
+            "Group": group.id,
+            "ServicePrincipal": robot.id,
+            "service_principal_id": robot.id,
+            "secret_id": secret.id,
+            "token_id": token.token_info.token_id,
+            "serving_endpoint_id": endpoint,
+        }
+        yield World(service, ids)
 
 
 numbers = itertools.count()
 
 
-async def effect(service: RunningSecrets, method: MethodDescriptor, message: Message) -> tuple[dict[str, int], int]:
-    """What a call changes: rows by table, and items answered, -1 when it is refused."""
+@dataclass(frozen=True)
+class Effect:
+    """What a call did."""
+
+    changed: dict[str, int]
+    """Rows more or fewer, by table."""
+    items: int = 0
+    """How many were answered."""
+    refusal: str | None = None
+    """What it was refused with, if it was."""
+
+
+async def effect(service: RunningSecrets, method: MethodDescriptor, message: Message) -> Effect:
+    """What a call does."""
     database = Database(service)
     before = database.rows()
     call = service.public_channel.unary_unary(
@@ -147,37 +249,54 @@ async def effect(service: RunningSecrets, method: MethodDescriptor, message: Mes
         type(message).SerializeToString,
         GetMessageClass(method.output_type).FromString,
     )
+    items, refusal = 0, None
     try:
         answer = await call(message, metadata=service.admin.metadata, timeout=TIMEOUT)
-        found = max((len(value) for field, value in answer.ListFields() if field.is_repeated), default=0)
+        items = max((len(value) for field, value in answer.ListFields() if field.is_repeated), default=0)
     except grpc.aio.AioRpcError as error:
         if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
             raise
-        found = -1
+        refusal = error.details()
     after = database.rows()
     assert before.keys() == after.keys()
-    return {name: after[name] - before[name] for name in after if after[name] != before[name]}, found
+    changed = {name: after[name] - before[name] for name in after if after[name] != before[name]}
+    return Effect(changed, items, refusal)
+
+
+def is_as_it_should_be(harmless: Effect, text: str, method: MethodDescriptor, path: Path) -> bool:
+    """Whether harmless text did what this field allows."""
+    field = ".".join(path)
+    if field in NAMING and (method.name, field) not in MAKING:
+        return harmless.refusal is not None and text in harmless.refusal
+    if field in CHOOSING:
+        return harmless.refusal is not None and _folded(harmless.refusal).startswith(_folded(field))
+    return harmless.refusal is None
+
+
+def _folded(name: str) -> str:
+    return name.replace("_", "").lower()
 
 
 @pytest.mark.parametrize(("method", "path"), CASES, ids=case_name)
-async def test_hostile_text_is_text(service: RunningSecrets, method: MethodDescriptor, path: Path) -> None:
-    bob = await service.admin(service.admin.scim.ListUsers, identity_pb2.ListRequest(filter='userName eq "bob"'))
-    ids = dict.fromkeys(("GetUser", "PatchUser"), bob.resources[0].id)
+async def test_hostile_text_is_text(world: World, method: MethodDescriptor, path: Path) -> None:
+    async def effect_of(text: str) -> Effect:
+        return await effect(world.service, method, request(method, path, text, world.ids))
 
-    async def effect_of(text: str) -> tuple[dict[str, int], int]:
-        return await effect(service, method, request(method, path, text, ids))
-
-    forms = ["{}", 'userName eq "{}"', "userName eq '{}'"] if path[-1] in ("filter", "path") else ["{}"]
-    for form in forms:
-        harmless, answered = await effect_of(form.format(f"harmless{next(numbers)}"))
-        for text in CORPUS:
+    outcomes = []
+    for form in FORMS.get(path[-1], ("{}",)):
+        text = f"harmless{next(numbers)}"
+        harmless = await effect_of(form.format(text))
+        outcomes.append((is_as_it_should_be(harmless, text, method, path), harmless))
+        for hostile in CORPUS:
             # Of its own each time, so that nothing is found that was stored before.
-            changed, found = await effect_of(form.format(f"{text}{next(numbers)}"))
-            assert changed in ({}, harmless), text
-            assert found <= max(answered, 0), text
+            found = await effect_of(form.format(f"{hostile}{next(numbers)}"))
+            assert found.changed in ({}, harmless.changed), hostile
+            assert found.items <= harmless.items, hostile
+    assert any(is_good for is_good, _ in outcomes), outcomes
 
 
-async def test_hostile_credential_is_no_credential(service: RunningSecrets) -> None:
+async def test_hostile_credential_is_no_credential(world: World) -> None:
+    service = world.service
     database = Database(service)
     before = database.rows()
     genuine = service.admin_token
