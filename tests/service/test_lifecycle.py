@@ -14,10 +14,19 @@ import grpc
 import pytest
 
 from servicekit import channels
+from serving_service.environment import SecretReferences
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import TIMEOUT, RunningSecrets, data_directory, refusal, running_secrets
+from tests.support.secrets import (
+    STREAM_TIMEOUT,
+    TIMEOUT,
+    RunningSecrets,
+    data_directory,
+    failing,
+    refusal,
+    running_secrets,
+)
 from tests.support.serving import RunningServing, ServingCaller, no_replicas, running_serving
 
 State = pb.EndpointState
@@ -213,7 +222,7 @@ async def test_stop_and_start(platform: Platform) -> None:
 
 async def test_requests_in_flight_are_answered_before_their_replica_is_stopped(platform: Platform) -> None:
     await platform.serving_demo()
-    gateway = platform.serving.routes.Watch()
+    gateway = platform.serving.routes.Watch(timeout=STREAM_TIMEOUT)
     await gateway.write(pb.RouteReport())
     table = await gateway.read()
     await gateway.write(pb.RouteReport(acknowledged_revision=table.revision))
@@ -272,20 +281,33 @@ async def test_cancelled_update_stays_so_after_a_restart(platform: Platform) -> 
     await platform.until_replicas(1)
 
 
-async def test_start_that_fails_leaves_the_endpoint_stopped_and_says_why(platform: Platform) -> None:
-    await platform.secrets.admin.create_scope("team")
-    await platform.secrets.admin.put("team", "api.key", "value")
+async def test_start_that_fails_leaves_the_endpoint_stopped_and_says_why(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = platform.secrets.admin
+    await owner.create_scope("team")
+    await owner.put("team", "api.key", "value")
     await platform.admin.create("demo", environment={"KEY": "{{secrets/team/api.key}}"})
     await platform.admin.settled("demo")
     await platform.admin.stop("demo")
+    is_lost = asyncio.Event()
+    resolve = SecretReferences.resolve
+
+    async def late(*args: Any, **kwargs: Any) -> Any:
+        await is_lost.wait()
+        return await resolve(*args, **kwargs)
+
+    monkeypatch.setattr(SecretReferences, "resolve", late)
     await platform.admin.start("demo")
-    await platform.secrets.admin.delete("team", "api.key")
+    await owner.delete("team", "api.key")
+    is_lost.set()
     failed = await platform.admin.settled("demo")
-    if failed.state.config_update == State.NOT_UPDATING:  # it was quicker than the deletion
-        await platform.admin.stop("demo")
-    refused = await refusal(platform.admin.start("demo"))
-    assert refused.reason == "INVALID_PARAMETER_VALUE"
-    await platform.secrets.admin.put("team", "api.key", "value")
+    assert (row(failed), suspend(failed)) == (("NOT_READY", "UPDATE_FAILED", 1, 2), "STOPPED")
+    assert deployments(failed.pending_config) == [FAILED]
+    message = failed.pending_config.served_entities[0].state.deployment_state_message
+    assert "Scope team has no key api.key" in message
+    assert (await refusal(platform.admin.start("demo"))).reason == "INVALID_PARAMETER_VALUE"
+    await owner.put("team", "api.key", "value")
     await platform.admin.start("demo")
     assert (await platform.admin.settled("demo")).state.ready == State.READY
 
@@ -367,21 +389,27 @@ async def test_endpoint_can_be_deleted_in_any_state_and_leaves_nothing(platform:
     assert (row(created), suspend(created)) == (("NOT_READY", "IN_PROGRESS", 0, 1), "NOT_SUSPENDED")
 
 
-async def test_of_a_stop_and_an_update_at_once_one_is_refused_or_they_follow_each_other(platform: Platform) -> None:
+@pytest.mark.parametrize("stops_first", [True, False])
+async def test_of_a_stop_and_an_update_at_once_the_stop_is_refused_or_they_follow_each_other(
+    platform: Platform, stops_first: bool
+) -> None:
     await platform.serving_demo()
-    answers = await asyncio.gather(
-        platform.admin.stop("demo"),
-        platform.admin.update("demo", an_input("ready", version="2")),
-        return_exceptions=True,
-    )
-    refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
-    assert len(refused) <= 1
+    stopping = asyncio.ensure_future(platform.admin.stop("demo")) if stops_first else None
+    updating = asyncio.ensure_future(platform.admin.update("demo", an_input("ready", version="2")))
+    stopping = stopping or asyncio.ensure_future(platform.admin.stop("demo"))
+    assert row(await updating)[1] == "IN_PROGRESS"
+    try:
+        version_stopped = (await stopping).config.config_version
+    except grpc.aio.AioRpcError as error:
+        refused = await refusal(failing(error))
+        assert (refused.reason, "is being updated" in refused.message) == ("BAD_REQUEST", True)
+        version_stopped = None
     settled = await platform.admin.settled("demo")
     # Whoever came last has its way; in no case is there something between a stopped endpoint and one that serves.
-    if settled.config.config_version == 2:
-        assert (row(settled), suspend(settled)) == (("READY", "NOT_UPDATING", 2, 0), "NOT_SUSPENDED")
+    if version_stopped == 2:
+        assert (row(settled), suspend(settled)) == (("NOT_READY", "NOT_UPDATING", 2, 0), "STOPPED")
     else:
-        assert (row(settled), suspend(settled)) == (("NOT_READY", "NOT_UPDATING", 1, 0), "STOPPED")
+        assert (row(settled), suspend(settled)) == (("READY", "NOT_UPDATING", 2, 0), "NOT_SUSPENDED")
 
 
 async def test_retry_of_a_start_gets_the_first_answer_and_starts_nothing(platform: Platform) -> None:

@@ -18,7 +18,7 @@ from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import running_secrets
+from tests.support.secrets import STREAM_TIMEOUT, running_secrets
 from tests.support.service_process import ServiceProcess
 from tests.support.serving import (
     MannerLauncher,
@@ -85,7 +85,7 @@ async def test_the_first_table_after_a_restart_holds_every_replica(platform: Pla
         await platform.admin.create(name)
         await platform.admin.settled(name)
     await platform.restart()
-    gateway: Any = rpc.RoutesStub(platform.serving.channel).Watch()
+    gateway: Any = rpc.RoutesStub(platform.serving.channel).Watch(timeout=STREAM_TIMEOUT)
     table = await gateway.read()
     told = {replica.replica_id for routes in table.endpoints for each in routes.entities for replica in each.replicas}
     assert (table.complete, told) == (True, set(await platform.replicas()))

@@ -37,7 +37,7 @@ from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
+from tests.support.secrets import STREAM_TIMEOUT, RunningSecrets, data_directory, refusal, running_secrets
 from tests.support.serving import (
     MannerLauncher,
     MannerRegistry,
@@ -834,7 +834,7 @@ async def test_an_update_waits_for_the_gateway_and_the_old_replica_for_its_reque
     await platform.admin.create("demo")
     await platform.admin.settled("demo")
     (old,) = await platform.serving.replicas()
-    gateway = platform.serving.routes.Watch()
+    gateway = platform.serving.routes.Watch(timeout=STREAM_TIMEOUT)
     whole = await gateway.read()
     assert whole.complete
     assert whole.endpoints[0].entities[0].replicas[0].replica_id == old
@@ -860,7 +860,7 @@ async def test_a_replica_that_dies_while_gateways_are_told_is_not_switched_to(pa
     await patient.admin.create("demo")
     await patient.admin.settled("demo")
     (old,) = await patient.serving.replicas()
-    gateway = patient.serving.routes.Watch()
+    gateway = patient.serving.routes.Watch(timeout=STREAM_TIMEOUT)
     await gateway.write(pb.RouteReport(acknowledged_revision=(await gateway.read()).revision))
     await patient.admin.update("demo", an_input("ready", version="2"))
     change = await gateway.read()
@@ -884,7 +884,7 @@ async def test_a_replica_that_dies_while_gateways_are_told_is_not_switched_to(pa
 
 async def test_a_gateway_that_never_follows_is_cut_off_and_holds_nothing_up() -> None:
     async with running_platform(route_ack_seconds=0.2) as platform:
-        gateway = platform.serving.routes.Watch()
+        gateway = platform.serving.routes.Watch(timeout=STREAM_TIMEOUT)
         assert (await gateway.read()).complete
         await platform.admin.create("demo")
         assert (await platform.admin.settled("demo")).state.ready == State.READY
@@ -894,7 +894,7 @@ async def test_a_gateway_that_never_follows_is_cut_off_and_holds_nothing_up() ->
 
 async def test_a_deleted_endpoint_leaves_the_table_at_once(platform: Platform) -> None:
     created = await platform.admin.create("demo", None)
-    gateway = platform.serving.routes.Watch()
+    gateway = platform.serving.routes.Watch(timeout=STREAM_TIMEOUT)
     while not [each.name for each in (await gateway.read()).endpoints]:
         pass
     await platform.admin.delete("demo")
@@ -926,7 +926,7 @@ async def test_a_gateway_that_comes_while_replicas_are_being_found_gets_the_whol
             launcher = SlowToAdopt(settings.sockets / "replicas", None, service_environment={})
             launcher.may_find = asyncio.Event()
             async with running_serving(directory, launcher=launcher) as serving:
-                gateway = serving.routes.Watch()
+                gateway = serving.routes.Watch(timeout=STREAM_TIMEOUT)
                 await gateway.write(pb.RouteReport())
                 # Over the same connection, so that the stream has been met when this is answered.
                 await health_pb2_grpc.HealthStub(serving.gateway_channel).Check(health_pb2.HealthCheckRequest())

@@ -23,6 +23,8 @@ from tessera.identity.v1 import identity_pb2, identity_pb2_grpc, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 
 TIMEOUT = 10.0
+STREAM_TIMEOUT = 60.0
+"""A stream that a test reads ends in an error after so many seconds, rather than never."""
 
 DIGEST = b"what-runs".ljust(32, b".")
 """Stands for what an entity runs, where it does not matter what that is."""
