@@ -37,9 +37,12 @@ class Stuck(MannerRegistry):
 
 
 class Broken(MannerRegistry):
-    """A registry on a disk that is full."""
+    """A registry on a disk that is full; counts how often it is asked for files."""
+
+    fetches = 0
 
     async def fetch(self, model: ModelVersion) -> Path:
+        self.fetches += 1
         raise OSError(28, "No space left on device")
 
 
@@ -263,10 +266,12 @@ async def test_download_that_takes_too_long_fails_with_its_cause() -> None:
 
 async def test_download_that_cannot_be_kept_is_tried_again_and_said() -> None:
     with data_directory() as directory:
-        async with running_platform(directory, registry=Broken(directory)) as platform:
+        registry = Broken(directory)
+        async with running_platform(directory, registry=registry) as platform:
             await platform.admin.create("demo")
             says = "Phase model download failed: The model's files cannot be kept: No space left on device."
             await platform.admin.until("demo", lambda endpoint: says in message_of(endpoint))
+            await eventually(lambda: registry.fetches >= 2, what="another download")
             assert (await platform.admin.get("demo")).state.config_update == pb.EndpointState.IN_PROGRESS
 
 
