@@ -145,7 +145,7 @@ async def test_lists_leave_out_what_one_may_not_see(platform: Platform) -> None:
     assert answer.json() == {"endpoints": []}
 
 
-async def test_difference_of_any_part_is_found(platform: Platform) -> None:
+async def test_answers_that_differ_are_found(platform: Platform) -> None:
     for asked, status in ((READS[0], 200), (ACLS[0], 200), (ENDPOINTS["GetServingEndpoint"], 200)):
         with pytest.raises(AssertionError):
             await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.secrets.admin_token, status=status)

@@ -49,10 +49,11 @@ async def assert_alike(url: str, asked: Asked, present: str, missing: str, *, to
     assert len(present) == len(missing), "the length of an answer would differ by the names'"
     first, second = await answers(url, asked, (present, missing), token=token)
     assert first.status == status, f"{asked}: {first}"
-    assert _shown(first, present) == _shown(second, missing), str(asked)
+    assert shown(first, present) == shown(second, missing), str(asked)
 
 
-def _shown(answer: Answer, name: str) -> tuple[int, dict[str, str], bytes]:
+def shown(answer: Answer, name: str) -> tuple[int, dict[str, str], bytes]:
+    """What an answer about a name shows, whatever the name: what two answers that are alike have in common."""
     headers = {key: value for key, value in answer.headers.items() if key not in _OF_ONE_ANSWER}
     own = answer.headers.get("x-tessera-request-id", "").encode()
     body = answer.body.replace(own, b"(request id)") if own else answer.body
