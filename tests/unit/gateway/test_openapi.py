@@ -129,7 +129,14 @@ def test_every_reason_is_an_error_code_with_its_status(document: Any) -> None:
 
 def test_every_route_that_needs_a_credential_says_how_it_refuses(document: Any) -> None:
     public = {path for _, path, operation in operations(document) if operation.get("security") == []}
-    assert {path for path in public if not path.startswith("/oidc/")} == {"/.well-known/databricks-config", "/health"}
+    assert public == {
+        "/.well-known/databricks-config",
+        "/health",
+        "/oidc/.well-known/oauth-authorization-server",
+        "/oidc/accounts/{account_id}/.well-known/oauth-authorization-server",
+        "/oidc/v1/authorize",
+        "/oidc/v1/token",
+    }
     silent = [path for _, path, operation in operations(document) if path not in public and not refuses(operation)]
     assert silent == []
 
