@@ -28,12 +28,20 @@ from tests.support.gateway import CLIENT, Platform, platform, replica, routes
 from tests.support.http import Answer, fetch
 from tests.support.issuer import AUDIENCE, Issuer, serving
 from tests.support.jwt_forgery import FORGERIES, Mint, another_key
-from tests.support.secrets import TIMEOUT, Caller, RunningSecrets, data_directory, refusal, running_secrets
+from tests.support.secrets import (
+    INVALID_TOKEN,
+    TIMEOUT,
+    Caller,
+    RunningSecrets,
+    data_directory,
+    lets_nobody_in,
+    refusal,
+    running_secrets,
+)
 from tests.support.serving import no_replicas, running_serving
 
 ENDPOINT = "15b7ac8270d6454da47efa78debdbf70"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
-INVALID_TOKEN = (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED", "Invalid access token.")
 YEAR = 365 * 24 * 3600
 
 
@@ -107,10 +115,9 @@ async def for_client(service: RunningSecrets, client_id: str, secret: str, endpo
 
 async def is_invalid(service: RunningSecrets, token: str) -> bool:
     """Whether a token is refused in the usual words, in an exchange and as an assertion, and lets nobody in."""
-    exchanged, assertion = await refusal(service.assertion(token)), await refusal(issue(service, assertion=token))
-    with pytest.raises(grpc.aio.AioRpcError):
-        await me(service.public(token))
-    return all((one.code, one.reason, one.message) == INVALID_TOKEN for one in (exchanged, assertion))
+    calls = service.assertion(token), issue(service, assertion=token)
+    answers = [(await refusal(call)).answer for call in calls]
+    return answers == [INVALID_TOKEN] * 2 and await lets_nobody_in(service, token)
 
 
 # --- client secrets ---
@@ -150,7 +157,7 @@ async def test_client_secret_lives_as_long_as_was_asked_for(
     assert await for_client(service, robot.application_id, made.secret)
     service.clock.offset = seconds + 0.5
     refused = await refusal(for_client(service, robot.application_id, made.secret))
-    assert (refused.code, refused.reason, refused.message) == INVALID_TOKEN
+    assert refused.answer == INVALID_TOKEN
 
 
 @pytest.mark.parametrize("lifetime", ["0s", "63072001s", "1", "-1s", "1.5s", "s", "1h", " 1s", "99999999999s", "١s"])
@@ -239,7 +246,7 @@ async def test_client_secret_is_no_token_and_a_token_no_client_secret(
     assert own is not None
     for text in (service.admin_token, tokens.Presented(own.id, own.secret, TokenKind.CLIENT_SECRET).text):
         refused = await refusal(for_client(service, robot.application_id, text))
-        assert (refused.code, refused.reason, refused.message) == INVALID_TOKEN
+        assert refused.answer == INVALID_TOKEN
 
 
 async def test_client_secret_is_in_no_list_of_tokens(service: RunningSecrets, robot: pb.ServicePrincipal) -> None:
@@ -272,7 +279,7 @@ async def test_wrong_client_credential_is_refused_in_the_usual_words(
         "empty secret": (robot.application_id, ""),
     }[wrong]
     refused = await refusal(for_client(service, client_id, secret))
-    assert (refused.code, refused.reason, refused.message) == INVALID_TOKEN
+    assert refused.answer == INVALID_TOKEN
     assert await for_client(service, robot.application_id.upper(), made.secret)
 
 
@@ -359,9 +366,9 @@ async def test_access_token_of_a_client_ends_at_once_with_what_is_behind_it(
             await admin(admin.scim.DeleteServicePrincipal, pb.DeleteRequest(id=robot.id))
     assert await is_invalid(service, token)
     assert await is_invalid(service, nested)
-    assert (await refusal(me(by_peer))).message == INVALID_TOKEN[2]
+    assert (await refusal(me(by_peer))).answer == INVALID_TOKEN
     refused = await refusal(for_client(service, robot.application_id, made.secret))
-    assert refused.message == INVALID_TOKEN[2]
+    assert refused.answer == INVALID_TOKEN
 
 
 async def test_access_token_ends_at_once_with_the_personal_token_behind_it(service: RunningSecrets) -> None:
@@ -488,7 +495,7 @@ async def test_bound_token_cannot_be_exchanged_for_another(service: RunningSecre
     token = (await issue(service, assertion=service.admin_token, endpoint_id=ENDPOINT)).access_token
     for endpoint_id in ("", ENDPOINT, "f" * 32):
         refused = await refusal(issue(service, assertion=token, endpoint_id=endpoint_id))
-        assert (refused.code, refused.reason, refused.message) == INVALID_TOKEN
+        assert refused.answer == INVALID_TOKEN
 
 
 async def test_bound_token_queries_its_endpoint_over_grpc_and_does_nothing_else() -> None:

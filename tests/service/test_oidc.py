@@ -36,9 +36,15 @@ from tests.support.issuer import (
     serving,
 )
 from tests.support.jwt_forgery import FORGERIES, Mint, another_key, public_jwk
-from tests.support.secrets import Caller, Refusal, RunningSecrets, refusal, running_secrets
-
-INVALID_TOKEN = (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED", "Invalid access token.")
+from tests.support.secrets import (
+    INVALID_TOKEN,
+    Caller,
+    Refusal,
+    RunningSecrets,
+    lets_nobody_in,
+    refusal,
+    running_secrets,
+)
 
 
 @asynccontextmanager
@@ -75,10 +81,7 @@ async def refused(service: RunningSecrets, token: str) -> Refusal:
 
 async def is_invalid(service: RunningSecrets, token: str) -> bool:
     """Whether a token is refused in the usual words, and lets nobody in at the public listener."""
-    said = await refused(service, token)
-    with pytest.raises(grpc.aio.AioRpcError):
-        await me(service.public(token))
-    return (said.code, said.reason, said.message) == INVALID_TOKEN
+    return (await refused(service, token)).answer == INVALID_TOKEN and await lets_nobody_in(service, token)
 
 
 # --- who gets in ---
@@ -144,14 +147,14 @@ async def test_whoever_is_deactivated_or_deleted_is_refused_at_once(service: Run
     patch[0].value.bool_value = False
     await service.admin(service.admin.scim.PatchUser, pb.PatchRequest(id=bob.id, operations=patch))
     assert await is_invalid(service, token)
-    assert (await refusal(me(peer))).message == INVALID_TOKEN[2]
+    assert (await refusal(me(peer))).answer == INVALID_TOKEN
     patch[0].value.bool_value = True
     await service.admin(service.admin.scim.PatchUser, pb.PatchRequest(id=bob.id, operations=patch))
     assert (await me(peer)).id == bob.id
     await service.admin(service.admin.scim.DeleteUser, pb.DeleteRequest(id=bob.id))
     assert await is_invalid(service, token)
     await service.admin.create_user("bob")
-    assert (await refusal(me(peer))).message == INVALID_TOKEN[2]  # the assertion is about another bob
+    assert (await refusal(me(peer))).answer == INVALID_TOKEN  # the assertion is about another bob
 
 
 async def test_token_is_refused_once_it_has_expired_and_peers_remember_it_no_longer(
@@ -327,7 +330,8 @@ async def test_issuer_that_never_gave_keys_is_unavailable_and_not_asked_again_at
     monkeypatch.setattr(issuer_keys, "FETCH_SECONDS", 0.5)
     issuer, elsewhere = kind(), Issuer()
     async with serving(elsewhere), trusting(issuer) as service:
-        RedirectingIssuer.elsewhere = elsewhere.url
+        if isinstance(issuer, RedirectingIssuer):
+            issuer.elsewhere = elsewhere.url
         for _ in range(3):
             said = await refusal(me(service.public(issuer.mint().token())))
             assert (said.code, said.reason) == (grpc.StatusCode.UNAVAILABLE, "TEMPORARILY_UNAVAILABLE")

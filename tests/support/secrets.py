@@ -26,6 +26,12 @@ TIMEOUT = 10.0
 STREAM_TIMEOUT = 60.0
 """A stream that a test reads ends in an error after so many seconds, rather than never."""
 
+INVALID_TOKEN = (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED", "Invalid access token.")
+"""How every token is refused that lets nobody in: the answer of a Refusal."""
+
+LONGEST_METADATA = 16 * 1024
+"""Bytes that the public listener reads of a call's metadata."""
+
 DIGEST = b"what-runs".ljust(32, b".")
 """Stands for what an entity runs, where it does not matter what that is."""
 
@@ -244,6 +250,11 @@ class Refusal:
     message: str
     facts: dict[str, str]
 
+    @property
+    def answer(self) -> tuple[grpc.StatusCode, str, str]:
+        """All but the facts."""
+        return self.code, self.reason, self.message
+
 
 async def refusal(call: Awaitable[Any]) -> Refusal:
     """The error that a call is answered with; fails when it succeeds."""
@@ -256,6 +267,15 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
             assert status.details[0].Unpack(info)
         return Refusal(code=error.code(), reason=info.reason, message=error.details() or "", facts=dict(info.metadata))
     raise AssertionError("the call succeeded")
+
+
+async def lets_nobody_in(service: RunningSecrets, token: str) -> bool:
+    """Whether a token is refused at the public listener: in the usual words, or by gRPC when no call may carry it."""
+    caller = service.public(token)
+    refused = await refusal(caller(caller.scim.GetMe, identity_pb2.GetMeRequest()))
+    if len(token) > LONGEST_METADATA:
+        return refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    return refused.answer == INVALID_TOKEN
 
 
 async def failing(error: grpc.aio.AioRpcError) -> None:
