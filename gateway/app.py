@@ -33,6 +33,7 @@ from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.policy import Decision, Row, Undecided
+from servicekit.rate_limits import Ledger
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from servicekit.tls import Certificate
@@ -83,7 +84,8 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         rules = bindings(list(owners))
         pool = HttpPool()
         stack.push_async_callback(pool.close)
-        table = RoutingTable()
+        ledger = Ledger()
+        table = RoutingTable(ledger)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
@@ -97,7 +99,12 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             transcoder=Transcoder(lambda method: owners[method.containing_service], rules),
             exchange=exchange,
             invocations=Invocations(
-                table, access, pool, deadline=settings.inference_deadline, body_limit=settings.inference_body_limit
+                table,
+                access,
+                pool,
+                ledger,
+                deadline=settings.inference_deadline,
+                body_limit=settings.inference_body_limit,
             ),
             oauth=OAuth(open_channel["secrets"], public_url),
             document=Document(rules, public_url),

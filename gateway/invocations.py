@@ -16,10 +16,12 @@ import orjson
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, Entity, RoutingTable
+from servicekit import token_usage
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from servicekit.rate_limits import Charge, Ledger
 from tessera import policy
 
 log = logging.getLogger(__name__)
@@ -62,11 +64,19 @@ class Invocations:
     """Answers inference requests. `deadline` is in seconds, `body_limit` in bytes."""
 
     def __init__(
-        self, table: RoutingTable, access: AccessTable, pool: HttpPool, *, deadline: float, body_limit: int
+        self,
+        table: RoutingTable,
+        access: AccessTable,
+        pool: HttpPool,
+        ledger: Ledger,
+        *,
+        deadline: float,
+        body_limit: int,
     ) -> None:
         self._table = table
         self._access = access
         self._pool = pool
+        self._ledger = ledger
         self._deadline = deadline
         self._body_limit = body_limit
 
@@ -78,6 +88,7 @@ class Invocations:
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
         endpoint = await self._permitted(name, caller)
+        charge = self._ledger.admit(endpoint.limits, caller)
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
         message = await request.receive()
@@ -86,7 +97,7 @@ class Invocations:
         body: bytes | AsyncIterator[bytes] = message.get("body", b"")
         if message.get("more_body", False):
             body = self._rest(request, message.get("body", b""))
-        await self._forward(request, send, headers, endpoint, entity_name, body)
+        await self._forward(request, send, headers, endpoint, entity_name, body, charge)
 
     async def invoke_named_in_body(self, request: Request, send: Send, headers: Headers, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
@@ -99,7 +110,9 @@ class Invocations:
             name = None
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
-        await self._forward(request, send, headers, await self._permitted(name, caller), None, body)
+        endpoint = await self._permitted(name, caller)
+        charge = self._ledger.admit(endpoint.limits, caller)
+        await self._forward(request, send, headers, endpoint, None, body, charge)
 
     async def _permitted(self, name: str, caller: Principal) -> Endpoint:
         """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
@@ -159,6 +172,7 @@ class Invocations:
         endpoint: Endpoint,
         entity_name: str | None,
         body: bytes | AsyncIterator[bytes],
+        charge: Charge,
     ) -> None:
         entity = self._entity(endpoint, entity_name)
         sent_headers = [(name, request.headers[name]) for name in TO_MODEL if name in request.headers]
@@ -175,7 +189,7 @@ class Invocations:
                     ) as response,
                 ):
                     headers = [*headers, (b"served-model-name", entity.name.encode())]
-                    await _pass_on(response, send, headers)
+                    await _pass_on(response, send, headers, charge)
                     return
             except ConnectFailed:
                 # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
@@ -197,17 +211,24 @@ class Invocations:
                 self._table.end(replica)
 
 
-async def _pass_on(response: HttpResponse, send: Send, headers: Headers) -> None:
+async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge) -> None:
     kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
     await send({"type": "http.response.start", "status": response.status, "headers": [*kept, *headers]})
+    usage = token_usage.reader(dict(response.headers).get(b"content-type", b"")) if charge.wants_tokens else None
     try:
         async for piece in response:
+            if usage is not None:
+                usage.feed(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     except HttpError as error:
         # The status is gone already. Ending without a last piece makes the server cut the connection, which is how
         # HTTP says that an answer is incomplete.
         log.warning("answer cut short", extra={"problem": type(error).__name__})
         return
+    finally:
+        # Also when the caller hung up: what was answered by then was used.
+        if usage is not None:
+            charge.tokens(usage.total())
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -16,6 +16,7 @@ from functools import partial
 import grpc
 
 from servicekit import channels, followed
+from servicekit.rate_limits import SHARE_SECONDS, Feed, Ledger, Limits
 from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
 
@@ -46,6 +47,7 @@ class Endpoint:
     id: str
     name: str
     entities: tuple[Entity, ...]
+    limits: Limits
     is_stopped: bool = False
 
     def entity(self, name: str) -> Entity | None:
@@ -70,9 +72,13 @@ class _Report:
 
 
 class RoutingTable:
-    """All endpoints by name. `follow` keeps it up to date; `known` is set from the first table on."""
+    """All endpoints by name. `follow` keeps it up to date; `known` is set from the first table on.
 
-    def __init__(self) -> None:
+    What is used of rate limits is told to Serving, and heard from it, by the same stream.
+    """
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self.known = asyncio.Event()
         self._by_name: dict[str, Endpoint] = {}
         self._by_id: dict[str, Endpoint] = {}
@@ -104,6 +110,9 @@ class RoutingTable:
 
     def apply(self, table: pb.RouteTable) -> None:
         """Follows a message of the stream: new requests go by it from here on."""
+        self._ledger.learn(table.uses)
+        if table.revision == self._revision:
+            return  # nothing else is new
         if table.complete:
             kept = {endpoint.endpoint_id for endpoint in table.endpoints}
             gone = [endpoint_id for endpoint_id in self._by_id if endpoint_id not in kept]
@@ -140,7 +149,8 @@ class RoutingTable:
             Entity(entity.name, entity.traffic_percentage, tuple(self._replica(route) for route in entity.replicas))
             for entity in routes.entities
         ]
-        return Endpoint(routes.endpoint_id, routes.name, tuple(entities), routes.is_stopped)
+        limits = Limits(routes.endpoint_id, tuple(routes.rate_limits))
+        return Endpoint(routes.endpoint_id, routes.name, tuple(entities), limits, routes.is_stopped)
 
     def _replica(self, route: pb.ReplicaRoute) -> Replica:
         replica = self._replicas.get(route.replica_id)
@@ -156,16 +166,20 @@ class RoutingTable:
         self._revision = 0
         self._report.changed.set()
         stream = rpc.RoutesStub(channel).Watch(metadata=channels.outgoing_metadata())
-        writer = asyncio.create_task(self._write_reports(stream), name="route reports")
-        try:
-            async for table in stream:
-                self.apply(table)
-        finally:
-            writer.cancel()
-            stream.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
+        share_soon = partial(asyncio.get_running_loop().call_later, SHARE_SECONDS, self._report.changed.set)
+        with self._ledger.feed(share_soon, own_only=True) as uses:
+            writer = asyncio.create_task(self._write_reports(stream, uses), name="route reports")
+            try:
+                async for table in stream:
+                    self.apply(table)
+            finally:
+                writer.cancel()
+                stream.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
 
-    async def _write_reports(self, stream: grpc.aio.StreamStreamCall[pb.RouteReport, pb.RouteTable]) -> None:
+    async def _write_reports(
+        self, stream: grpc.aio.StreamStreamCall[pb.RouteReport, pb.RouteTable], uses: Feed
+    ) -> None:
         while True:
             await self._report.changed.wait()
             self._report.changed.clear()
@@ -179,5 +193,6 @@ class RoutingTable:
                         if replica.is_retired
                     ],
                     demand=[pb.EntityDemand(endpoint_id=one, served_entity_name=name) for one, name in sorted(demand)],
+                    uses=uses.take(),
                 )
             )

@@ -123,6 +123,13 @@ class Unauthenticated(ServiceError):
         super().__init__(message)
 
 
+class TooManyRequests(ServiceError):
+    """More is asked than is allowed just now; a retry after a while is welcome."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "REQUEST_LIMIT_EXCEEDED"
+
+
 class Unavailable(ServiceError):
     """A service that is needed does not answer just now; a retry cures it."""
 

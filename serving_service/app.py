@@ -17,6 +17,7 @@ from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.once import Answers, Unsealed
+from servicekit.rate_limits import Ledger
 from serving_service import cgroups, store
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
@@ -93,7 +94,8 @@ async def running(
             )
             (data / ISOLATION_FILE).write_text(f"{isolation.summary}\n")
         users = ModelUsers(opened, isolation.users) if isolation.users else None
-        routes = RouteTable(ack_seconds=settings.route_ack_seconds)
+        ledger = Ledger()
+        routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds)
         controllers = Controllers(
             Doors(
                 database=opened,
@@ -124,7 +126,7 @@ async def running(
             answers=Answers(Unsealed(), time.time),
             public_url=settings.public_url,
         )
-        queries = Queries(routes, access, pool, deadline=settings.inference_deadline)
+        queries = Queries(routes, access, pool, ledger, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(

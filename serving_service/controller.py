@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 from servicekit.database import Database
-from serving_service import phases, reconcile, scaling, store
+from serving_service import details, phases, reconcile, scaling, store
 from serving_service.launcher import (
     Launch,
     Launcher,
@@ -113,7 +113,11 @@ class EndpointController:
                 entities = tuple(replace(entity, replicas=()) for entity in entities)
             self._doors.routes.publish(
                 EndpointRoutes(
-                    endpoint_id=endpoint.id, name=endpoint.name, entities=entities, is_stopped=endpoint.is_resting
+                    endpoint_id=endpoint.id,
+                    name=endpoint.name,
+                    entities=entities,
+                    limits=details.limits(endpoint),
+                    is_stopped=endpoint.is_resting,
                 )
             )
 

@@ -14,6 +14,7 @@ from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
 
 from servicekit.errors import FeatureDisabled, InvalidParameter
+from servicekit.rate_limits import MEASURES, Limits, folded
 from serving_service.model import Endpoint, EndpointConfig
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -28,6 +29,10 @@ MAX_LISTED_BYTES = 16 * 1024
 
 MAX_ADDRESSES = 100
 """Of each list of people to tell."""
+
+MAX_LIMITS = 20
+MAX_GROUP_LIMITS = 5
+"""Rate limits of one endpoint, in each spelling."""
 
 _ADDRESS = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
 
@@ -75,8 +80,12 @@ def check_listed(endpoint: Endpoint) -> None:
 
 
 def read_ai_gateway(gateway: pb.AiGatewayConfig, *, at: str) -> Plain | None:
-    """The configuration as it was given, None for an empty one; raises FeatureDisabled for what is switched on."""
+    """The configuration as it was given, None for an empty one.
+
+    Raises FeatureDisabled for what is switched on and not offered, InvalidParameter for limits that make no sense.
+    """
     refuse(next(_gateway_features(gateway), None), at=at)
+    _check_limits(gateway.rate_limits, at=f"{at}.rate_limits" if at else "rate_limits")
     return plain(gateway) or None
 
 
@@ -104,9 +113,22 @@ def read_auto_capture(capture: pb.AutoCaptureConfig, *, at: str) -> Plain:
     return plain(capture)
 
 
-def refuse_rate_limits(limits: Sequence[pb.RateLimit]) -> None:
-    """Raises FeatureDisabled when there is a limit, since it would not be kept to."""
-    refuse("rate_limits" if limits else None)
+def read_rate_limits(given: Sequence[pb.RateLimit]) -> tuple[Plain, ...]:
+    """Limits in the older spelling, as they were given; raises InvalidParameter."""
+    for index, limit in enumerate(given):
+        if not limit.HasField("calls"):
+            raise InvalidParameter(f"rate_limits[{index}].calls: say how many calls are allowed.")
+        if limit.key not in ("", "user", "endpoint"):
+            raise InvalidParameter(f"rate_limits[{index}].key: give `user` or `endpoint`; ai_gateway knows more.")
+    said = tuple(plain(limit) for limit in given)
+    _check_limits(_newer(said), at="rate_limits")
+    return said
+
+
+def limits(endpoint: Endpoint) -> Limits:
+    """Every limit that the endpoint's callers have to keep to."""
+    gateway = message(pb.AiGatewayConfig, endpoint.ai_gateway) or pb.AiGatewayConfig()
+    return Limits(endpoint.id, (*_newer(endpoint.rate_limits), *gateway.rate_limits))
 
 
 def refuse(feature: str | None, *, at: str = "") -> None:
@@ -125,12 +147,47 @@ def _length(text: str) -> int:
     return len(text.encode()) + 4  # with what a message has around it
 
 
+def _newer(said: Iterable[Plain]) -> list[pb.AiGatewayRateLimit]:
+    """Limits of the older spelling in the newer one, which has all its fields."""
+    return [ParseDict(dict(limit), pb.AiGatewayRateLimit()) for limit in said]
+
+
+def _check_limits(limits: Sequence[pb.AiGatewayRateLimit], *, at: str) -> None:
+    if len(limits) > MAX_LIMITS:
+        raise InvalidParameter(f"{at}: give at most {MAX_LIMITS} limits.")
+    if sum(limit.key == "user_group" for limit in limits) > MAX_GROUP_LIMITS:
+        raise InvalidParameter(f"{at}: give at most {MAX_GROUP_LIMITS} limits for groups.")
+    seen: set[tuple[str, str, str]] = set()
+    for index, limit in enumerate(limits):
+        _check_limit(limit, at=f"{at}[{index}]")
+        for measure in MEASURES:
+            what = (limit.key or "endpoint", folded(limit.principal), measure)
+            if limit.HasField(measure):
+                if what in seen:
+                    raise InvalidParameter(f"{at}[{index}].{measure}: there is another limit for the same. Give one.")
+                seen.add(what)
+
+
+def _check_limit(limit: pb.AiGatewayRateLimit, *, at: str) -> None:
+    if limit.renewal_period != "minute":
+        raise InvalidParameter(f"{at}.renewal_period: give `minute`, the only one there is.")
+    if limit.key not in ("", "endpoint", "user", "user_group", "service_principal"):
+        raise InvalidParameter(f"{at}.key: give `user`, `user_group`, `service_principal` or `endpoint`.")
+    if limit.key in ("", "endpoint") and limit.principal:
+        raise InvalidParameter(f"{at}.principal: a limit of the endpoint is for all. Give a `key` that goes with it.")
+    if limit.key in ("user_group", "service_principal") and not limit.principal:
+        raise InvalidParameter(f"{at}.principal: name the one that the limit is for.")
+    if not any(limit.HasField(measure) for measure in MEASURES):
+        raise InvalidParameter(f"{at}: give `calls` or `tokens`.")
+    for measure in MEASURES:
+        if getattr(limit, measure) < 0:
+            raise InvalidParameter(f"{at}.{measure}: give 0 or more.")
+
+
 def _gateway_features(gateway: pb.AiGatewayConfig) -> Iterator[str]:
     for field in ("fallback_config", "inference_table_config", "usage_tracking_config"):
         if getattr(gateway, field).enabled:
             yield f"{field}.enabled"
-    if gateway.rate_limits:
-        yield "rate_limits"
     for side in ("input", "output"):
         guardrail: pb.AiGatewayGuardrail = getattr(gateway.guardrails, side)
         if guardrail.pii.behavior not in (pb.AiGatewayPii.BEHAVIOR_UNSPECIFIED, pb.AiGatewayPii.NONE):

@@ -162,11 +162,10 @@ class Endpoints:
         return await self._to_its_end(lambda: self._change(request.name, change, caller))
 
     async def put_rate_limits(self, request: pb.PutServingEndpointRateLimitsRequest, *, caller: Principal) -> Endpoint:
-        """Takes no limits, of which there is nothing to keep."""
+        """Replaces the rate limits in the older spelling."""
 
         def change(endpoint: Endpoint) -> Endpoint:
-            details.refuse_rate_limits(request.rate_limits)
-            return endpoint
+            return replace(endpoint, rate_limits=details.read_rate_limits(request.rate_limits))
 
         return await self._to_its_end(lambda: self._change(request.name, change, caller))
 
@@ -271,7 +270,6 @@ class Endpoints:
 
     def _described(self, request: pb.CreateServingEndpointRequest) -> dict[str, Any]:
         """What a create request says beside the configuration; raises InvalidParameter or FeatureDisabled."""
-        details.refuse_rate_limits(request.rate_limits)
         if request.route_optimized and not self._public_url:
             raise FeatureDisabled(
                 "route_optimized: this platform does not know the address that clients reach it under. Have"
@@ -280,6 +278,7 @@ class Endpoints:
         telemetry = details.read_telemetry(request.telemetry_config, at="telemetry_config")
         has_telemetry = request.HasField("telemetry_config") and request.HasField("config")
         return {
+            "rate_limits": details.read_rate_limits(request.rate_limits),
             "description": request.description,
             "tags": details.read_tags(request.tags, at="tags"),
             "ai_gateway": details.read_ai_gateway(request.ai_gateway, at="ai_gateway"),
@@ -305,7 +304,9 @@ class Endpoints:
             store.save_details(connection, changed)
             return changed
 
-        return await self._database.write(self._answers.once, commit)
+        changed = await self._database.write(self._answers.once, commit)
+        self._controllers.wake(endpoint.id)  # gateways keep to rate limits, which may have changed
+        return changed
 
     async def _patch_telemetry(self, name: str, telemetry: pb.TelemetryConfig | None, caller: Principal) -> View:
         await self._database.read(self._answers.look)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from google.protobuf.json_format import ParseDict
+
 from servicekit.identity import authorization_details
 from serving_service import details
 from serving_service.endpoints import View
@@ -69,6 +71,11 @@ def tags(endpoint: Endpoint) -> list[pb.EndpointTag]:
 def ai_gateway(endpoint: Endpoint) -> pb.AiGatewayConfig:
     """The endpoint's AI gateway configuration; an empty one when it has none."""
     return details.message(pb.AiGatewayConfig, endpoint.ai_gateway or {}) or pb.AiGatewayConfig()
+
+
+def rate_limits(endpoint: Endpoint) -> pb.RateLimits:
+    """The endpoint's rate limits in the older spelling."""
+    return pb.RateLimits(rate_limits=[ParseDict(dict(limit), pb.RateLimit()) for limit in endpoint.rate_limits])
 
 
 def notifications(endpoint: Endpoint) -> pb.UpdateServingEndpointNotificationsResponse:

@@ -117,9 +117,11 @@ class Endpoint:
     is_stopped: bool = False
     """Whether the active configuration is not to run. It stays so until another one has been deployed."""
     ai_gateway: Mapping[str, Any] | None = None
-    """As it was given, like the two below; None when it was not."""
+    """As it was given, like the three below; None when it was not."""
     email_notifications: Mapping[str, Any] | None = None
     telemetry_config: Mapping[str, Any] | None = None
+    rate_limits: tuple[Mapping[str, Any], ...] = ()
+    """In the older spelling, as they were given; they hold besides those of the AI gateway."""
     budget_policy_id: str = ""
     route_optimized: bool = False
 

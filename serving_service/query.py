@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from servicekit import token_usage
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from servicekit.rate_limits import Ledger
 from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, Stopped
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
 from tessera import policy
@@ -32,10 +34,13 @@ class AnswerHead:
 class Queries:
     """Sends queries to replicas."""
 
-    def __init__(self, routes: RouteTable, access: AccessTable, pool: HttpPool, *, deadline: float) -> None:
+    def __init__(
+        self, routes: RouteTable, access: AccessTable, pool: HttpPool, ledger: Ledger, *, deadline: float
+    ) -> None:
         self._routes = routes
         self._access = access
         self._pool = pool
+        self._ledger = ledger
         self._deadline = deadline
 
     async def query(
@@ -44,12 +49,13 @@ class Queries:
         """The answer of a model: its head, then its body as it comes.
 
         `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed,
-        EndpointPermissionDenied, Stopped, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest for a body that
-        cannot be sent.
+        EndpointPermissionDenied, RateLimited, Stopped, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest
+        for a body that cannot be sent.
         """
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
         routes = await self._permitted(name, caller)
+        charge = self._ledger.admit(routes.limits, caller)
         if routes.is_stopped:
             raise Stopped(name)
         entity = _chosen(routes, entity_name)
@@ -65,8 +71,15 @@ class Queries:
                     )
                     async with response:
                         yield AnswerHead(response.status, _content_type(response), entity.name)
-                        async for piece in response:
-                            yield piece
+                        usage = token_usage.reader(_content_type(response).encode()) if charge.wants_tokens else None
+                        try:
+                            async for piece in response:
+                                if usage is not None:
+                                    usage.feed(piece)
+                                yield piece
+                        finally:
+                            if usage is not None:
+                                charge.tokens(usage.total())
                 except ConnectFailed:
                     continue  # nothing was sent
                 except HttpTimeout:

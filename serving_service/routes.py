@@ -15,10 +15,12 @@ import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from servicekit import followed
 from servicekit.errors import Unavailable
 from servicekit.followed import Follower
+from servicekit.rate_limits import SHARE_SECONDS, Feed, Ledger, Limits
 from tessera.serving.v1 import serving_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class EndpointRoutes:
     endpoint_id: str
     name: str
     entities: tuple[EntityRoutes, ...]
+    limits: Limits
     is_stopped: bool = False
 
     @property
@@ -68,15 +71,20 @@ class EndpointRoutes:
 class _Stream(Follower):
     """One gateway's stream: what it still has to be told, and what it told us."""
 
+    uses: Feed = field(kw_only=True)
     retired: dict[str, int] = field(default_factory=dict)
     is_complete_due: bool = True
     changed: set[str] = field(default_factory=set)
 
 
 class RouteTable:
-    """All routes, for the life of the service. Lives on one event loop."""
+    """All routes, for the life of the service. Lives on one event loop.
 
-    def __init__(self, *, ack_seconds: float) -> None:
+    What is used of rate limits, here and at each gateway, is told to all others by the same streams.
+    """
+
+    def __init__(self, ledger: Ledger, *, ack_seconds: float) -> None:
+        self._ledger = ledger
         self._ack_seconds = ack_seconds
         self._endpoints: dict[str, EndpointRoutes] = {}
         self._by_name: dict[str, EndpointRoutes] = {}
@@ -146,27 +154,33 @@ class RouteTable:
     async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncGenerator[pb.RouteTable, None]:
         """Serves one gateway: tables out, reports in, until either side ends."""
         await self._loaded.wait()
-        stream = _Stream()
-        reading = asyncio.create_task(self._read(stream, reports), name="route reports")
-        self._streams.add(stream)
-        self._expect_acknowledgement(stream)
-        try:
-            yield self._next(stream)
-            while True:
-                await stream.wait()
-                if stream.is_over:
-                    return
+        woken = asyncio.Event()
+        share_soon = partial(asyncio.get_running_loop().call_later, SHARE_SECONDS, woken.set)
+        with self._ledger.feed(share_soon, own_only=False) as uses:
+            stream = _Stream(woken=woken, uses=uses)
+            reading = asyncio.create_task(self._read(stream, reports), name="route reports")
+            self._streams.add(stream)
+            self._expect_acknowledgement(stream)
+            try:
                 yield self._next(stream)
-        finally:
-            reading.cancel()
-            self._streams.discard(stream)
-            self._expect_return()
+                while True:
+                    await stream.wait()
+                    if stream.is_over:
+                        return
+                    yield self._next(stream)
+            finally:
+                reading.cancel()
+                self._streams.discard(stream)
+                self._expect_return()
 
     async def _read(self, stream: _Stream, reports: AsyncIterator[pb.RouteReport]) -> None:
         try:
             async for report in reports:
                 stream.acknowledged = max(stream.acknowledged, report.acknowledged_revision)
                 stream.retired = {load.replica_id: load.in_flight for load in report.retired}
+                if report.uses:
+                    stream.uses.without = report.uses[0].source
+                    self._ledger.learn(report.uses)
                 for demand in report.demand:
                     self.on_demand(demand.endpoint_id)
                 self._notify()
@@ -196,6 +210,7 @@ class RouteTable:
             complete=stream.is_complete_due,
             endpoints=[_message(self._endpoints[each]) for each in sorted(changed) if each in self._endpoints],
             removed_endpoint_ids=sorted(changed - set(self._endpoints)),
+            uses=stream.uses.take(),
         )
         stream.is_complete_due, stream.changed = False, set()
         return table
@@ -248,6 +263,7 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
         endpoint_id=routes.endpoint_id,
         name=routes.name,
         is_stopped=routes.is_stopped,
+        rate_limits=routes.limits.rules,
         entities=[
             pb.EntityRoutes(
                 name=entity.name,

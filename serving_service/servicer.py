@@ -88,7 +88,7 @@ class ServingEndpointsServicer:
         self, request: pb.PutServingEndpointRateLimitsRequest, call: Call
     ) -> pb.RateLimits:
         return await once.answer(
-            self._endpoints.put_rate_limits(request, caller=current_caller()), lambda _: pb.RateLimits()
+            self._endpoints.put_rate_limits(request, caller=current_caller()), messages.rate_limits
         )
 
     async def PutServingEndpointAiGateway(

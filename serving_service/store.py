@@ -39,7 +39,7 @@ MAX_EVENTS = 500
 _COLUMNS = (
     "id, name, creator_id, creator, description, tags, created_at, updated_at, latest_version, active_version, "
     "pending_version, config_update, failures, is_deleted, creator_kind, ai_gateway, email_notifications, "
-    "telemetry_config, budget_policy_id, route_optimized, is_stopped"
+    "telemetry_config, budget_policy_id, route_optimized, is_stopped, rate_limits"
 )
 
 
@@ -54,7 +54,7 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
         f"INSERT INTO endpoints ({_COLUMNS}, is_reserved)"  # noqa: S608
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 0, 1)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 0, ?, 1)",
         (
             endpoint.id,
             endpoint.name,
@@ -73,6 +73,7 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
             _optional_json(endpoint.telemetry_config),
             endpoint.budget_policy_id,
             endpoint.route_optimized,
+            _json(endpoint.rate_limits),
         ),
     )
 
@@ -189,13 +190,14 @@ def stop_endpoint(connection: sqlite3.Connection, stopped: Endpoint) -> None:
 def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
     """Records what is said of an endpoint beside its configuration, and when it was."""
     connection.execute(
-        "UPDATE endpoints SET tags = ?, ai_gateway = ?, email_notifications = ?, telemetry_config = ?, updated_at = ?"
-        " WHERE id = ?",
+        "UPDATE endpoints SET tags = ?, ai_gateway = ?, email_notifications = ?, telemetry_config = ?, rate_limits = ?,"
+        " updated_at = ? WHERE id = ?",
         (
             _json(endpoint.tags),
             _optional_json(endpoint.ai_gateway),
             _optional_json(endpoint.email_notifications),
             _optional_json(endpoint.telemetry_config),
+            _json(endpoint.rate_limits),
             endpoint.updated_at,
             endpoint.id,
         ),
@@ -352,7 +354,8 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
     for row in connection.execute(query, (argument,)).fetchall():
         (id_, name, creator_id, creator, description, tags, created_at, updated_at) = row[:8]
         (latest, active, pending, config_update, failures, is_deleted, creator_kind) = row[8:15]
-        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized, is_stopped) = row[15:]
+        (ai_gateway, email_notifications, telemetry_config, budget_policy_id, route_optimized) = row[15:20]
+        (is_stopped, rate_limits) = row[20:]
         configs = _configs(connection, id_)
         yield Endpoint(
             id=id_,
@@ -376,6 +379,7 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
             ai_gateway=_optional(ai_gateway),
             email_notifications=_optional(email_notifications),
             telemetry_config=_optional(telemetry_config),
+            rate_limits=tuple(orjson.loads(rate_limits)),
             budget_policy_id=budget_policy_id,
             route_optimized=bool(route_optimized),
             is_stopped=bool(is_stopped),

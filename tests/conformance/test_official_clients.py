@@ -107,6 +107,16 @@ def test_sdk_says_more_about_an_endpoint_and_reads_it_back(client: Any, sdk: Sim
     told = serving.EmailNotifications(on_update_failure=["ada@example.com"])
     endpoints.update_notifications("sdk-told", email_notifications=told)
     assert endpoints.put("sdk-told", rate_limits=[]).rate_limits == []
+    limits = [
+        serving.AiGatewayRateLimit(
+            renewal_period=serving.AiGatewayRateLimitRenewalPeriod.MINUTE,
+            key=serving.AiGatewayRateLimitKey.USER_GROUP,
+            principal="users",
+            calls=600,
+            tokens=100_000,
+        )
+    ]
+    assert endpoints.put_ai_gateway("sdk-told", usage_tracking_config=off, rate_limits=limits).rate_limits == limits
     found = endpoints.get("sdk-told")
     assert (found.route_optimized, found.description) == (True, "words")
     assert found.ai_gateway.usage_tracking_config == off
@@ -316,8 +326,8 @@ def test_sdk_raises_the_classes_that_its_users_catch(client: Any, sdk: SimpleNam
     with pytest.raises(errors.ResourceDoesNotExist, match="no-such-model"):
         client.serving_endpoints.create(name="sdk-none", config=config)
     limit = sdk.serving.RateLimit(calls=1, renewal_period=sdk.serving.RateLimitRenewalPeriod.MINUTE)
-    with pytest.raises(errors.BadRequest, match="rate_limits"):
-        client.serving_endpoints.create(name="sdk-none", rate_limits=[limit])
+    with pytest.raises(errors.InvalidParameterValue, match=r"rate_limits\[1\]\.calls"):
+        client.serving_endpoints.create(name="sdk-none", rate_limits=[limit, limit])
 
     alice = sdk.WorkspaceClient(host=live.url, token=live.people["alice"].token)
     with pytest.raises(errors.PermissionDenied, match=r"User alice@example\.com does not have READ permission"):

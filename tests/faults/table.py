@@ -507,6 +507,34 @@ FAULTS = (
         new="        for replica_id in records.keys() - records.keys():",
         tests=(_KILLED,),
     ),
+    # --- rate limits ---
+    Fault(
+        name="window-too-short",
+        property="contract 5.11",
+        file="servicekit/rate_limits.py",
+        old="        return math.floor(self._now()) - second <= WINDOW_SECONDS",
+        new="        return math.floor(self._now()) - second < WINDOW_SECONDS",
+        tests=(
+            "tests/unit/servicekit/test_rate_limits.py"
+            "::test_no_minute_sees_more_calls_than_the_limit_and_none_is_refused_without_need",
+        ),
+    ),
+    Fault(
+        name="told-counts-added",
+        property="contract 5.11",
+        file="servicekit/rate_limits.py",
+        old="{})[use.second] = use.amount",
+        new="{})[use.second] = use.amount + self.amount(bucket, use.source, use.second)",
+        tests=("tests/unit/servicekit/test_rate_limits.py::test_hearing_the_same_again_or_ones_own_changes_nothing",),
+    ),
+    Fault(
+        name="given-up-streams-are-free",
+        property="contract 5.11",
+        file="gateway/invocations.py",
+        old="what was answered by then was used.\n        if usage is not None:",
+        new="not so.\n        if usage is not None and usage.usage() is None:",
+        tests=("tests/service/test_gateway.py::test_a_stream_that_its_caller_gives_up_counts_what_was_sent",),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",

@@ -19,7 +19,7 @@ from gateway.settings import GatewaySettings
 from servicekit import access, channels, identity
 from servicekit.context import Level
 from servicekit.errors import StartError
-from servicekit.http_client import ConnectionLost
+from servicekit.http_client import ConnectionLost, HttpPool
 from servicekit.policy import AUTHENTICATED, OPEN, Row, internal, permission
 from tessera.policy import POLICY
 from tests.support.eventually import eventually
@@ -549,6 +549,88 @@ async def test_a_caller_that_hangs_up_spares_the_model_the_work(stack: Platform)
         await request
     async with asyncio.timeout(5):
         await held.gone.wait()
+
+
+class Chat:
+    """A replica that says how many tokens each answer took, at once or at the end of a stream that is held."""
+
+    def __init__(self, *, is_stream: bool = False) -> None:
+        self.is_stream = is_stream
+        self.release = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await body_of(receive)
+        usage = b'{"usage": {"total_tokens": 7}}'
+        if not self.is_stream:
+            await reply(send, usage, headers=((b"content-type", b"application/json"),))
+            return
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for _ in range(3):
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+        await self.release.wait()
+        await send({"type": "http.response.body", "body": b"data: " + usage + b"\n\ndata: [DONE]\n\n"})
+
+
+async def serve_limited(stack: Platform, application: Any, **most: int) -> None:
+    address = await stack.add_replica(application)
+    limited = routes("ep", ("m-1", 100, [("r-ep", address)]))
+    limited.rate_limits.add(renewal_period="minute", **most)
+    await stack.publish(limited)
+
+
+async def test_tokens_are_counted_when_an_answer_has_ended(stack: Platform) -> None:
+    await serve_limited(stack, Chat(), tokens=10)
+    assert [(await invoke(stack, "ep")).status for _ in range(3)] == [200, 200, 429]
+    body = {"model": "ep", "messages": []}
+    answer = await fetch(stack.url, "POST", "/serving-endpoints/chat/completions", token="owner-token", json=body)
+    assert (answer.status, answer.json()["error_code"]) == (429, "REQUEST_LIMIT_EXCEEDED")
+    assert "10 tokens per minute" in answer.json()["message"]
+
+
+async def test_tokens_of_a_stream_are_counted_by_what_it_says(stack: Platform) -> None:
+    chat = Chat(is_stream=True)
+    chat.release.set()
+    await serve_limited(stack, chat, tokens=7)
+    assert [(await invoke(stack, "ep")).status for _ in range(2)] == [200, 429]
+
+
+async def test_a_stream_that_its_caller_gives_up_counts_what_was_sent(stack: Platform) -> None:
+    chat = Chat(is_stream=True)
+    await serve_limited(stack, chat, tokens=3)
+    pool = HttpPool()
+    response = await pool.send(
+        stack.url.removeprefix("http://"),
+        "POST",
+        "/serving-endpoints/ep/invocations",
+        [(b"authorization", b"Bearer owner-token")],
+        b"{}",
+        timeout=5,
+    )
+    seen = b""
+    while seen.count(b"data:") < 3:
+        seen += await anext(response)
+    await response.close()
+    await pool.close()
+    await stack.serving.until(lambda: [u.amount for r in stack.serving.reports for u in r.uses] == [3])
+    chat.release.set()
+    assert (await invoke(stack, "ep")).status == 429
+
+
+async def test_a_limited_call_does_not_reach_the_model_and_is_reported(stack: Platform) -> None:
+    echo = Echo()
+    await serve_limited(stack, echo, calls=2)
+    assert [(await invoke(stack, "ep")).status for _ in range(4)] == [200, 200, 429, 429]
+    assert echo.requests == 2
+    await stack.serving.until(lambda: sum(u.amount for r in stack.serving.reports for u in r.uses) == 2)
+    [use] = [use for report in stack.serving.reports for use in report.uses]
+    assert (use.endpoint_id, use.kind, use.subject, use.measure) == ("id-ep", "endpoint", "", "calls")
+
+
+async def test_limits_hold_while_serving_is_gone(stack: Platform) -> None:
+    await serve_limited(stack, Echo(), calls=2)
+    stack.serving.hang_up()
+    assert [(await invoke(stack, "ep")).status for _ in range(4)] == [200, 200, 429, 429]
 
 
 async def test_connections_to_a_replica_are_used_again(stack: Platform) -> None:

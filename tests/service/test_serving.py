@@ -397,7 +397,7 @@ async def test_nothing_is_there_after_a_refused_create(platform: Platform) -> No
         "INVALID_PARAMETER_VALUE",
         "INVALID_PARAMETER_VALUE",
         "FEATURE_DISABLED",
-        "FEATURE_DISABLED",
+        "INVALID_PARAMETER_VALUE",
     ]
     assert "unknown-model" in refusals[1].message
     assert await platform.admin.names() == []

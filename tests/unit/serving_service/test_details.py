@@ -41,7 +41,6 @@ def a_telemetry(**fields: object) -> pb.TelemetryConfig:
         ("fallback_config.enabled", {"fallback_config": {"enabled": True}}),
         ("inference_table_config.enabled", {"inference_table_config": {"enabled": True}}),
         ("usage_tracking_config.enabled", {"usage_tracking_config": {"enabled": True}}),
-        ("rate_limits", {"rate_limits": [{"renewal_period": "minute", "calls": 1}]}),
         ("guardrails.input.safety", {"guardrails": {"input": {"safety": True}}}),
         ("guardrails.output.pii", {"guardrails": {"output": {"pii": {"behavior": "BLOCK"}}}}),
         ("guardrails.input.invalid_keywords", {"guardrails": {"input": {"invalid_keywords": ["x"]}}}),
@@ -51,6 +50,58 @@ def a_telemetry(**fields: object) -> pb.TelemetryConfig:
 def test_a_gateway_feature_that_is_switched_on_is_refused_by_its_name(field: str, given: dict[str, object]) -> None:
     with pytest.raises(FeatureDisabled, match=rf"^ai_gateway\.{field}: "):
         details.read_ai_gateway(a_gateway(**given), at="ai_gateway")
+
+
+@pytest.mark.parametrize(
+    ("field", "limit"),
+    [
+        ("renewal_period", {"calls": 1, "key": "user"}),
+        ("renewal_period", {"calls": 1, "key": "user", "renewal_period": "hour"}),
+        ("key", {"calls": 1, "key": "USER", "renewal_period": "minute"}),
+        ("principal", {"tokens": 1, "principal": "ada", "renewal_period": "minute"}),
+        ("principal", {"tokens": 1, "key": "endpoint", "principal": "ada", "renewal_period": "minute"}),
+        ("principal", {"calls": 1, "key": "user_group", "renewal_period": "minute"}),
+        ("principal", {"calls": 1, "key": "service_principal", "renewal_period": "minute"}),
+        ("calls", {"calls": -1, "key": "user", "renewal_period": "minute"}),
+        ("tokens", {"tokens": -1, "renewal_period": "minute"}),
+        ("calls", {"calls": 9, "tokens": 1, "key": "endpoint", "renewal_period": "minute"}),
+    ],
+)
+def test_a_limit_that_makes_no_sense_is_refused_by_its_field(field: str, limit: dict[str, object]) -> None:
+    good = {"renewal_period": "minute", "calls": 1}
+    with pytest.raises(InvalidParameter, match=rf"^ai_gateway\.rate_limits\[1\]\.{field}: "):
+        details.read_ai_gateway(a_gateway(rate_limits=[good, limit]), at="ai_gateway")
+
+
+def test_a_limit_says_what_it_limits_and_there_are_not_very_many() -> None:
+    with pytest.raises(InvalidParameter, match=r"^rate_limits\[0\]: give `calls` or `tokens`"):
+        details.read_ai_gateway(a_gateway(rate_limits=[{"renewal_period": "minute"}]), at="")
+    many = [{"renewal_period": "minute", "calls": 1, "key": "user", "principal": f"u{n}"} for n in range(21)]
+    with pytest.raises(InvalidParameter, match="at most 20 limits"):
+        details.read_ai_gateway(a_gateway(rate_limits=many), at="")
+    groups = [{**each, "key": "user_group"} for each in many[:6]]
+    with pytest.raises(InvalidParameter, match="at most 5 limits for groups"):
+        details.read_ai_gateway(a_gateway(rate_limits=groups), at="")
+
+
+def test_limits_come_back_as_they_were_said() -> None:
+    said = a_gateway(rate_limits=[{"renewal_period": "minute", "calls": 0, "tokens": 7, "key": "user"}])
+    assert details.message(pb.AiGatewayConfig, details.read_ai_gateway(said, at="")) == said
+
+
+def test_the_older_spelling_has_calls_of_users_and_of_the_endpoint() -> None:
+    given = [pb.RateLimit(calls=0, renewal_period="minute"), pb.RateLimit(calls=5, renewal_period="minute", key="user")]
+    assert details.read_rate_limits(given) == (
+        {"calls": "0", "renewal_period": "minute"},
+        {"calls": "5", "renewal_period": "minute", "key": "user"},
+    )
+    for field, limit in (
+        ("calls", pb.RateLimit(renewal_period="minute")),
+        ("key", pb.RateLimit(calls=1, renewal_period="minute", key="user_group")),
+        ("renewal_period", pb.RateLimit(calls=1)),
+    ):
+        with pytest.raises(InvalidParameter, match=rf"^rate_limits\[0\]\.{field}: "):
+            details.read_rate_limits([limit])
 
 
 def test_what_is_switched_off_comes_back_as_it_was_said() -> None:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from servicekit.errors import Unavailable
+from servicekit.rate_limits import Ledger, Limits
 from serving_service import routes as module
 from serving_service.routes import EndpointRoutes, EntityRoutes, ReplicaAddress, RouteTable
 from tessera.serving.v1 import serving_pb2 as pb
@@ -20,7 +21,9 @@ SHORT, LONG = 0.05, 30.0
 
 def routes_of(endpoint_id: str, *replicas: str, name: str = "") -> EndpointRoutes:
     entities = (EntityRoutes("churn", 100, tuple(ReplicaAddress(each, f"unix:/{each}") for each in replicas)),)
-    return EndpointRoutes(endpoint_id=endpoint_id, name=name or endpoint_id, entities=entities)
+    return EndpointRoutes(
+        endpoint_id=endpoint_id, name=name or endpoint_id, entities=entities, limits=Limits(endpoint_id)
+    )
 
 
 class Gateway:
@@ -69,7 +72,7 @@ class Gateway:
 
 
 def a_table(*, ack_seconds: float = LONG) -> RouteTable:
-    table = RouteTable(ack_seconds=ack_seconds)
+    table = RouteTable(Ledger(), ack_seconds=ack_seconds)
     table.loaded()
     return table
 
@@ -107,7 +110,7 @@ async def test_a_gateway_is_told_the_whole_table_first_and_then_what_changed() -
 
 
 async def test_nothing_is_told_before_the_table_is_whole() -> None:
-    table = RouteTable(ack_seconds=LONG)
+    table = RouteTable(Ledger(), ack_seconds=LONG)
     table.publish(routes_of("one"))
     gateway = Gateway(table)
     told = asyncio.create_task(gateway.told())
@@ -123,7 +126,7 @@ async def test_nothing_is_told_before_the_table_is_whole() -> None:
 async def test_a_query_before_the_table_is_whole_waits_and_is_then_told_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = RouteTable(ack_seconds=LONG)
+    table = RouteTable(Ledger(), ack_seconds=LONG)
     monkeypatch.setattr(module, "LOAD_SECONDS", SHORT)
     with pytest.raises(Unavailable):
         await table.find("one")
@@ -296,7 +299,7 @@ async def test_a_name_that_passes_to_a_new_endpoint_is_found_there() -> None:
 def test_requests_are_split_by_percentage_among_entities_that_can_answer() -> None:
     replica = (ReplicaAddress("r", "unix:/r"),)
     entities = (EntityRoutes("a", 90, replica), EntityRoutes("b", 10, replica), EntityRoutes("c", 0, replica))
-    routes = EndpointRoutes(endpoint_id="1", name="demo", entities=entities)
+    routes = EndpointRoutes(endpoint_id="1", name="demo", entities=entities, limits=Limits("1"))
     picked = Counter(entity.name for entity in (routes.pick() for _ in range(4_000)) if entity is not None)
     assert set(picked) == {"a", "b"}
     assert 250 < picked["b"] < 550
@@ -304,5 +307,6 @@ def test_requests_are_split_by_percentage_among_entities_that_can_answer() -> No
         endpoint_id="1",
         name="demo",
         entities=(EntityRoutes("a", 90, ()), EntityRoutes("b", 10, replica)),
+        limits=Limits("1"),
     )
     assert {entity.name for entity in (idle.pick() for _ in range(50)) if entity is not None} == {"b"}
