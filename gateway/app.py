@@ -21,6 +21,7 @@ from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
 from gateway.invocations import Invocations
 from gateway.json_codec import is_crowded
+from gateway.measures import Reporter
 from gateway.oauth import CredentialRefused, OAuth
 from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
@@ -32,6 +33,7 @@ from servicekit.context import RequestContext
 from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
+from servicekit.measures import Measures
 from servicekit.policy import Decision, Row, Undecided
 from servicekit.rate_limits import Ledger
 from servicekit.sockets import socket_address
@@ -86,6 +88,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         ledger = Ledger()
         table = RoutingTable(ledger)
+        measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
@@ -103,6 +106,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 access,
                 pool,
                 ledger,
+                measures,
                 deadline=settings.inference_deadline,
                 body_limit=settings.inference_body_limit,
             ),
@@ -115,6 +119,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             background.running(
                 {
                     "routes": partial(table.follow, open_channel["serving"]),
+                    "measures": partial(Reporter(measures).run, open_channel["serving"]),
                     "access": partial(access.follow, open_channel["secrets"]),
                     "workspace": partial(_learn_workspace, exchange),
                 }

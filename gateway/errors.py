@@ -16,15 +16,8 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from grpc_status import rpc_status
 
 from gateway.json_codec import CodecError
-from servicekit.errors import DOMAIN, NotFound, ServiceError
-from tessera.errors.v1 import errors_pb2
+from servicekit.errors import DOMAIN, HTTP_STATUS, NotFound, ServiceError
 from tessera.options.v1 import options_pb2
-
-HTTP_STATUS: dict[str, int] = {
-    value.name: value.GetOptions().Extensions[options_pb2.http_status]
-    for value in errors_pb2.ErrorReason.DESCRIPTOR.values
-}
-"""The HTTP status of each reason, as errors.proto says."""
 
 _SCIM_SCHEMA = "urn:ietf:params:scim:api:messages:2.0:Error"
 # RFC 7644, table 9: what a reason means where the service does not say it in the metadata `scim_type`.

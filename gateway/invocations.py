@@ -19,8 +19,9 @@ from gateway.routes import Endpoint, Entity, RoutingTable
 from servicekit import token_usage
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
-from servicekit.errors import BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
+from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from servicekit.measures import TIMING, Invocation, Measures
 from servicekit.rate_limits import Charge, Ledger
 from tessera import policy
 
@@ -69,6 +70,7 @@ class Invocations:
         access: AccessTable,
         pool: HttpPool,
         ledger: Ledger,
+        measures: Measures,
         *,
         deadline: float,
         body_limit: int,
@@ -77,6 +79,7 @@ class Invocations:
         self._access = access
         self._pool = pool
         self._ledger = ledger
+        self._measures = measures
         self._deadline = deadline
         self._body_limit = body_limit
 
@@ -88,16 +91,20 @@ class Invocations:
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
         endpoint = await self._permitted(name, caller)
-        charge = self._ledger.admit(endpoint.limits, caller)
+        with self._measures.began(endpoint.id) as measured:
+            charge = self._ledger.admit(endpoint.limits, caller)
+            body = await self._body(request)
+            await self._forward(request, send, headers, endpoint, entity_name, body, charge, measured)
+
+    async def _body(self, request: Request) -> bytes | AsyncIterator[bytes]:
+        """What there is of a body: the whole where it came at once, else piece by piece."""
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        body: bytes | AsyncIterator[bytes] = message.get("body", b"")
-        if message.get("more_body", False):
-            body = self._rest(request, message.get("body", b""))
-        await self._forward(request, send, headers, endpoint, entity_name, body, charge)
+        first: bytes = message.get("body", b"")
+        return self._rest(request, first) if message.get("more_body", False) else first
 
     async def invoke_named_in_body(self, request: Request, send: Send, headers: Headers, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
@@ -111,8 +118,9 @@ class Invocations:
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
         endpoint = await self._permitted(name, caller)
-        charge = self._ledger.admit(endpoint.limits, caller)
-        await self._forward(request, send, headers, endpoint, None, body, charge)
+        with self._measures.began(endpoint.id) as measured:
+            charge = self._ledger.admit(endpoint.limits, caller)
+            await self._forward(request, send, headers, endpoint, None, body, charge, measured)
 
     async def _permitted(self, name: str, caller: Principal) -> Endpoint:
         """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
@@ -173,14 +181,17 @@ class Invocations:
         entity_name: str | None,
         body: bytes | AsyncIterator[bytes],
         charge: Charge,
+        measured: Invocation,
     ) -> None:
         entity = self._entity(endpoint, entity_name)
+        measured.chosen(entity.name, entity.version)
         sent_headers = [(name, request.headers[name]) for name in TO_MODEL if name in request.headers]
         if not isinstance(body, bytes) and (length := request.headers.get(b"content-length")) is not None:
             sent_headers.append((b"content-length", length))
         untried = list(entity.replicas)
         while True:
             replica = self._table.begin(untried)
+            measured.sent()
             try:
                 async with (
                     _CallerWatch(request, is_body_read=isinstance(body, bytes)),
@@ -189,7 +200,8 @@ class Invocations:
                     ) as response,
                 ):
                     headers = [*headers, (b"served-model-name", entity.name.encode())]
-                    await _pass_on(response, send, headers, charge)
+                    measured.answered(response.status, response.header(TIMING))
+                    await _pass_on(response, send, headers, charge, measured)
                     return
             except ConnectFailed:
                 # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
@@ -211,7 +223,7 @@ class Invocations:
                 self._table.end(replica)
 
 
-async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge) -> None:
+async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge, measured: Invocation) -> None:
     kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
     await send({"type": "http.response.start", "status": response.status, "headers": [*kept, *headers]})
     usage = token_usage.reader(dict(response.headers).get(b"content-type", b"")) if charge.wants_tokens else None
@@ -224,6 +236,7 @@ async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge:
         # The status is gone already. Ending without a last piece makes the server cut the connection, which is how
         # HTTP says that an answer is incomplete.
         log.warning("answer cut short", extra={"problem": type(error).__name__})
+        measured.status = HTTP_STATUS[ModelServerFailed.reason]
         return
     finally:
         # Also when the caller hung up: what was answered by then was used.

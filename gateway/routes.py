@@ -36,6 +36,8 @@ class Entity:
     """A served entity and the replicas that are ready."""
 
     name: str
+    version: str
+    """That of its model."""
     traffic_percentage: int
     replicas: tuple[Replica, ...]
 
@@ -146,7 +148,12 @@ class RoutingTable:
 
     def _endpoint(self, routes: pb.EndpointRoutes) -> Endpoint:
         entities = [
-            Entity(entity.name, entity.traffic_percentage, tuple(self._replica(route) for route in entity.replicas))
+            Entity(
+                entity.name,
+                entity.entity_version,
+                entity.traffic_percentage,
+                tuple(self._replica(route) for route in entity.replicas),
+            )
             for entity in routes.entities
         ]
         limits = Limits(routes.endpoint_id, tuple(routes.rate_limits))

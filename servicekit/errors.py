@@ -17,7 +17,16 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from tessera.errors.v1 import errors_pb2
+from tessera.options.v1 import options_pb2
+
 DOMAIN = "tessera"
+
+HTTP_STATUS: dict[str, int] = {
+    value.name: value.GetOptions().Extensions[options_pb2.http_status]
+    for value in errors_pb2.ErrorReason.DESCRIPTOR.values
+}
+"""The HTTP status of each reason, as errors.proto says."""
 
 LONGEST_MESSAGE = 1_500
 """Bytes of a message that travel to anybody. It is sent twice, once percent-encoded, and clients refuse trailers beyond

@@ -48,6 +48,10 @@ class HttpResponse:
         self.headers = exchange.headers
         self._exchange = exchange
 
+    def header(self, name: bytes) -> bytes:
+        """The first value of a header, by its name in lower case; empty when there is none."""
+        return next((value for known, value in self.headers if known == name), b"")
+
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 

@@ -16,9 +16,11 @@ from servicekit.access import AccessTable
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.measures import Measures
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from serving_service import cgroups, store
+from serving_service.consumption import Consumption
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
@@ -26,10 +28,12 @@ from serving_service.environment import SecretReferences
 from serving_service.isolation import Isolation, ModelUsers, probed
 from serving_service.launcher import Launcher, LocalLauncher
 from serving_service.launches import Launches
+from serving_service.meters import Meters
+from serving_service.monitoring import Monitoring
 from serving_service.query import Queries
 from serving_service.registry import MlflowRegistry, Registry
 from serving_service.routes import RouteTable
-from serving_service.servicer import RoutesServicer, ServingEndpointsServicer
+from serving_service.servicer import MeteringServicer, RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
 from tessera.policy import POLICY
@@ -116,6 +120,10 @@ async def running(
                 load_deadline=settings.load_deadline,
             )
         )
+        own_measures = Measures()
+        meters = Meters(opened, own_measures, lambda key: len(controllers.ready(key)))
+        await meters.load()
+        consumption = Consumption(controllers.processes, memory_limit=settings.limits.memory)
         endpoints = Endpoints(
             opened,
             registry,
@@ -124,9 +132,10 @@ async def running(
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
+            monitoring=Monitoring(meters, consumption, controllers),
             public_url=settings.public_url,
         )
-        queries = Queries(routes, access, pool, ledger, deadline=settings.inference_deadline)
+        queries = Queries(routes, access, pool, ledger, own_measures, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
@@ -147,6 +156,7 @@ async def running(
                 services=[
                     (services["ServingEndpoints"], ServingEndpointsServicer(endpoints, queries)),
                     (services["Routes"], RoutesServicer(routes)),
+                    (services["Metering"], MeteringServicer(meters)),
                 ],
                 table=POLICY,
                 readiness={"database": opened.ping},
@@ -156,6 +166,8 @@ async def running(
                     "controllers": controllers.run,
                     "access": partial(access.follow, secrets),
                     "settlement": settlement.run,
+                    "meters": meters.run,
+                    "consumption": consumption.run,
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,

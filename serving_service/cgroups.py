@@ -10,10 +10,27 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from serving_service.shim import cgroups as members
 
 _KINDS = ("pids", "memory")
+
+PREFIX = "tessera-"
+"""How the names of all groups of ours begin."""
+
+
+class _MemoryFiles(NamedTuple):
+    used: str
+    limit: str
+    kept: str
+    """A line of memory.stat."""
+
+
+_MEMORY_FILES = {
+    "": _MemoryFiles("memory.current", "memory.max", "inactive_file"),
+    "memory": _MemoryFiles("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +86,14 @@ class Cgroups:
 
     def named(self, name: str) -> list[str]:
         """The directories of the groups of one replica, made or not."""
-        return [str(hierarchy.parent / f"tessera-{name}") for hierarchy in self.hierarchies]
+        return [str(hierarchy.parent / f"{PREFIX}{name}") for hierarchy in self.hierarchies]
 
     def make(self, name: str) -> None:
         """Makes the groups of one replica; raises OSError, and then there are none."""
         made: list[str] = []
         try:
             for hierarchy in self.hierarchies:
-                made.append(hierarchy.make(f"tessera-{name}", self.limits))
+                made.append(hierarchy.make(f"{PREFIX}{name}", self.limits))
         except OSError:
             members.remove(made)
             raise
@@ -90,7 +107,7 @@ def found(limits: Limits) -> Cgroups:
             if hierarchy.is_unified and hierarchy.kinds:
                 enabled = " ".join(f"+{kind}" for kind in hierarchy.kinds)
                 (hierarchy.parent / "cgroup.subtree_control").write_text(enabled)
-            members.remove([hierarchy.make(f"tessera-trial-{uuid.uuid4().hex}", limits)])
+            members.remove([hierarchy.make(f"{PREFIX}trial-{uuid.uuid4().hex}", limits)])
         except OSError as error:
             reasons.update(dict.fromkeys(hierarchy.kinds, f"{hierarchy.parent} cannot be used: {error.strerror}"))
         else:
@@ -104,6 +121,28 @@ def found(limits: Limits) -> Cgroups:
 def memory_of_machine() -> int:
     """Bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory_of(pid: int) -> tuple[int, int] | None:
+    """How much memory the group of a replica's process uses and may use, in bytes; None where it has no limit.
+
+    What is only kept of files in case they are read again is not counted: it makes room when there is need.
+    """
+    mounts = dict(_mounts())
+    try:
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            mount = mounts.get(names)
+            if mount is None or not Path(path).name.startswith(PREFIX):
+                continue
+            group, files = Path(f"{mount}{path}"), _MEMORY_FILES["" if not names else "memory"]
+            if (group / files.limit).exists():
+                kept = dict(each.split() for each in (group / "memory.stat").read_text().splitlines())[files.kept]
+                used, limit = ((group / name).read_text() for name in (files.used, files.limit))
+                return max(int(used) - int(kept), 0), int(limit)
+    except (OSError, ValueError, KeyError):
+        pass  # it ends just now, or has no number for a limit
+    return None
 
 
 def _hierarchies() -> Iterator[Hierarchy]:

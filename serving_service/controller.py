@@ -75,6 +75,10 @@ class EndpointController:
         self._handles: dict[str, ReplicaHandle] = {}
         self._timeline = Timeline(endpoint_id, doors.database)
         self._ready_since: dict[str, float] = {}
+        self._versions: dict[tuple[int, str], str] = {}
+        """The version of the model of each served entity, by its configuration and its name."""
+        self.processes: dict[str, int] = {}
+        """The process of each replica that is ready."""
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
         self._deadlines: dict[int, float] = {}
         self._preparing: set[str] = set()
@@ -141,6 +145,16 @@ class EndpointController:
         """The phases of launches that are not stored: those that go on, and those that ended a moment ago."""
         return self._timeline.unstored()
 
+    def ready(self, entity: str, entity_version: str) -> list[str]:
+        """The replicas that are ready and serve that version of a model under that name."""
+        return [
+            each.id
+            for each in self._replicas.values()
+            if each.phase is Phase.READY
+            and each.entity == entity
+            and self._versions.get((each.version, entity)) == entity_version
+        ]
+
     async def logs(self, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of the newest replica of an entity; empty when there is none."""
         newest = [r.id for r in self._replicas.values() if (r.version, r.entity) == (version, entity)]
@@ -203,6 +217,9 @@ class EndpointController:
 
     def _desired(self, endpoint: Endpoint) -> reconcile.Desired:
         wanted = {config.version: config for config in (endpoint.active, endpoint.pending) if config is not None}
+        self._versions = {
+            (config.version, each.name): each.model.version for config in wanted.values() for each in config.entities
+        }
         self._retries = {key: retry for key, retry in self._retries.items() if key[0] in wanted}
         if endpoint.pending is not None and endpoint.pending.version not in self._deadlines:
             # Timed on the clock that nobody can set; what passed before this process started is taken from the record.
@@ -385,6 +402,8 @@ class EndpointController:
             case ReplicaState.READY:
                 self._timeline.end(replica_id, Outcome.SUCCEEDED)
                 self._ready_since[replica_id] = time.monotonic()
+                if seen.pid is not None:
+                    self.processes[replica_id] = seen.pid
                 self._change(replica_id, phase=Phase.READY, message="")
                 log.info("replica ready", extra={**facts, "load_seconds": seen.load_seconds})
             case ReplicaState.FAILED | ReplicaState.STOPPED:
@@ -401,6 +420,7 @@ class EndpointController:
             self._timeline.end(replica_id, Outcome.FAILED, message=message)
         now = time.monotonic()
         ready_seconds = now - self._ready_since.pop(replica_id, now)
+        self.processes.pop(replica_id, None)
         if not replica.is_stopping:
             key = (replica.version, replica.entity)
             self._retries[key] = reconcile.after_end(
@@ -449,7 +469,7 @@ class EndpointController:
                 log.warning("replica cannot be forgotten yet", extra={"replica": replica_id})
                 await asyncio.sleep(UNREADABLE_SECONDS)
         self._doors.launches.ended(replica_id)
-        for memory in (self._replicas, self._handles, self._ready_since):
+        for memory in (self._replicas, self._handles, self._ready_since, self.processes):
             memory.pop(replica_id, None)
 
     def _entity_routes(self, config: EndpointConfig) -> tuple[EntityRoutes, ...]:
@@ -457,6 +477,7 @@ class EndpointController:
         return tuple(
             EntityRoutes(
                 entity.name,
+                entity.model.version,
                 shares[entity.name],
                 tuple(
                     ReplicaAddress(replica.id, self._handles[replica.id].address)

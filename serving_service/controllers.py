@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import logging
 
+from servicekit.measures import Key
 from serving_service import store
 from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointController
 from serving_service.launcher import Observation, ReplicaGoneError, ReplicaHandle
@@ -80,6 +81,15 @@ class Controllers:
         """The phases of an endpoint's launches that are not stored."""
         controller = self._controllers.get(endpoint_id)
         return controller.events() if controller is not None else []
+
+    def ready(self, key: Key) -> list[str]:
+        """The replicas of a served entity that are ready, by its name and the version of its model."""
+        controller = self._controllers.get(key.endpoint_id)
+        return controller.ready(key.entity, key.entity_version) if controller is not None else []
+
+    def processes(self) -> dict[str, int]:
+        """The process of every replica that is ready."""
+        return {each: pid for controller in self._controllers.values() for each, pid in controller.processes.items()}
 
     async def logs(self, endpoint_id: str, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of an entity."""

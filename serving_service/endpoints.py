@@ -41,6 +41,7 @@ from serving_service.errors import (
     UpdateInProgress,
 )
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState
+from serving_service.monitoring import Monitoring
 from serving_service.phases import LaunchEvent
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
@@ -96,6 +97,7 @@ class Endpoints:
         access: AccessTable,
         settlement: Settlement,
         answers: Answers,
+        monitoring: Monitoring,
         public_url: str,
     ) -> None:
         self._database = database
@@ -105,6 +107,7 @@ class Endpoints:
         self._access = access
         self._settlement = settlement
         self._answers = answers
+        self._monitoring = monitoring
         self._public_url = public_url
         self._changes: set[asyncio.Task[Any]] = set()
         self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
@@ -202,6 +205,11 @@ class Endpoints:
         known = {(event.replica_id, event.phase) for event in stored}
         new = [event for event in unstored if (event.replica_id, event.phase) not in known]
         return sorted((*stored, *new), key=lambda event: event.started_at)
+
+    async def metrics(self, name: str, *, caller: Principal) -> bytes:
+        """What was measured of the endpoint, as text for Prometheus."""
+        endpoint, _ = await self._found(name, caller)
+        return self._monitoring.metrics(endpoint)
 
     async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
         """The latest output of a served entity: the pending configuration's when it has one of that name."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from servicekit.measures import Key, Measured
+
 
 class ConfigUpdate(StrEnum):
     """Where the latest configuration update of an endpoint stands."""
@@ -143,3 +145,15 @@ class ReplicaRecord:
     endpoint_id: str
     version: int
     entity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """What was measured of a served entity in one minute. Of predictions and of waiting only the sums are recorded."""
+
+    key: Key
+    minute: int
+    """Unix minutes."""
+    measured: Measured
+    replicas: int
+    """How many ran in the end."""

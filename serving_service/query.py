@@ -13,7 +13,8 @@ from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
-from servicekit.rate_limits import Ledger
+from servicekit.measures import TIMING, Invocation, Measures
+from servicekit.rate_limits import Charge, Ledger
 from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, Stopped
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
 from tessera import policy
@@ -35,12 +36,20 @@ class Queries:
     """Sends queries to replicas."""
 
     def __init__(
-        self, routes: RouteTable, access: AccessTable, pool: HttpPool, ledger: Ledger, *, deadline: float
+        self,
+        routes: RouteTable,
+        access: AccessTable,
+        pool: HttpPool,
+        ledger: Ledger,
+        measures: Measures,
+        *,
+        deadline: float,
     ) -> None:
         self._routes = routes
         self._access = access
         self._pool = pool
         self._ledger = ledger
+        self._measures = measures
         self._deadline = deadline
 
     async def query(
@@ -55,21 +64,38 @@ class Queries:
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
         routes = await self._permitted(name, caller)
-        charge = self._ledger.admit(routes.limits, caller)
+        with self._measures.began(routes.endpoint_id) as measured:
+            charge = self._ledger.admit(routes.limits, caller)
+            async for part in self._answer(routes, entity_name, content_type, body, timeout, charge, measured):
+                yield part
+
+    async def _answer(
+        self,
+        routes: EndpointRoutes,
+        entity_name: str,
+        content_type: str,
+        body: bytes,
+        timeout: float | None,
+        charge: Charge,
+        measured: Invocation,
+    ) -> AsyncIterator[AnswerHead | bytes]:
         if routes.is_stopped:
-            raise Stopped(name)
+            raise Stopped(routes.name)
         entity = _chosen(routes, entity_name)
         if entity is None:
-            raise NotReady(name, [each.name for each in routes.entities if each.percentage])
+            raise NotReady(routes.name, [each.name for each in routes.entities if each.percentage])
+        measured.chosen(entity.name, entity.version)
         timeout = self._deadline if timeout is None else min(timeout, self._deadline)
         headers = [(b"content-type", (content_type or DEFAULT_CONTENT_TYPE).encode())]
         for replica in entity.replicas:
             with self._routes.using(replica.replica_id):
+                measured.sent()
                 try:
                     response = await self._pool.send(
                         replica.address, "POST", "/invocations", headers, body, timeout=timeout
                     )
                     async with response:
+                        measured.answered(response.status, response.header(TIMING))
                         yield AnswerHead(response.status, _content_type(response), entity.name)
                         usage = token_usage.reader(_content_type(response).encode()) if charge.wants_tokens else None
                         try:
@@ -89,7 +115,7 @@ class Queries:
                 except ValueError:
                     raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
             return
-        raise NotReady(name, [entity.name])
+        raise NotReady(routes.name, [entity.name])
 
     async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
         """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
@@ -114,5 +140,4 @@ def _chosen(routes: EndpointRoutes, entity_name: str) -> EntityRoutes | None:
 
 
 def _content_type(response: HttpResponse) -> str:
-    found = [value for name, value in response.headers if name == b"content-type"]
-    return found[0].decode("latin-1") if found else DEFAULT_CONTENT_TYPE
+    return response.header(b"content-type").decode("latin-1") or DEFAULT_CONTENT_TYPE

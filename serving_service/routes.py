@@ -39,9 +39,10 @@ class ReplicaAddress:
 
 @dataclass(frozen=True)
 class EntityRoutes:
-    """One served entity: its share of the requests in percent, and where it runs."""
+    """One served entity: the version of its model, its share of the requests in percent, and where it runs."""
 
     name: str
+    version: str
     percentage: int
     replicas: tuple[ReplicaAddress, ...]
 
@@ -267,6 +268,7 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
         entities=[
             pb.EntityRoutes(
                 name=entity.name,
+                entity_version=entity.version,
                 traffic_percentage=entity.percentage,
                 replicas=[
                     pb.ReplicaRoute(replica_id=each.replica_id, address=each.address) for each in entity.replicas

@@ -11,8 +11,9 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from servicekit import once
 from servicekit.context import current_caller
-from serving_service import messages
+from serving_service import exposition, messages
 from serving_service.endpoints import Endpoints
+from serving_service.meters import Meters
 from serving_service.query import AnswerHead, Queries
 from serving_service.routes import RouteTable
 from tessera.serving.v1 import serving_pb2 as pb
@@ -121,6 +122,12 @@ class ServingEndpointsServicer:
         events = await self._endpoints.events(request.name, caller=current_caller())
         return pb.ListServingEndpointEventsResponse(events=map(messages.event, events))
 
+    async def ExportServingEndpointMetrics(
+        self, request: pb.ExportServingEndpointMetricsRequest, call: Call
+    ) -> HttpBody:
+        text = await self._endpoints.metrics(request.name, caller=current_caller())
+        return HttpBody(content_type=exposition.CONTENT_TYPE, data=text)
+
     async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
         logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())
         return pb.ServedModelLogs(logs=logs)
@@ -166,6 +173,16 @@ class RoutesServicer:
     async def Watch(self, reports: AsyncIterator[pb.RouteReport], call: Call) -> AsyncIterator[pb.RouteTable]:
         async for table in self._routes.watch(reports):
             yield table
+
+
+class MeteringServicer:
+    """tessera.serving.v1.Metering."""
+
+    def __init__(self, meters: Meters) -> None:
+        self._meters = meters
+
+    async def Report(self, request: pb.MeasuresReport, call: Call) -> pb.MeasuresReceipt:
+        return self._meters.receive(request)
 
 
 def _first_message(head: AnswerHead) -> HttpBody:

@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from servicekit.measures import Key, Measured
 from serving_service.errors import (
     EndpointExists,
     EndpointNotFound,
@@ -25,6 +26,7 @@ from serving_service.model import (
     Endpoint,
     EndpointConfig,
     EntityState,
+    Minute,
     ModelVersion,
     ReplicaRecord,
     Route,
@@ -33,6 +35,9 @@ from serving_service.model import (
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 
 MAX_ENDPOINTS = 1_000
+MOST_MINUTES = 24 * 60
+"""How long it is kept what was measured in each minute."""
+
 MAX_EVENTS = 500
 """Of one endpoint; a launch has some four."""
 
@@ -309,6 +314,51 @@ def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEv
     ]
 
 
+def add_minutes(
+    connection: sqlite3.Connection,
+    minutes: Sequence[Minute],
+    *,
+    reports: Mapping[str, int],
+    now: int,
+) -> frozenset[str]:
+    """Adds what was measured to what is recorded of the same minutes, with the numbers of the last `reports` in it.
+
+    What is older than MOST_MINUTES is removed, by `now`, in Unix seconds. Returns the ids of all endpoints; of others
+    nothing is recorded.
+    """
+    known = frozenset(row[0] for row in connection.execute("SELECT id FROM endpoints"))
+    for minute in minutes:
+        if minute.key.endpoint_id in known:
+            _add_minute(connection, minute)
+    connection.execute("DELETE FROM minutes WHERE minute <= ?", (now // 60 - MOST_MINUTES,))
+    connection.executemany(
+        "INSERT OR REPLACE INTO reports VALUES (?, ?, ?)", [(*each, now) for each in reports.items()]
+    )
+    connection.execute("DELETE FROM reports WHERE stored_at < ?", (now - 60 * MOST_MINUTES,))
+    return known
+
+
+def stored_reports(connection: sqlite3.Connection) -> dict[str, int]:
+    """The number of the last report of each gateway that the recorded minutes hold."""
+    return dict(connection.execute("SELECT gateway_id, sequence FROM reports").fetchall())
+
+
+def minutes_of(
+    connection: sqlite3.Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
+) -> list[Minute]:
+    """What was measured of an endpoint from the minute `start` on and before `end`, the oldest first, at most `limit`.
+
+    `after` is the place (minute, entity, version) behind which to go on; empty: at the beginning.
+    """
+    rows = connection.execute(
+        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction_ms,"
+        " queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute >= ? AND minute < ?"
+        " AND (minute, entity, entity_version) > (?, ?, ?) ORDER BY minute, entity, entity_version LIMIT ?",
+        (endpoint_id, start, end, *(after or (-1, "", "")), limit),
+    )
+    return [_minute(endpoint_id, *row) for row in rows]
+
+
 def next_epoch(connection: sqlite3.Connection) -> int:
     """A number that is higher than every one before."""
     return int(connection.execute("UPDATE epochs SET epoch = epoch + 1 RETURNING epoch").fetchone()[0])
@@ -424,6 +474,58 @@ def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
 
 def _failures(states: Mapping[str, EntityState]) -> str:
     return _json({name: [state.deployment, state.message] for name, state in states.items()})
+
+
+def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
+    key = (minute.key.endpoint_id, minute.minute, minute.key.entity, minute.key.entity_version)
+    row = connection.execute(
+        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction_ms,"
+        " queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute = ? AND entity = ? AND entity_version = ?",
+        key,
+    ).fetchone()
+    measured = minute.measured
+    if row is not None:
+        measured = Measured()
+        measured.merge(_minute(key[0], *row).measured)
+        measured.merge(minute.measured)
+    latency = [(place, count) for place, count in enumerate(measured.latency.counts) if count]
+    sums = (measured.latency.sum, measured.prediction.sum, measured.queue.sum)
+    connection.execute(
+        "INSERT OR REPLACE INTO minutes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            *key,
+            measured.requests,
+            measured.refused,
+            measured.failed,
+            measured.busy,
+            _json(latency),
+            *sums,
+            minute.replicas,
+        ),
+    )
+
+
+def _minute(
+    endpoint_id: str,
+    minute: int,
+    entity: str,
+    entity_version: str,
+    requests: int,
+    refused: int,
+    failed: int,
+    busy: float,
+    latency: str,
+    latency_ms: float,
+    prediction_ms: float,
+    queue_ms: float,
+    replicas: int,
+) -> Minute:
+    measured = Measured()
+    measured.requests, measured.refused, measured.failed, measured.busy = requests, refused, failed, busy
+    for place, count in orjson.loads(latency):
+        measured.latency.counts[place] = count
+    measured.latency.sum, measured.prediction.sum, measured.queue.sum = latency_ms, prediction_ms, queue_ms
+    return Minute(Key(endpoint_id, entity, entity_version), minute, measured, replicas)
 
 
 def _json(value: Any) -> str:

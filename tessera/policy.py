@@ -113,10 +113,12 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/UpdateServingEndpointNotifications": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/PatchServingEndpointTelemetryConfig": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/ListServingEndpointEvents": CAN_VIEW,
+    "tessera.serving.v1.ServingEndpoints/ExportServingEndpointMetrics": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/Query": INFERENCE,
     "tessera.serving.v1.Routes/Watch": internal("gateway"),
+    "tessera.serving.v1.Metering/Report": internal("gateway"),
     # Inference over REST, which the gateway answers by itself.
     "POST /serving-endpoints/{name}/invocations": INFERENCE,
     "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": INFERENCE,

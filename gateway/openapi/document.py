@@ -18,10 +18,10 @@ from typing import Any
 import orjson
 from google.protobuf.descriptor import Descriptor
 
-from gateway.errors import HTTP_STATUS
 from gateway.http_rules import ALL, Binding
 from gateway.json_codec import codec_for
 from gateway.openapi.schemas import Schemas
+from servicekit.errors import HTTP_STATUS
 from tessera.errors.v1 import errors_pb2
 from tessera.options.v1 import options_pb2
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from serving_service.model_server import failures
 from serving_service.model_server.answers import Answer, Stream, error_event
 from serving_service.model_server.asgi import Message, Receive, Send
+from serving_service.model_server.timing import Timing
 
 T = TypeVar("T")
 AnswerTo = Callable[[bytes, str], Answer | Stream]
@@ -54,7 +55,7 @@ class Application:
         answer: Answer | Stream | None = None
         try:
             async with asyncio.timeout(self._seconds):
-                answer = await work.run(self._answer, body, _content_type(scope))
+                answer = await work.run(work.timing.begun, self._answer, body, _content_type(scope))
                 if isinstance(answer, Stream):
                     await _stream(answer, work, gone, send)
         except TimeoutError:
@@ -69,7 +70,7 @@ class Application:
         finally:
             gone.cancel()
         if isinstance(answer, Answer):
-            await _send(send, answer.status, answer.body)
+            await _send(send, answer.status, answer.body, work.timing.header(is_stream=False))
         return None
 
 
@@ -82,6 +83,7 @@ class _Work:
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
         self._context = contextvars.copy_context()
+        self.timing = Timing(self._context)
         self._step: Future[Any] = Future()
 
     async def run(self, step: Callable[..., T], *arguments: Any) -> T:
@@ -101,7 +103,8 @@ class _Work:
 
 async def _stream(stream: Stream, work: _Work, gone: asyncio.Future[None], send: Send) -> None:
     """Sends events as they come, until the last or until the caller has gone, and closes the model's generator."""
-    headers = [(b"content-type", _EVENTS), (b"cache-control", b"no-cache")]
+    timing = work.timing.header(is_stream=True)
+    headers = [(b"content-type", _EVENTS), (b"cache-control", b"no-cache"), timing]
     event: bytes | None = stream.first
     try:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -118,8 +121,8 @@ def _close(step: "Future[Answer | Stream]") -> None:
         answer.rest.close()
 
 
-async def _send(send: Send, status: int, body: bytes) -> None:
-    headers = [(b"content-type", _JSON.encode()), (b"content-length", b"%d" % len(body))]
+async def _send(send: Send, status: int, body: bytes, *more: tuple[bytes, bytes]) -> None:
+    headers = [(b"content-type", _JSON.encode()), (b"content-length", b"%d" % len(body)), *more]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 

@@ -17,6 +17,8 @@ from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 
+from serving_service.model_server.timing import model_at_work
+
 # Partly annotated, partly wrongly.
 _server: Any = importlib.import_module("mlflow.pyfunc.scoring_server")
 _json_rules: Any = importlib.import_module("mlflow.utils.proto_json_utils")
@@ -131,7 +133,8 @@ def without_input_schema(model: Any) -> Any:
 def predict(model: Any, data: Any, params: Any) -> Any:
     """The predictions of a model. Raises RefusedError when the data do not fit, ModelError when the model fails."""
     try:
-        return model.predict(data, params=params)
+        with model_at_work():
+            return model.predict(data, params=params)
     except RefusedError:
         raise
     except Exception as error:

@@ -7,6 +7,7 @@
   send        further request headers
   status      200 when it is not given
   answer      what the body must hold (tests/support/matching.py); says: texts that its message must hold
+  text        lines that the body must hold, which is plain text and no JSON
   headers     what the answer's headers must hold
   eventually  true: the request is repeated until its answer is as expected
   keep        values of the answer to use in later steps, by path: {"id": "token_info.token_id"} makes `<id>`
@@ -107,6 +108,12 @@ def _attempt(live: Live, step: Step) -> tuple[Answer, list[str]]:
     answer = _sent(live, step)
     expected = step.get("status", 200)
     wrong = [] if answer.status == expected else [f"status: expected {expected}, found {answer.status}"]
+    if "text" in step:
+        lines = answer.body.decode().splitlines()
+        wrong += [f"answer: has no line {line!r}" for line in step["text"] if line not in lines]
+        return answer, wrong + broken_rules(
+            live, answer, {}, "", content_type="text/plain; version=0.0.4; charset=utf-8"
+        )
     try:
         document = answer.json()
     except ValueError:
@@ -120,10 +127,12 @@ def _attempt(live: Live, step: Step) -> tuple[Answer, list[str]]:
     return answer, wrong + (broken_rules(live, answer, document, message) if is_api else [])
 
 
-def broken_rules(live: Live, answer: Answer, document: Any, message: str) -> list[str]:
+def broken_rules(
+    live: Live, answer: Answer, document: Any, message: str, *, content_type: str = "application/json"
+) -> list[str]:
     """What no answer may be like, whatever was asked (contract 1.1 to 1.5)."""
     broken = []
-    if answer.headers.get("content-type") != "application/json":
+    if answer.headers.get("content-type") != content_type:
         broken.append(f"content-type: {answer.headers.get('content-type')}")
     if answer.headers.get("x-databricks-org-id") != live.workspace_id:
         broken.append(f"x-databricks-org-id: {answer.headers.get('x-databricks-org-id')}")

@@ -122,11 +122,13 @@ GOLDEN = {
         "UpdateServingEndpointNotifications": "endpoint CAN_MANAGE",
         "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
         "ListServingEndpointEvents": "endpoint CAN_VIEW",
+        "ExportServingEndpointMetrics": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
     },
     "tessera.serving.v1.Routes": {"Watch": "gateway"},
+    "tessera.serving.v1.Metering": {"Report": "gateway"},
     "grpc.health.v1.Health": {"Check": "anybody", "Watch": "anybody"},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": "any caller"},
 }
@@ -311,11 +313,13 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "UpdateServingEndpointNotifications": lambda it: serving.UpdateServingEndpointNotificationsRequest(name="steady"),
     "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
     "ListServingEndpointEvents": lambda it: serving.ListServingEndpointEventsRequest(name="steady"),
+    "ExportServingEndpointMetrics": lambda it: serving.ExportServingEndpointMetricsRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"
     ),
     "Query": lambda it: serving.QueryRequest(name="steady"),
+    "Report": lambda it: serving.MeasuresReport(gateway_id="g"),
 }
 """A request that is let in goes well, but for those below; RPCs that are not named are sent an empty message."""
 

@@ -95,6 +95,7 @@ class ScriptedServing:
         self.acknowledged = 0
         self.reports: list[pb.RouteReport] = []
         self.reported = asyncio.Condition()
+        self.measures: list[pb.MeasuresReport] = []
         self.seen: list[tuple[str, str | None]] = []
         self.chosen_ids: list[str | None] = []
         self._streams: set[asyncio.Queue[pb.RouteTable | None]] = set()
@@ -118,6 +119,10 @@ class ScriptedServing:
                 self.reports.append(report)
                 self.acknowledged = report.acknowledged_revision
                 self.reported.notify_all()
+
+    async def Report(self, request: pb.MeasuresReport, context: Any) -> pb.MeasuresReceipt:
+        self.measures.append(request)
+        return pb.MeasuresReceipt(expected_sequence=request.sequence + 1, stored_sequence=request.sequence)
 
     def __getattr__(self, name: str) -> Any:
         async def refuse(request: Any, context: Any) -> Any:
@@ -237,6 +242,7 @@ def routes(name: str, *entities: tuple[str, int, list[tuple[str, str]]]) -> pb.E
         entities=[
             pb.EntityRoutes(
                 name=entity,
+                entity_version="1",
                 traffic_percentage=percentage,
                 replicas=[pb.ReplicaRoute(replica_id=one, address=address) for one, address in replicas],
             )
@@ -305,6 +311,7 @@ async def neighbours(
         ],
         "serving": [
             (pb.DESCRIPTOR.services_by_name["Routes"], serving),
+            (pb.DESCRIPTOR.services_by_name["Metering"], serving),
             (pb.DESCRIPTOR.services_by_name["ServingEndpoints"], serving),
         ],
     }

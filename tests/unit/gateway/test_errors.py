@@ -13,11 +13,12 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gateway.errors import HTTP_STATUS, no_such_route, render
+from gateway.errors import no_such_route, render
 from gateway.http_rules import RouteTable, bindings
 from gateway.json_codec import CodecError
 from gateway.transcoding import Transcoder
 from servicekit import errors as peer
+from servicekit.errors import HTTP_STATUS
 from tessera.errors.v1 import errors_pb2
 from tests.support.descriptors import service
 from tests.support.echo import EchoServer, echo_server

@@ -29,7 +29,8 @@ def request(routes: RouteTable, verb: str, path: str, body: bytes = b"", query: 
 
 def test_every_rest_rpc_has_json_for_its_messages(routes: RouteTable) -> None:
     for binding in routes:
-        for descriptor in (binding.method.input_type, binding.method.output_type):
+        of_bytes = [binding.method.output_type] if binding.media_type else []
+        for descriptor in {binding.method.input_type, binding.method.output_type}.difference(of_bytes):
             codec = codec_for(descriptor)
             assert codec.decode(codec.encode(codec.decode({}))) == codec.decode({})
 

@@ -20,7 +20,7 @@ SHORT, LONG = 0.05, 30.0
 
 
 def routes_of(endpoint_id: str, *replicas: str, name: str = "") -> EndpointRoutes:
-    entities = (EntityRoutes("churn", 100, tuple(ReplicaAddress(each, f"unix:/{each}") for each in replicas)),)
+    entities = (EntityRoutes("churn", "1", 100, tuple(ReplicaAddress(each, f"unix:/{each}") for each in replicas)),)
     return EndpointRoutes(
         endpoint_id=endpoint_id, name=name or endpoint_id, entities=entities, limits=Limits(endpoint_id)
     )
@@ -298,7 +298,11 @@ async def test_a_name_that_passes_to_a_new_endpoint_is_found_there() -> None:
 
 def test_requests_are_split_by_percentage_among_entities_that_can_answer() -> None:
     replica = (ReplicaAddress("r", "unix:/r"),)
-    entities = (EntityRoutes("a", 90, replica), EntityRoutes("b", 10, replica), EntityRoutes("c", 0, replica))
+    entities = (
+        EntityRoutes("a", "1", 90, replica),
+        EntityRoutes("b", "1", 10, replica),
+        EntityRoutes("c", "1", 0, replica),
+    )
     routes = EndpointRoutes(endpoint_id="1", name="demo", entities=entities, limits=Limits("1"))
     picked = Counter(entity.name for entity in (routes.pick() for _ in range(4_000)) if entity is not None)
     assert set(picked) == {"a", "b"}
@@ -306,7 +310,7 @@ def test_requests_are_split_by_percentage_among_entities_that_can_answer() -> No
     idle = EndpointRoutes(
         endpoint_id="1",
         name="demo",
-        entities=(EntityRoutes("a", 90, ()), EntityRoutes("b", 10, replica)),
+        entities=(EntityRoutes("a", "1", 90, ()), EntityRoutes("b", "1", 10, replica)),
         limits=Limits("1"),
     )
     assert {entity.name for entity in (idle.pick() for _ in range(50)) if entity is not None} == {"b"}

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import json
 import threading
+import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from serving_service.model_server.answers import Answer, Stream
 from serving_service.model_server.application import AnswerTo, Application
+from serving_service.model_server.timing import model_at_work
 from tests.support.eventually import eventually
 
 
@@ -57,6 +59,12 @@ class HalfSent(Caller):
         return {"type": "http.disconnect"}
 
 
+def timing(caller: Caller) -> list[float]:
+    """What an answer says of its times."""
+    (said,) = [value for name, value in caller.sent[0]["headers"] if name == b"x-tessera-timing"]
+    return [float(part) for part in said.split()]
+
+
 class Gate:
     """A model that notes which bodies it was called with, and answers each when the gate is opened."""
 
@@ -84,7 +92,28 @@ def an_application(answer: AnswerTo, *, threads: int = 1, seconds: float = 30) -
 async def test_an_invocation_is_answered_with_body_and_content_type_in_view() -> None:
     caller = Caller(an_application(lambda body, content_type: Answer(418, body + content_type.encode())), b"body ")
     assert await caller.answer() == (418, b"body text/x")
-    assert dict(caller.sent[0]["headers"]) == {b"content-type": b"application/json", b"content-length": b"11"}
+    headers = dict(caller.sent[0]["headers"])
+    assert len(headers.pop(b"x-tessera-timing").split()) == 2
+    assert headers == {b"content-type": b"application/json", b"content-length": b"11"}
+
+
+async def test_an_answer_tells_its_waiting_and_its_models_time_apart() -> None:
+    moment = 0.03
+
+    def slow(body: bytes, content_type: str) -> Answer:
+        for _ in range(2):  # MLflow may be asked in between
+            with model_at_work():
+                time.sleep(moment)
+        time.sleep(moment)
+        return Answer(200, body)
+
+    app = an_application(slow)
+    first, second = Caller(app), Caller(app)
+    await asyncio.gather(first.answer(), second.answer())
+    for waited, worked, least in ((*timing(first), 0), (*timing(second), 3000 * moment)):
+        assert 2000 * moment <= worked
+        assert least <= waited
+    assert timing(first)[0] < timing(second)[0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""How much of the machine replicas use: their processors' time and their memory, looked at every few seconds.
+
+The rule: all processes of the machine are looked at once for all replicas, beside the event loop, and not at all while
+none runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving_service import cgroups
+
+SAMPLE_SECONDS = 10.0
+WINDOW_SECONDS = 60.0
+
+_TICK = 1 / os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+_PARENT, _SESSION, _FIRST_TIME, _PAGES = 1, 3, 11, 21
+"""Where the fields of /proc/PID/stat are, counted from behind the program's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How much replicas used on average in the last minute, in percent; None where that is not known yet."""
+
+    cpu: float | None
+    """Of all processors that this machine lets us use."""
+    memory: float | None
+    """Of what one replica may use."""
+
+
+NOTHING = Usage(0.0, 0.0)
+"""What is used where nothing runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one replica had used at one moment, on the clock of whoever sampled."""
+
+    at: float
+    cpu_seconds: float
+    memory: float
+    """The share that is in use, 0 to 1."""
+
+
+class Consumption:
+    """Samples of all replicas that run: `running` tells the process of each, `memory_limit` what one may use, in bytes.
+
+    `now` tells seconds on a clock that nobody can set.
+    """
+
+    def __init__(
+        self,
+        running: Callable[[], Mapping[str, int]],
+        *,
+        memory_limit: int,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._running = running
+        self._memory_limit = memory_limit
+        self._now = now
+        self._samples: dict[str, deque[Sample]] = {}
+
+    async def run(self) -> None:
+        """Samples until cancelled."""
+        while True:
+            await self.sample()
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    async def sample(self) -> None:
+        """Looks once."""
+        running = dict(self._running())
+        self._samples = {each: samples for each, samples in self._samples.items() if each in running}
+        if not running:
+            return
+        found = await asyncio.to_thread(_look, running, self._memory_limit)
+        now = self._now()
+        for replica_id, (cpu_seconds, memory) in found.items():
+            samples = self._samples.setdefault(replica_id, deque())
+            samples.append(Sample(now, cpu_seconds, memory))
+            # One of them is older than the window, so that the whole window lies between two.
+            while len(samples) > 2 and samples[1].at <= now - WINDOW_SECONDS:
+                samples.popleft()
+
+    def of(self, replica_ids: Iterable[str]) -> Usage:
+        """What these replicas used on average."""
+        return average(self._samples[each] for each in replica_ids if each in self._samples)
+
+
+def average(replicas: Iterable[Iterable[Sample]]) -> Usage:
+    """What replicas used on average, by the samples of each in the order of time."""
+    cpu, memory = [], []
+    for samples in map(list, replicas):
+        first, last = samples[0], samples[-1]
+        memory.append(sum(sample.memory for sample in samples) / len(samples))
+        if last.at > first.at:
+            # A process that has ended took its time along.
+            cpu.append(max(last.cpu_seconds - first.cpu_seconds, 0.0) / (last.at - first.at) / _processors())
+    return Usage(_percent(cpu), _percent(memory))
+
+
+def _percent(shares: list[float]) -> float | None:
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _look(running: Mapping[str, int], memory_limit: int) -> dict[str, tuple[float, float]]:
+    """Seconds of processors and share of memory of each replica whose process is there."""
+    processes = _processes()
+    children: dict[int, set[int]] = defaultdict(set)
+    for pid, fields in processes.items():
+        for above in (fields[_PARENT], fields[_SESSION]):
+            children[int(above)].add(pid)
+    found = {}
+    for replica_id, root in running.items():
+        tree = [processes[pid] for pid in _below(root, children) if pid in processes]
+        if tree:
+            ticks = sum(int(time) for fields in tree for time in fields[_FIRST_TIME : _FIRST_TIME + 4])
+            resident = sum(int(fields[_PAGES]) for fields in tree) * _PAGE
+            used, limit = cgroups.memory_of(root) or (resident, memory_limit)
+            found[replica_id] = (ticks * _TICK, used / limit)
+    return found
+
+
+def _below(root: int, children: Mapping[int, set[int]]) -> set[int]:
+    """A process with all that it started, and all of the sessions that these lead."""
+    found, due = set(), [root]
+    while due:
+        pid = due.pop()
+        if pid not in found:
+            found.add(pid)
+            due.extend(children.get(pid, ()))
+    return found
+
+
+def _processes() -> dict[int, list[str]]:
+    """The fields of every process, without number and name."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                stat = (entry / "stat").read_text(errors="replace")
+            except OSError:
+                continue  # it has ended meanwhile
+            found[int(entry.name)] = stat.rpartition(")")[2].split()
+    return found
