@@ -13,9 +13,10 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -24,9 +25,9 @@ from servicekit import once, warnings
 from servicekit.access import AccessTable
 from servicekit.context import Level, Principal, current_decision
 from servicekit.database import Database
-from servicekit.errors import FeatureDisabled, ServiceError
+from servicekit.errors import FeatureDisabled, ServiceError, Unavailable
 from servicekit.once import Answers
-from serving_service import configs, details, quotas, store
+from serving_service import configs, details, mlmodel, openapi, quotas, store
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
 from serving_service.errors import (
@@ -34,6 +35,7 @@ from serving_service.errors import (
     EndpointExists,
     EndpointNotFound,
     EntityNotFound,
+    NotDescribable,
     NothingToCancel,
     NotStoppable,
     NotStopped,
@@ -52,6 +54,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FILES_SECONDS = 8.0
+"""How long a description waits for the files of models that are not here any more."""
+
 LOG_BYTES = 1 << 20
 """How much of a log is handed out: its end."""
 
@@ -67,6 +72,13 @@ class View:
     """What the caller may do with it."""
     url: str = ""
     """Where a route-optimized one is asked; empty for any other."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of its active configuration answers; what has been scaled to zero counts too."""
+        return self.endpoint.active is not None and all(
+            state.deployment is Deployment.READY for state in self.active.values()
+        )
 
 
 _VERDICTS = frozenset(
@@ -225,6 +237,31 @@ class Endpoints:
             f"Served entity '{entity}' of configuration version {config.version}: "
             f"The model runs in the service's own Python environment; nothing was built.\n"
         )
+
+    async def openapi(self, name: str, *, caller: Principal) -> bytes:
+        """How the endpoint's entities are queried, as an OpenAPI document in JSON."""
+        view = self._view(*await self._found(name, caller))
+        config = view.endpoint.active
+        if config is None or not view.is_ready:
+            raise NotDescribable(name, NotDescribable.IS_NOT_READY)
+        folders = await self._fetched(config)
+        # Without a public address: relative to where the document is read, which is the same.
+        url = f"{self._public_url}/serving-endpoints/{name}"
+        try:
+            return await asyncio.to_thread(_described, name, url, config.version, folders)
+        except mlmodel.UnusableSignature as error:
+            raise NotDescribable(name, f"{error}.") from None
+        except OSError:
+            raise Unavailable("The models' files cannot be read just now. Try again.", retry_after=5) from None
+
+    async def _fetched(self, config: EndpointConfig) -> dict[str, Path]:
+        """The folders of the models' files by entity; those of what runs are here already."""
+        try:
+            async with asyncio.timeout(FILES_SECONDS):
+                paths = await asyncio.gather(*(self._registry.fetch(entity.model) for entity in config.entities))
+        except TimeoutError:
+            raise Unavailable("The models' files are being fetched just now. Try again.", retry_after=5) from None
+        return dict(zip([entity.name for entity in config.entities], paths, strict=True))
 
     async def _create(self, request: pb.CreateServingEndpointRequest, caller: Principal) -> View:
         await self._database.read(self._answers.look)
@@ -547,6 +584,20 @@ def _config_with(endpoint: Endpoint, entity: str, version: int | None) -> Endpoi
         if config.entity(entity) is not None:
             return config
     raise EntityNotFound(endpoint.name, entity)
+
+
+def _described(name: str, url: str, version: int, folders: Mapping[str, Path]) -> bytes:
+    """Reads the models' files. Raises NotDescribable, UnusableSignature, OSError."""
+    signatures = {}
+    for entity, folder in folders.items():
+        try:
+            signature = mlmodel.read(folder)
+        except mlmodel.UnusableSignature as error:
+            raise NotDescribable(name, f"served entity '{entity}': {error}.") from None
+        if signature is None:
+            raise NotDescribable(name, NotDescribable.HAS_NO_SIGNATURE.format(entity=entity))
+        signatures[entity] = signature
+    return openapi.document(name, url, version, signatures)
 
 
 def _notifications(name: str, notifications: pb.EmailNotifications) -> details.Plain:

@@ -66,6 +66,16 @@ class NothingToCancel(errors.BadRequest):
         super().__init__(f"Endpoint '{name}' is not being updated, so there is nothing to cancel.")
 
 
+class NotDescribable(errors.BadRequest):
+    """How the endpoint is queried cannot be said."""
+
+    IS_NOT_READY = "it is not ready. Its state and logs say why."
+    HAS_NO_SIGNATURE = "the model of served entity '{entity}' was logged without a signature that says what it takes."
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"Endpoint '{name}' cannot be described: {why}")
+
+
 class TelemetryNotSupported(errors.InvalidParameter):
     """The endpoint has no model that could report anything."""
 

@@ -10,7 +10,7 @@ from google.protobuf.json_format import ParseDict
 from servicekit.identity import authorization_details
 from serving_service import details
 from serving_service.endpoints import View
-from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, ServedEntity
+from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState, ServedEntity
 from serving_service.phases import LaunchEvent
 from tessera.identity.v1.permissions_pb2 import PermissionLevel
 from tessera.serving.v1 import serving_pb2 as pb
@@ -108,9 +108,6 @@ def _data_plane(view: View) -> pb.ModelDataPlaneInfo:
 
 def _state(view: View) -> pb.EndpointState:
     endpoint = view.endpoint
-    is_ready = endpoint.active is not None and all(
-        state.deployment is Deployment.READY for state in view.active.values()
-    )
     update: Mapping[ConfigUpdate, pb.EndpointState.ConfigUpdate.ValueType] = {
         ConfigUpdate.NOT_UPDATING: pb.EndpointState.NOT_UPDATING,
         ConfigUpdate.IN_PROGRESS: pb.EndpointState.IN_PROGRESS,
@@ -118,7 +115,7 @@ def _state(view: View) -> pb.EndpointState:
         ConfigUpdate.UPDATE_CANCELED: pb.EndpointState.UPDATE_CANCELED,
     }
     return pb.EndpointState(
-        ready=pb.EndpointState.READY if is_ready else pb.EndpointState.NOT_READY,
+        ready=pb.EndpointState.READY if view.is_ready else pb.EndpointState.NOT_READY,
         config_update=update[endpoint.config_update],
         suspend=pb.EndpointState.STOPPED if endpoint.is_resting else pb.EndpointState.NOT_SUSPENDED,
     )

@@ -141,6 +141,10 @@ class ServingEndpointsServicer:
         )
         return pb.ServedModelLogs(logs=logs)
 
+    async def GetServingEndpointOpenApi(self, request: pb.GetServingEndpointOpenApiRequest, call: Call) -> HttpBody:
+        document = await self._endpoints.openapi(request.name, caller=current_caller())
+        return HttpBody(content_type="application/json", data=document)
+
     async def Query(self, request: pb.QueryRequest, call: Call) -> AsyncIterator[HttpBody]:
         answer = self._queries.query(
             request.name,

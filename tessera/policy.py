@@ -116,6 +116,7 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/ExportServingEndpointMetrics": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/GetServingEndpointOpenApi": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/Query": INFERENCE,
     "tessera.serving.v1.Routes/Watch": internal("gateway"),
     "tessera.serving.v1.Metering/Report": internal("gateway"),

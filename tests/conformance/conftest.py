@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import pytest
 
 from tests.support.api import ENDPOINTS, Api
-from tests.support.registered_models import BETTER, GOOD, entity, stack_environment
+from tests.support.registered_models import BETTER, GOOD, SIGNED_MODEL, entity, stack_environment
 from tests.support.stack import running_stack
 
 SHARED = "shared"
+DESCRIBED = "described"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Live:
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    """The endpoint `shared` is the admin's; no case may change it."""
+    """The endpoints `shared` and `described` are the admin's; no case may change them. The latter has a signature."""
     with running_stack(environment=stack_environment()) as stack:
         admin = Api(stack.url, stack.token)
         workspace_id = admin.send("GET", "/api/2.0/preview/scim/v2/Me").headers["x-databricks-org-id"]
@@ -42,5 +43,8 @@ def live() -> Iterator[Live]:
         entities = [entity(GOOD, name="current"), entity(BETTER, name="candidate")]
         config = {"served_entities": entities, "traffic_config": {"routes": routes}}
         admin.call("POST", ENDPOINTS, {"name": SHARED, "config": config})
+        entities = [entity("1", name="signed", model=SIGNED_MODEL)]
+        admin.call("POST", ENDPOINTS, {"name": DESCRIBED, "config": {"served_entities": entities}})
         admin.deployed(SHARED)
+        admin.deployed(DESCRIBED)
         yield Live(stack.url, workspace_id, people)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.conftest import SHARED, Live
+from tests.conformance.conftest import DESCRIBED, SHARED, Live
 from tests.support.api import Api
 from tests.support.registered_models import BETTER, CHAT_MODEL, FAILING, GOOD, LOAD_FAILURE, MODEL, entity, fingerprint
 
@@ -122,6 +122,13 @@ def test_sdk_says_more_about_an_endpoint_and_reads_it_back(client: Any, sdk: Sim
     assert found.ai_gateway.usage_tracking_config == off
     assert found.email_notifications == told
     endpoints.delete("sdk-told")
+
+
+def test_sdk_hands_out_the_description_of_an_endpoint_as_it_came(client: Any, sdk: SimpleNamespace, live: Live) -> None:
+    text = client.serving_endpoints.get_open_api(DESCRIBED).contents.read()
+    assert json.loads(text) == live.admin.call("GET", f"/api/2.0/serving-endpoints/{DESCRIBED}/openapi")
+    with pytest.raises(sdk.errors.BadRequest, match="signature"):
+        client.serving_endpoints.get_open_api(SHARED)
 
 
 def test_sdk_knows_who_it_is_and_where(client: Any, live: Live) -> None:

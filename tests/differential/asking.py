@@ -14,14 +14,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import mlflow.tracing
 from mlflow.pyfunc import scoring_server
 
+from serving_service import mlmodel, openapi
 from serving_service.model_server import mlflow_rules
 from serving_service.model_server.application import Application
 from serving_service.model_server.scoring import Scoring
 from tests.differential import corpus, models
 from tests.differential.corpus import Case
+from tests.support.json_bodies import bodies
 
 
 async def ask(app: Any, case: Case) -> tuple[int, str]:
@@ -64,18 +67,35 @@ def lenient(app: Any) -> Any:
     return answer
 
 
+def described(path: Path) -> list[Case]:
+    """Bodies that the description of a model shows; none for a model that has no signature."""
+    signature = mlmodel.read(path)
+    if signature is None:
+        return []
+    document = json.loads(openapi.document("e", "/serving-endpoints/e", 1, {"m": signature}))
+    content = document["paths"]["/served-models/m/invocations"]["post"]["requestBody"]["content"]
+    schema = content["application/json"]["schema"]
+    made = bodies(schema)
+    assert made
+    for body in made:
+        jsonschema.validate(body, schema, jsonschema.Draft202012Validator)
+    return [Case(body=json.dumps(body).encode(), is_described=True) for body in made]
+
+
 async def compare(name: str, cases: list[Case]) -> None:
     """Asks both servers for the answers of one model."""
     with tempfile.TemporaryDirectory() as folder:
-        model = mlflow_rules.load(str(models.saved(name, Path(folder))))
+        path = models.saved(name, Path(folder))
+        model = mlflow_rules.load(str(path))
         theirs = lenient(scoring_server.init(model))
         ours = Application(Scoring(model).answer, threads=1, seconds=60, version="")
-        for case in cases:
+        for case in [*cases, *described(path)]:
             if not case.models or name in case.models:
                 record = {
                     "model": name,
                     "content_type": case.content_type,
                     "body": case.body.decode("latin-1"),
+                    "is_described": case.is_described,
                     "theirs": await ask(theirs, case),
                     "ours": await ask(ours, case),
                 }

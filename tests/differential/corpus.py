@@ -17,6 +17,8 @@ class Case:
     content_type: str | None = _JSON
     models: tuple[str, ...] = ()
     """The models that it is for; none when it is for all."""
+    is_described: bool = False
+    """Whether it is one that the description of the model says to be right."""
 
 
 def cases(size: int = SIZE) -> list[Case]:

@@ -34,6 +34,7 @@ class Asked:
     model: str
     content_type: str | None
     body: str
+    is_described: bool
     theirs: tuple[int, str]
     ours: tuple[int, str]
 
@@ -151,6 +152,15 @@ def test_the_corpus_is_large_and_asks_every_model_for_predictions(everything_ask
     predicted = [each.model for each in everything_asked if each.ours[0] == 200]
     assert set(predicted) == {name for group in _GROUPS for name in group}
     assert len(predicted) > 1_000
+
+
+def test_every_body_that_a_description_shows_is_taken(everything_asked: list[Asked]) -> None:
+    described = [each for each in everything_asked if each.is_described]
+    assert {each.model for each in described} == {name for group in _GROUPS for name in group} - {"none", "answers"}
+    refused = [(each.model, each.body, each.ours) for each in described if each.ours[0] != 200]
+    # The classes of these two ask more of their optional fields than their signatures say.
+    assert [each for each in refused if each[0] not in ("chat", "responses")] == []
+    assert {each.model for each in described if each.ours[0] == 200} == {each.model for each in described}
 
 
 def _difference(asked: Asked) -> str | None:

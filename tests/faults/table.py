@@ -535,6 +535,23 @@ FAULTS = (
         new="not so.\n        if usage is not None and usage.usage() is None:",
         tests=("tests/service/test_gateway.py::test_a_stream_that_its_caller_gives_up_counts_what_was_sent",),
     ),
+    # --- descriptions of models ---
+    Fault(
+        name="time-with-an-offset-described",
+        property="contract 5.16",
+        file="serving_service/openapi.py",
+        old="""    "pattern": r"^[0-9]{4}-""",
+        new="""    "format": "date-time", "x-pattern": r"^[0-9]{4}-""",
+        tests=("tests/unit/serving_service/test_openapi.py::test_a_time_has_no_offset",),
+    ),
+    Fault(
+        name="signature-as-deep-as-it-likes",
+        property="S26",
+        file="serving_service/mlmodel.py",
+        old="            if len(around) > DEEPEST:",
+        new="            if len(around) > MOST_EVENTS:",
+        tests=("tests/unit/serving_service/test_mlmodel.py::test_yaml_as_deep_as_a_signature_may_be_is_the_deepest",),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",

@@ -123,6 +123,7 @@ GOLDEN = {
         "PatchServingEndpointTelemetryConfig": "endpoint CAN_MANAGE",
         "ListServingEndpointEvents": "endpoint CAN_VIEW",
         "ExportServingEndpointMetrics": "endpoint CAN_VIEW",
+        "GetServingEndpointOpenApi": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
@@ -314,6 +315,7 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "PatchServingEndpointTelemetryConfig": lambda it: serving.PatchServingEndpointTelemetryConfigRequest(name="steady"),
     "ListServingEndpointEvents": lambda it: serving.ListServingEndpointEventsRequest(name="steady"),
     "ExportServingEndpointMetrics": lambda it: serving.ExportServingEndpointMetricsRequest(name="steady"),
+    "GetServingEndpointOpenApi": lambda it: serving.GetServingEndpointOpenApiRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"

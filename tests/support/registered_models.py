@@ -2,7 +2,8 @@
 mlflow for them and each version is logged once.
 
 `model-name` answers questions about the process that it runs in, row by row: a secret's fingerprint, never the secret
-itself. Its versions differ in how they load. `chat-model` takes and answers OpenAI's chat messages.
+itself. Its versions differ in how they load. `chat-model` takes and answers OpenAI's chat messages. `signed-model` was
+logged with a signature.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 MODEL = "model-name"
 CHAT_MODEL = "chat-model"
+SIGNED_MODEL = "signed-model"
 
 GOOD, BETTER, FAILING, WAITING = "1", "2", "3", "4"
 """Versions of `model-name`: two that load, one that raises, one that waits until somebody listens at GATE."""
@@ -67,6 +69,9 @@ def _register(folder: Path) -> None:
     warnings.simplefilter("ignore")
     import mlflow
     import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
 
     class Witness(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         def __init__(self, version: str, load_failure: str | None = None, waits: bool = False) -> None:
@@ -137,14 +142,28 @@ def _register(folder: Path) -> None:
                 choice = {"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}
                 yield {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "chat", "choices": [choice]}
 
+    class Signed(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+        def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+            return (model_input["size"] * params["factor"]).astype("float64")
+
+    columns = [ColSpec("double", "size"), ColSpec("datetime", "since"), ColSpec("string", "note", required=False)]
+    signed = ModelSignature(
+        inputs=Schema([*columns, ColSpec(Array("long"), "counts")]),
+        outputs=Schema([ColSpec("double", "size")]),
+        params=ParamSchema([ParamSpec("factor", "double", 2.0)]),
+    )
+
     mlflow.set_tracking_uri(_uri(folder))
     mlflow.set_registry_uri(_uri(folder))
     experiment = mlflow.create_experiment("tests", artifact_location=str(folder / "artifacts"))
     # In the order of the versions' numbers: a registry counts from 1.
     witnesses = (Witness(GOOD), Witness(BETTER), Witness(FAILING, LOAD_FAILURE), Witness(WAITING, waits=True))
-    for name, model in (*((MODEL, witness) for witness in witnesses), (CHAT_MODEL, Chat())):
+    models = [*((MODEL, witness, None) for witness in witnesses), (CHAT_MODEL, Chat(), None)]
+    for name, model, signature in (*models, (SIGNED_MODEL, Signed(), signed)):
         with mlflow.start_run(experiment_id=experiment):
-            mlflow.pyfunc.log_model(name=name, python_model=model, pip_requirements=[], registered_model_name=name)
+            mlflow.pyfunc.log_model(
+                name=name, python_model=model, signature=signature, pip_requirements=[], registered_model_name=name
+            )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,15 @@ TIMEOUT = 10.0
 IN_PROGRESS = pb.EndpointState.IN_PROGRESS
 
 
+MLMODEL = """\
+signature:
+  inputs: '[{"type": "long", "name": "a", "required": true}]'
+  outputs: null
+  params: null
+"""
+"""What each of the models says of itself."""
+
+
 class MannerRegistry:
     """A registry whose models are manners; a model's folder says which."""
 
@@ -57,6 +66,7 @@ class MannerRegistry:
     async def fetch(self, model: ModelVersion) -> Path:
         folder = self._directory / "manners" / model.name
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "MLmodel").write_text(MLMODEL)
         return folder
 
 
