@@ -1,4 +1,4 @@
-"""What a model process gives up before it becomes the model: done in the child, between fork and exec.
+"""What a model process gives up before it becomes the model: done in the child, before it reads a byte of the model.
 
 All of it or no model: whatever cannot be given up raises OSError, and nothing is executed. What an ordinary user has no
 right to change (the bounding set, the groups) cannot be used by its model either, because `no_new_privs` holds.

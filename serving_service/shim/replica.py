@@ -25,6 +25,12 @@ _LISTEN_FD, _REPORT_FD = 3, 4
 _REPORT_BYTES = 65_536
 _CAUSE_BYTES = 4_096
 
+Become = Callable[[list[str], dict[bytes, bytes]], None]
+"""How a process that is confined already becomes the program of a command, with just these variables.
+
+It closes what is open beside the five descriptors of a model process. It raises while nothing has been run, and never
+returns."""
+
 
 class Replica:
     """One model process with its log and its state."""
@@ -41,14 +47,14 @@ class Replica:
         self._readers: list[threading.Thread] = []
         self.log = LineRing(spec.log_bytes)
 
-    def start(self, listener: socket.socket) -> None:
+    def start(self, listener: socket.socket, become: Become) -> None:
         """Starts the model server on `listener`; a program that cannot be started is a STOPPED replica with a cause."""
         output, output_end = _pipe()
         errors, errors_end = _pipe()
         report, report_end = _pipe()
         listen = _out_of_the_way(listener.detach())
         try:
-            self._pid = _forked(self._spec, (output_end, errors_end, listen, report_end))
+            self._pid = _forked(self._spec, (output_end, errors_end, listen, report_end), become)
         except OSError as error:
             self._become(STOPPED, f"the model server could not be started: {error}")
         finally:
@@ -166,7 +172,12 @@ class Replica:
         return f"the model server {how}" + (" before it was ready" if self._state == STARTING else "")
 
 
-def _forked(spec: Spec, inherited: tuple[int, int, int, int]) -> int:
+def execute(command: list[str], environment: dict[bytes, bytes]) -> None:
+    """Executes the program; every descriptor but the five is closed by that."""
+    os.execve(command[0], command, environment)  # noqa: S606 (no shell is what is meant)
+
+
+def _forked(spec: Spec, inherited: tuple[int, int, int, int], become: Become) -> int:
     """Starts the model process and returns its number; raises OSError with what was in the way.
 
     A fork, not a spawn, because there is much to give up before the program runs. This process has one thread so far.
@@ -175,7 +186,7 @@ def _forked(spec: Spec, inherited: tuple[int, int, int, int]) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            _become_model(spec, inherited)
+            _become_model(spec, inherited, become)
         except BaseException as error:
             cause = error.strerror if isinstance(error, OSError) else str(error)
             os.write(tells, (cause or type(error).__name__).encode("utf-8", "replace"))
@@ -183,14 +194,14 @@ def _forked(spec: Spec, inherited: tuple[int, int, int, int]) -> int:
             os._exit(127)
     os.close(tells)
     with os.fdopen(told, "rb") as pipe:
-        cause = pipe.read().decode("utf-8", "replace")  # its end is the start of the program: it is closed by exec
+        cause = pipe.read().decode("utf-8", "replace")  # its end is the start of the program, which closes it
     if cause:
         os.waitpid(pid, 0)
         raise OSError(cause)
     return pid
 
 
-def _become_model(spec: Spec, inherited: tuple[int, int, int, int]) -> None:
+def _become_model(spec: Spec, inherited: tuple[int, int, int, int], become: Become) -> None:
     """Becomes the model server, in the forked process; raises where that cannot be."""
     os.setsid()
     output_end, errors_end, listen, report_end = inherited
@@ -202,7 +213,7 @@ def _become_model(spec: Spec, inherited: tuple[int, int, int, int]) -> None:
     confinement.enter(spec.confinement)
     os.chdir(spec.working_directory)  # again, for it may be another one in the model's own view
     environment = {name.encode(): value.encode() for name, value in spec.environment.items()}
-    os.execve(command[0], command, environment)  # noqa: S606 (no shell is what is meant)
+    become(command, environment)
 
 
 def _pipe() -> tuple[int, int]:
