@@ -26,7 +26,7 @@ from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
 from serving_service.isolation import Isolation, ModelUsers, probed
-from serving_service.launcher import Launcher, LocalLauncher
+from serving_service.launcher import Launcher, LocalLauncher, model_environment
 from serving_service.launches import Launches
 from serving_service.meters import Meters
 from serving_service.monitoring import Monitoring
@@ -36,6 +36,7 @@ from serving_service.routes import RouteTable
 from serving_service.servicer import MeteringServicer, RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
+from serving_service.template import Template
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -83,8 +84,10 @@ async def running(
         registry = registry or MlflowRegistry(
             settings.registry_uri, data / "models", service_environment=own_environment()
         )
-        isolation = Isolation()
+        isolation, template = Isolation(), None
         if launcher is None:
+            if settings.warm_start:
+                template = Template(model_environment({}, directory=directory / "template", service=own_environment()))
             groups = await asyncio.to_thread(cgroups.found, settings.limits)
             launcher = LocalLauncher(
                 directory / "replicas",
@@ -92,6 +95,7 @@ async def running(
                 service_environment=own_environment(),
                 epoch=await opened.write(store.next_epoch),
                 cgroups=groups,
+                template=template,
             )
             isolation = await probed(
                 launcher, groups, settings.model_users, is_required=settings.isolation == "required"
@@ -168,6 +172,7 @@ async def running(
                     "settlement": settlement.run,
                     "meters": meters.run,
                     "consumption": consumption.run,
+                    **({"template": template.run} if template else {}),
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,

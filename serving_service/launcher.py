@@ -27,6 +27,7 @@ from serving_service.shim import processes
 from serving_service.shim.confinement import Confinement
 from serving_service.shim.spec import Spec
 from serving_service.shim.supervisor import is_held
+from serving_service.template import ShimRefusedError, Template
 
 log = logging.getLogger(__name__)
 
@@ -251,6 +252,7 @@ class LocalLauncher:
         service_environment: Mapping[str, str],
         epoch: int = 0,
         cgroups: Cgroups | None = None,
+        template: Template | None = None,
         orphan_seconds: float = 60,
         idle_seconds: float = 24 * 3600,
         log_bytes: int = 10 * 2**20,
@@ -258,10 +260,12 @@ class LocalLauncher:
     ) -> None:
         """`service_environment` is what `model_environment` may take from, `cgroups` where every replica gets groups.
 
-        `epoch`: shims obey none that is lower than one that they have heard of. For the rest see `Spec`.
+        `template`: what replicas are forked from that may be; None: every one is a program of its own. `epoch`: shims
+        obey none that is lower than one that they have heard of. For the rest see `Spec`.
         """
         self._epoch = epoch
         self._cgroups = cgroups
+        self._template = template
         self._directory = directory
         self._supervisor_lock = supervisor_lock
         self._service_environment = service_environment
@@ -313,13 +317,28 @@ class LocalLauncher:
             )
             try:
                 self._make_groups(launch.replica_id)
-                _spawn_shim(spec)
+                if not self._forked(launch, spec):
+                    _spawn_shim(spec)
             except LaunchError:
                 members.kill(groups)
                 members.remove(groups)
                 shutil.rmtree(directory, ignore_errors=True)
                 raise
         return LocalReplica(directory, self._epoch)
+
+    def _forked(self, launch: Launch, spec: Spec) -> bool:
+        """Has a shim forked from the template, if that is possible; else nothing runs, and nothing is in the way."""
+        is_own_program = launch.command is not None or launch.python is not None
+        if self._template is None or is_own_program or not self._template.suits(launch.environment):
+            return False
+        try:
+            is_forked = self._template.start(spec)
+        except (ShimRefusedError, TimeoutError) as error:
+            raise LaunchError(f"Replica {spec.replica_id} did not start: {error}") from None
+        if not is_forked:
+            for name in ("http.sock", "control.sock"):
+                Path(spec.directory, name).unlink(missing_ok=True)
+        return is_forked
 
     def _make_groups(self, replica_id: str) -> None:
         try:

@@ -118,6 +118,14 @@ class ServingSettings(settings.ServiceSettings):
         " then they do not.",
     )
 
+    warm_start: bool = setting(
+        "TESSERA_WARM_START",
+        settings.boolean,
+        default=True,
+        help="Whether replicas are forked from a process that has MLflow in memory, where their variables allow that:"
+        " they start much faster then, and share that memory.",
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)

@@ -4,6 +4,7 @@ The only importer of MLflow here, and the only place for its private names; `tes
 them is gone or means something else. A name that an older MLflow lacks is replaced by what that MLflow did.
 """
 
+import contextlib
 import copy
 import importlib
 import json
@@ -66,6 +67,19 @@ def load(path: str) -> Any:
     for name in ("mlflow.models.utils", "mlflow.pyfunc", "mlflow.pyfunc.model", _server.__name__):
         logging.getLogger(name).setLevel(logging.ERROR)
     return model
+
+
+def learn_packages() -> None:
+    """Looks up which modules the installed packages have: most of the time that the first loading of a model takes."""
+    requirements: Any = importlib.import_module("mlflow.utils.requirements_utils")
+    getattr(requirements, "_init_modules_to_packages_map", lambda: None)()
+
+
+def begin_anew() -> None:
+    """Makes again what MLflow made for its process when it was imported: for one that was forked from that."""
+    with contextlib.suppress(ModuleNotFoundError):
+        telemetry: Any = importlib.import_module("mlflow.telemetry.client")
+        telemetry.set_telemetry_client()
 
 
 def longest_seconds(environment: Mapping[str, str]) -> float:

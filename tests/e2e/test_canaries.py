@@ -241,10 +241,12 @@ def _any_token_of(api: Api) -> str:
 
 
 def launch(sweep: Sweep, secret: Canary) -> None:
-    """A model that has the secret, prints all it has, and raises with it."""
+    """A model that has the secret, prints all it has, and raises with it; and one that was executed with it."""
     create(sweep, "open", GOOD)
-    sweep.admin.deployed("open")
-    sweep.entitled.add(int(sweep.admin.ask("open", "pid")[0]))
+    create(sweep, "executed", GOOD, TZ="UTC")  # a variable that a forked model cannot be given
+    for name in ("open", "executed"):
+        sweep.admin.deployed(name)
+        sweep.entitled.add(int(sweep.admin.ask(name, "pid")[0]))
     assert found_in_processes(sweep.entitled, [secret], entitled=()), "the sweep does not find what is there"
     assert query(sweep, "print-environment") == 200
     assert query(sweep, "raise:OPENAI_API_KEY") == 400
@@ -254,8 +256,8 @@ def launch(sweep: Sweep, secret: Canary) -> None:
     assert "ValueError" in logs
 
 
-def create(sweep: Sweep, name: str, version: str) -> None:
-    served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}")
+def create(sweep: Sweep, name: str, version: str, **variables: str) -> None:
+    served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}", **variables)
     body = {"name": name, "config": {"served_entities": [served]}}
     # A registry that has just been started may ask for a retry.
     until(lambda: sweep.send("POST", ENDPOINTS, body).status == 200, within=60, what=f"{name} is created")

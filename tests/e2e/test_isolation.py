@@ -1,6 +1,7 @@
 """What a hostile model can do where models are isolated: to the platform, to the others, to what comes after it.
 
-Only root can isolate. What this kernel offers must then be used: nothing is skipped for it.
+It is tried with both ways to start a model: as a program of its own, and forked from the template. Only root can
+isolate. What this kernel offers must then be used: nothing is skipped for it.
 """
 
 import asyncio
@@ -22,9 +23,12 @@ from serving_service import cgroups
 from serving_service.isolation import Isolation, probed
 from serving_service.launcher import Launch, LocalLauncher, LocalReplica, ReplicaState
 from serving_service.shim.supervisor import is_held
-from tests.support import hostile_model
+from serving_service.template import Template
+from tests.support import hostile_model, model_servers
 from tests.support.eventually import eventually
+from tests.support.mlflow_models import model_of
 from tests.support.model_servers import answer, command, found_by
+from tests.support.templates import SERVICE, is_forked, running_template
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start models as other users")
 
@@ -32,6 +36,8 @@ USERS = range(1_999_990_000, 1_999_990_010)
 LIMITS = cgroups.Limits(processes=100, memory=256 << 20)
 BAD, GOOD = f"bad-{os.getpid()}", f"good-{os.getpid()}"  # names of groups are the machine's, which others may use
 SECRET = "sk-0123456789-abcdefghij"
+READY, HOSTILE = Path(model_servers.__file__), Path(hostile_model.__file__)
+COMMANDS = {READY: command("ready"), HOSTILE: hostile_model.command()}
 
 
 @pytest.fixture
@@ -50,14 +56,41 @@ def member_of_a_group() -> Iterator[None]:
     os.setgroups(groups)
 
 
+@pytest.fixture(scope="module", params=["executed", "forked"])
+async def template(request: pytest.FixtureRequest) -> AsyncIterator[Template | None]:
+    """The two ways: without one, models are programs of their own."""
+    if request.param == "executed":
+        yield None
+    else:
+        async with running_template() as template:
+            yield template
+
+
 @pytest.fixture
-async def launcher(directory: Path) -> AsyncIterator[LocalLauncher]:
+async def launcher(directory: Path, template: Template | None) -> AsyncIterator[LocalLauncher]:
     launcher = LocalLauncher(
-        directory / "replicas", None, service_environment={"PATH": "/usr/bin:/bin"}, cgroups=cgroups.found(LIMITS)
+        directory / "replicas",
+        None,
+        service_environment=SERVICE,
+        cgroups=cgroups.found(LIMITS),
+        template=template,
     )
     yield launcher
     for replica in (await launcher.adopt()).values():
         await replica.stop(0)
+
+
+def a_launch(
+    template: Template | None, model: Path, program: Path, replica_id: str, user: int, **variables: str
+) -> Launch:
+    """A launch of a program of the tests: by its command, or as the model that it is, too."""
+    return Launch(
+        replica_id=replica_id,
+        model_path=model,
+        environment={"MANNER": "ready", **variables},
+        command=COMMANDS[program] if template is None else None,
+        user=user,
+    )
 
 
 async def ready(replica: LocalReplica) -> int:
@@ -77,14 +110,15 @@ async def test_everything_that_isolates_is_in_force_here_and_a_trial_leaves_noth
     assert list((directory / "replicas").iterdir()) == []
 
 
-async def test_a_model_runs_as_its_own_user_in_its_own_directories(launcher: LocalLauncher, directory: Path) -> None:
-    launch = Launch(
-        replica_id="r1", model_path=Path(__file__).parent, environment={}, command=command("ready"), user=USERS[3]
-    )
-    replica = await launcher.start(launch)
+async def test_a_model_runs_as_its_own_user_in_its_own_directories(
+    launcher: LocalLauncher, directory: Path, template: Template | None
+) -> None:
+    model = model_of(READY, directory / "model")
+    replica = await launcher.start(a_launch(template, model, READY, "r1", USERS[3]))
     await ready(replica)
     found = await found_by(replica.address)
     own = directory / "replicas" / "r1"
+    assert await is_forked(own) == (template is not None)
     assert (found["uid"], found["gid"], found["groups"]) == (USERS[3], USERS[3], [])
     assert found["directory"] == f"{own}/work"
     assert found["fds"] == [0, 1, 2, 3, 4]
@@ -115,30 +149,21 @@ class Scene:
 
 
 @pytest.fixture
-async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene]:
+async def scene(launcher: LocalLauncher, directory: Path, template: Template | None) -> AsyncIterator[Scene]:
     for name in ("root.key", "visible-to-root"):
         (directory / name).write_text(SECRET)
         (directory / name).chmod(0o644)  # what protects it is that nobody comes there
     connection = sqlite3.connect(directory / "serving.db")
     connection.execute("CREATE TABLE t (c)")
     connection.close()
-    model = directory / "models" / "m"
-    model.mkdir(parents=True)
-    shutil.copy(Path(hostile_model.__file__), model / "hostile.py")
+    model = model_of(HOSTILE, directory / "models" / "m")
     (model / "open").mkdir()
     (model / "open").chmod(0o777)
     program = model / "id"
     shutil.copy("/usr/bin/id", program)
     program.chmod(0o4755)
-    good = await launcher.start(
-        Launch(
-            replica_id=GOOD,
-            model_path=model,
-            environment={"KEY": SECRET},
-            command=command("ready"),
-            user=USERS[1],
-        )
-    )
+    innocent = model_of(READY, directory / "models" / "innocent")
+    good = await launcher.start(a_launch(template, innocent, READY, GOOD, USERS[1], KEY=SECRET))
     victim = await ready(good)
     own = directory / "replicas" / BAD
     targets = {
@@ -160,15 +185,8 @@ async def scene(launcher: LocalLauncher, directory: Path) -> AsyncIterator[Scene
         service.bind(str(directory / "service.sock"))
         service.listen()
         (directory / "service.sock").chmod(0o666)
-        hostile = await launcher.start(
-            Launch(
-                replica_id=BAD,
-                model_path=model,
-                environment={"TARGETS": json.dumps(targets)},
-                command=hostile_model.command(),
-                user=USERS[2],
-            )
-        )
+        attack = json.dumps(targets)
+        hostile = await launcher.start(a_launch(template, model, HOSTILE, BAD, USERS[2], TARGETS=attack))
         await ready(hostile)
         yield Scene(directory, hostile, good)
 

@@ -167,6 +167,7 @@ async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: 
             "NoNewPrivs": "1",
         },
         "leads_session": True,
+        "threads": 1,
         "ignored_signals": ["SIGPIPE", "SIGXFSZ"],  # what Python itself ignores
     }
     declared = Path(f"/proc/{pid}/environ").read_bytes()

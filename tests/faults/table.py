@@ -24,6 +24,7 @@ _VERSIONS = "tests/service/test_versions.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
+_FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
 
 FAULTS = (
     # --- who may do what ---
@@ -551,6 +552,34 @@ FAULTS = (
         old="            if len(around) > DEEPEST:",
         new="            if len(around) > MOST_EVENTS:",
         tests=("tests/unit/serving_service/test_mlmodel.py::test_yaml_as_deep_as_a_signature_may_be_is_the_deepest",),
+    ),
+    # --- forked models ---
+    Fault(
+        name="forked-model-keeps-descriptors",
+        property="S17",
+        file="serving_service/warm/process.py",
+        old="        if descriptor >= _OPENED:",
+        new="        if descriptor >= 1_000:",
+        tests=(_FORKED_GOLDEN,),
+    ),
+    Fault(
+        name="forked-models-draw-alike",
+        property="S17",
+        file="serving_service/warm/process.py",
+        old="        np.random.seed()",
+        new="        np.random.get_state()",
+        tests=("tests/e2e/test_warm.py::test_no_two_forked_models_draw_the_same_numbers",),
+    ),
+    Fault(
+        name="variables-of-a-start-set-too-late",
+        property="S17",
+        file="serving_service/template.py",
+        old="    return name in read or name.startswith(_READ_AT_START)",
+        new="    return name in read",
+        tests=(
+            "tests/unit/serving_service/test_template.py::test_a_variable_that_is_read_at_the_start_needs_a_start",
+            "tests/e2e/test_warm.py::test_a_variable_that_is_read_at_the_start_is_honoured_by_a_start",
+        ),
     ),
     # --- hostile text ---
     Fault(

@@ -229,5 +229,10 @@ def main(listen_fd: int, report_fd: int) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + answer)
 
 
+def _load_pyfunc(_path: str) -> None:
+    """For our own model server, when this is the model."""
+    main(3, 4)
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]))

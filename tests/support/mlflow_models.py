@@ -5,6 +5,9 @@ fingerprint of one environment variable, never the value.
 """
 
 import hashlib
+import json
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +24,15 @@ def save_model(folder: Path) -> Path:
     made = subprocess.run([sys.executable, "-P", __file__, str(path)], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     return path
+
+
+def model_of(program: Path, folder: Path) -> Path:
+    """A model in `folder` that is a program: the model server loads its file, whose `_load_pyfunc` never returns."""
+    (folder / "code").mkdir(parents=True)
+    shutil.copy(program, folder / "code")
+    flavor = {"loader_module": program.stem, "code": "code", "python_version": platform.python_version()}
+    (folder / "MLmodel").write_text(json.dumps({"flavors": {"python_function": flavor}}))
+    return folder
 
 
 def _save(path: str) -> None:

@@ -67,6 +67,7 @@ def _surroundings() -> dict[str, Any]:
         "privileges": privileges(),
         "pid": os.getpid(),
         "leads_session": os.getsid(0) == os.getpid(),
+        "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
         "ignored_signals": [s.name for s in signal.Signals if signal.getsignal(s) == signal.SIG_IGN],
     }
 
@@ -114,6 +115,25 @@ def _daemon() -> int:
     return number
 
 
+def _drawn() -> dict[str, Any]:
+    """What nobody else is to draw as well."""
+    import random
+    import ssl
+    import tempfile
+    import uuid
+
+    import numpy as np
+
+    return {
+        "random": random.random(),
+        "numpy": np.random.random_sample(),
+        "ssl": ssl.RAND_bytes(16).hex(),
+        "uuid1": str(uuid.uuid1()),
+        "uuid4": str(uuid.uuid4()),
+        "file": Path(tempfile.mktemp()).name,
+    }
+
+
 def main(manner: str, listen_fd: int, report_fd: int) -> None:
     surroundings = _surroundings()
     if manner == "dying":
@@ -131,6 +151,8 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if manner == "forking":
         surroundings["daemon"] = _daemon()
+    if manner == "drawing":
+        surroundings["drawn"] = _drawn()
     if manner != "slow":
         _say(report_fd, {"event": "ready", "load_seconds": 0.25})
     body = json.dumps(surroundings).encode()
@@ -141,6 +163,11 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
                 if os.path.basename(connection.recv(65_536).split()[1]) == b"die":  # noqa: PTH119
                     os._exit(7)
                 connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+
+
+def _load_pyfunc(_path: str) -> None:
+    """For our own model server, when one of these programs is the model: MANNER is a variable then."""
+    main(os.environ["MANNER"], 3, 4)
 
 
 if __name__ == "__main__":
