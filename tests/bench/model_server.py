@@ -15,11 +15,11 @@ from tests.bench.run import Run
 from tests.bench.tables import Cells, Table
 
 _CONNECTIONS = (1, 16)
-_BODIES = {
-    "frame": '{"dataframe_split":{"columns":["a","b","c"],"data":[[1.5,2.5,3.5]]}}',
-    "tensor": '{"inputs":[[1.5,2.5,3.5]]}',
+_BODIES = {  # by the folder of the model
+    "doubles": '{"dataframe_split":{"columns":["a","b","c"],"data":[[1.5,2.5,3.5]]}}',
+    "double_tensor": '{"inputs":[[1.5,2.5,3.5]]}',
 }
-_NAMES = {"frame": "dataframe_split, signature", "tensor": "inputs, signature"}
+_NAMES = {"doubles": "dataframe_split, signature", "double_tensor": "inputs, signature"}
 
 
 def measure(run: Run) -> Table:
@@ -43,7 +43,7 @@ def measure(run: Run) -> Table:
                     url = f"http://{started.report['address']}/invocations"
                     load = Http(url=url, authorization="", connections=connections, body=body)
                     loads[server] = partial(measured, load, Subject(started.pid), run)
-                rows += _rows(connections, tables.interleaved(loads, run.rounds), is_frame=name == "frame")
+                rows += _rows(connections, tables.interleaved(loads, run.rounds), is_frame=name == "doubles")
     return Table(
         title="Model server",
         note="wrk, keep-alive connections, one row of three numbers, a model that doubles them. Baseline: MLflow's "

@@ -14,7 +14,6 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -24,17 +23,10 @@ import orjson
 import uvicorn
 import uvloop
 
-from servicekit import grpc_server
 from servicekit.context import Level
-from servicekit.grpc_server import Listener
-from servicekit.identity import AssertionVerifier, by_assertion
-from servicekit.sockets import socket_address, socket_directory
-from tessera.identity.v1 import identity_pb2, permissions_pb2
-from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
-from tessera.serving.v1 import serving_pb2
-from tests.support.gateway import OWNER, ScriptedAccess, ScriptedAuthority, ScriptedServing
+from tests.support.gateway import OWNER, ScriptedAccess, ScriptedAuthority, ScriptedServing, neighbours
 from tests.support.gateway import routes as endpoint_routes
 
 SECRET_VALUE = b"s" * 100
@@ -123,26 +115,14 @@ async def mlflow(ready: Ready, model: str) -> None:
     await _serve(scoring_server.init(load_model(model)), [_free_port()], ready)
 
 
-async def neighbours(ready: Ready, data_dir: str, replica: str) -> None:
+async def scripted_neighbours(ready: Ready, data_dir: str, replica: str) -> None:
     """Stands in for Secrets and Serving beside a gateway: one caller is known, and one endpoint with one replica."""
     authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
     routes = endpoint_routes("bench", ("model", 100, [("replica", replica)]))
     serving.endpoints[routes.endpoint_id] = routes
     access.granted[routes.endpoint_id] = {OWNER.id: Level.CAN_QUERY}
-    identify = by_assertion(AssertionVerifier(authority.public_keys))
-    directory = socket_directory(Path(data_dir))
-    async with AsyncExitStack() as stack:
-        identity, permissions = identity_pb2.DESCRIPTOR.services_by_name, permissions_pb2.DESCRIPTOR.services_by_name
-        for callee, services in (
-            ("secrets", [(identity["Authority"], authority), (permissions["AccessFeed"], access)]),
-            ("serving", [(serving_pb2.DESCRIPTOR.services_by_name["Routes"], serving)]),
-        ):
-            address = socket_address(directory, callee=callee, caller="gateway")
-            listener = Listener(address=address, identify=identify, peer="gateway")
-            await stack.enter_async_context(
-                grpc_server.serving([listener], services=services, table=POLICY, readiness={}, message_limit=2**20)
-            )
-        ready(address)
+    async with neighbours(Path(data_dir), authority, serving, access):
+        ready(data_dir)
         await asyncio.Event().wait()
 
 
@@ -170,7 +150,7 @@ def main() -> None:
         "bare-gateway": bare_gateway,
         "trivial-replica": trivial_replica,
         "mlflow": mlflow,
-        "neighbours": neighbours,
+        "neighbours": scripted_neighbours,
     }
     name, report_fd, *arguments = sys.argv[1:]
 

@@ -59,6 +59,8 @@ class Describing(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
 
 
 class Doubling(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+    """Does as little as a model can do."""
+
     def predict(self, context: Any, model_input: Any) -> Any:
         return model_input * 2
 
@@ -236,6 +238,7 @@ SIGNATURES: dict[str, ModelSignature | None] = {
             ]
         )
     ),
+    "double tensor": ModelSignature(inputs=Schema([TensorSpec(np.dtype("float64"), (-1, 3))])),
     "tensor": ModelSignature(inputs=Schema([TensorSpec(np.dtype("float64"), (-1, 3))])),
     "tensors": ModelSignature(
         inputs=Schema([TensorSpec(np.dtype("float32"), (-1, 2), "a"), TensorSpec(np.dtype("int64"), (-1,), "b")])
@@ -254,7 +257,7 @@ SIGNATURES: dict[str, ModelSignature | None] = {
     ),
 }
 
-_CLASSES = {"answers": Answering, "doubles": Doubling}
+_CLASSES = {"answers": Answering, "doubles": Doubling, "double tensor": Doubling}
 
 
 def saved(name: str, folder: Path) -> Path:

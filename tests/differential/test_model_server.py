@@ -21,7 +21,7 @@ from tests.differential import corpus
 ROOT = Path(__file__).parents[2]
 
 _GROUPS = (
-    ("none", "doubles", "columns", "plain", "tensor", "unnamed", "module", "chat"),
+    ("none", "doubles", "double tensor", "columns", "plain", "tensor", "unnamed", "module", "chat"),
     ("answers", "optional", "plain, optional", "nested", "tensors", "one tensor", "params", "hinted", "responses"),
 )
 """The models, for one process each."""
