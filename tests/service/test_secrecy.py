@@ -6,22 +6,18 @@ How long the answers take is compared in test_timing.py.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gateway import app
-from gateway.settings import GatewaySettings
 from servicekit import context
 from serving_service import store
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
 from tests.support.http import fetch
+from tests.support.platform import Platform, running_platform
 from tests.support.secrecy import NAME, Asked, assert_alike, requests_about
-from tests.support.secrets import RunningSecrets, running_secrets
-from tests.support.serving import no_replicas, running_serving
 
 PRESENT, MISSING = "present", "missing"
 SECRETS = "/api/2.0/secrets"
@@ -56,61 +52,44 @@ INVOCATIONS = [
 ]
 
 
-@dataclass(frozen=True)
-class Platform:
-    """The gateway's URL, and who calls it."""
-
-    url: str
-    secrets: RunningSecrets
-    bob: str
-    """A plain user's token."""
-    carol: str
-    """The token of one who may READ the scope."""
-
-
 @pytest.fixture(scope="module")
 async def platform() -> AsyncIterator[Platform]:
-    async with AsyncExitStack() as stack:
-        secrets = await stack.enter_async_context(running_secrets(tokens_per_minute=0))
-        directory = secrets.settings.data_dir
-        await stack.enter_async_context(no_replicas(directory))
-        await stack.enter_async_context(running_serving(directory))
-        url = await stack.enter_async_context(app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")))
-        for name in ("bob", "carol", PRESENT):
-            await secrets.admin.create_user(name)
-        await secrets.admin.create_scope("Shop")
-        await secrets.admin.grant("Shop", "carol", secrets_pb2.READ)
-        await secrets.admin.put("Shop", PRESENT, "value")
-        await secrets.admin.grant("Shop", PRESENT, secrets_pb2.READ)
-        made = await fetch(url, "POST", "/api/2.0/serving-endpoints", token=secrets.admin_token, json={"name": PRESENT})
-        assert made.status == 200
-        yield Platform(url, secrets, await secrets.token_for("bob"), await secrets.token_for("carol"))
+    async with running_platform(tokens_per_minute=0) as running:
+        await running.introduce("bob", "carol")  # a plain user, and one who may READ the scope
+        admin = running.secrets.admin
+        await admin.create_user(PRESENT)
+        await admin.create_scope("Shop")
+        await admin.grant("Shop", "carol", secrets_pb2.READ)
+        await admin.put("Shop", PRESENT, "value")
+        await admin.grant("Shop", PRESENT, secrets_pb2.READ)
+        await running.endpoints_of("admin").create(PRESENT, None)
+        yield running
 
 
 @pytest.mark.parametrize("asked", [*READS, *WRITES], ids=str)
 async def test_without_permission_keys_that_exist_and_others_are_refused_alike(
     platform: Platform, asked: Asked
 ) -> None:
-    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.bob, status=403)
+    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["bob"], status=403)
     assert await platform.secrets.admin.keys("Shop") == [PRESENT]
 
 
 @pytest.mark.parametrize("asked", WRITES, ids=str)
 async def test_reader_who_writes_is_refused_alike(platform: Platform, asked: Asked) -> None:
-    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.carol, status=403)
+    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["carol"], status=403)
 
 
 @pytest.mark.parametrize("asked", ACLS, ids=str)
 async def test_without_manage_principals_that_are_granted_something_and_others_are_refused_alike(
     platform: Platform, asked: Asked
 ) -> None:
-    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.bob, status=403)
+    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["bob"], status=403)
 
 
 @pytest.mark.parametrize("rpc", ENDPOINTS)
 async def test_endpoint_without_permission_is_one_that_does_not_exist(platform: Platform, rpc: str) -> None:
     asked = replace(ENDPOINTS[rpc], body=BODIES.get(rpc, ENDPOINTS[rpc].body))
-    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.bob, status=404)
+    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["bob"], status=404)
 
 
 async def test_endpoint_is_not_read_for_somebody_who_may_not_see_it(
@@ -129,23 +108,23 @@ async def test_endpoint_is_not_read_for_somebody_who_may_not_see_it(
     for name in ("endpoint_named", "endpoint_with_id"):
         monkeypatch.setattr(store, name, watched(getattr(store, name)))
     path = f"/api/2.0/serving-endpoints/{PRESENT}"
-    assert (await fetch(platform.url, "GET", path, token=platform.bob)).status == 404
+    assert (await fetch(platform.url, "GET", path, token=platform.tokens["bob"])).status == 404
     assert read == []
-    assert (await fetch(platform.url, "GET", path, token=platform.secrets.admin_token)).status == 200
+    assert (await fetch(platform.url, "GET", path, token=platform.tokens["admin"])).status == 200
     assert len(read) == 1
 
 
 @pytest.mark.parametrize("asked", INVOCATIONS, ids=str)
 async def test_invoking_an_endpoint_without_permission_is_invoking_none(platform: Platform, asked: Asked) -> None:
-    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.bob, status=404)
+    await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["bob"], status=404)
 
 
 async def test_lists_leave_out_what_one_may_not_see(platform: Platform) -> None:
-    answer = await fetch(platform.url, "GET", "/api/2.0/serving-endpoints", token=platform.bob)
+    answer = await fetch(platform.url, "GET", "/api/2.0/serving-endpoints", token=platform.tokens["bob"])
     assert answer.json() == {"endpoints": []}
 
 
 async def test_answers_that_differ_are_found(platform: Platform) -> None:
     for asked, status in ((READS[0], 200), (ACLS[0], 200), (ENDPOINTS["GetServingEndpoint"], 200)):
         with pytest.raises(AssertionError):
-            await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.secrets.admin_token, status=status)
+            await assert_alike(platform.url, asked, PRESENT, MISSING, token=platform.tokens["admin"], status=status)
