@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,16 @@ import pytest
 from servicekit import channels
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import an_input
-from tests.support.secrets import TIMEOUT, data_directory, refusal, running_secrets
-from tests.support.serving import ServingCaller, no_replicas, running_serving
+from tests.support.platform import running_pair
+from tests.support.secrets import TIMEOUT, data_directory, refusal
+from tests.support.serving import ServingCaller
 
 URL = "https://tessera.example.com"
 
 
 @asynccontextmanager
 async def running_admin(directory: Path, **changes: Any) -> AsyncIterator[ServingCaller]:
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(no_replicas(directory))
-        secrets = await stack.enter_async_context(running_secrets(directory))
-        serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3, **changes))
+    async with running_pair(directory, **changes) as (secrets, serving):
         yield serving.public(secrets.admin_token)
 
 

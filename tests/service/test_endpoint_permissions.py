@@ -8,7 +8,7 @@ import os
 import signal
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, closing
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal, running_secrets
-from tests.support.serving import RunningServing, ServingCaller, no_replicas, running_serving
+from tests.support.platform import running_pair
+from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal
+from tests.support.serving import RunningServing, ServingCaller
 
 State = pb.EndpointState
 SECRET = "{{secrets/team/api.key}}"
@@ -79,11 +80,8 @@ class Platform:
 
 
 @contextlib.asynccontextmanager
-async def running_platform(directory: Path, **changes: Any) -> AsyncIterator[Platform]:
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(no_replicas(directory))
-        secrets = await stack.enter_async_context(running_secrets(directory))
-        serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3, **changes))
+async def running_platform(directory: Path) -> AsyncIterator[Platform]:
+    async with running_pair(directory) as (secrets, serving):
         platform = Platform(directory, secrets, serving)
         platform.people = {name: await platform.person(name) for name in ("ann", "ben")}
         await platform.ann.secrets.create_scope("team")
@@ -387,10 +385,7 @@ async def test_what_a_killed_process_had_begun_is_undone_by_the_next(is_granted:
             )
             connection.execute("UPDATE endpoints SET reserved_version = 2 WHERE name = 'demo'")
             connection.commit()
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(no_replicas(directory))
-            secrets = await stack.enter_async_context(running_secrets(directory))
-            serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3))
+        async with running_pair(directory) as (secrets, serving):
             platform = Platform(directory, secrets, serving)
             ann = serving.public(token)
             assert await ann.names() == ["demo"]
@@ -414,10 +409,7 @@ async def test_an_endpoint_that_is_older_than_grants_goes_on_and_is_granted_at_i
             connection.execute("DELETE FROM endpoints")
             connection.execute("UPDATE platform SET knows_older_endpoints = 0")
             connection.commit()
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(no_replicas(directory))
-            secrets = await stack.enter_async_context(running_secrets(directory))
-            serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3))
+        async with running_pair(directory) as (secrets, serving):
             platform = Platform(directory, secrets, serving)
             ann = serving.public(token)
 

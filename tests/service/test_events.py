@@ -22,6 +22,7 @@ from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
+from tests.support.platform import running_pair
 from tests.support.secrets import RunningSecrets, data_directory, running_secrets
 from tests.support.serving import MannerRegistry, RunningServing, ServingCaller, no_replicas, running_serving
 
@@ -65,10 +66,7 @@ class Platform:
 
 @asynccontextmanager
 async def running_platform(directory: Path, **changes: Any) -> AsyncIterator[Platform]:
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(no_replicas(directory))
-        secrets = await stack.enter_async_context(running_secrets(directory))
-        serving = await stack.enter_async_context(running_serving(directory, route_ack_seconds=0.3, **changes))
+    async with running_pair(directory, **changes) as (secrets, serving):
         yield Platform(secrets, serving)
 
 

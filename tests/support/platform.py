@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gateway import app as gateway_app
@@ -41,6 +42,20 @@ class Platform:
     ) -> Answer:
         """One request to the gateway."""
         return await fetch(self.url, method, path, token=token, body=body, headers=headers)
+
+
+@asynccontextmanager
+async def running_pair(directory: Path, **changes: Any) -> AsyncIterator[tuple[RunningSecrets, RunningServing]]:
+    """Secrets and Serving on a data directory, without replicas afterwards; `changes` are settings of Serving.
+
+    Gateways that do not follow are waited for only briefly.
+    """
+    async with (
+        no_replicas(directory),
+        running_secrets(directory) as secrets,
+        running_serving(directory, **{"route_ack_seconds": 0.3, **changes}) as serving,
+    ):
+        yield secrets, serving
 
 
 @asynccontextmanager
