@@ -153,7 +153,7 @@ async def test_b_author_without_read_cannot_change_what_runs_while_references_re
     assert list((await service.resolve(endpoint_id, PASSWORD, version=2)).values) == [b"s3cret"]
 
 
-async def test_b_can_be_relaxed_to_the_creators_right_alone(alice: Caller) -> None:
+async def test_b_can_be_relaxed_to_the_creators_right_alone() -> None:
     async with running_secrets(authors_need_read=False) as service:
         alice = await service.user("alice")
         bob = await service.user("bob")

@@ -215,7 +215,6 @@ async def code_of(call: Awaitable[object]) -> grpc.StatusCode:
 UNAUTHENTICATED, UNIMPLEMENTED = grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED
 GET_PLATFORM = "/tessera.identity.v1.Authority/GetPlatform"
 RENEW = "/tessera.identity.v1.Authority/RenewAdminToken"
-RESOLVE = "/tessera.secrets.v1.SecretResolver/Resolve"
 WATCH = "/tessera.serving.v1.Routes/Watch"
 
 

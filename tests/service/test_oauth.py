@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -517,9 +516,7 @@ async def test_bound_token_queries_its_endpoint_over_grpc_and_does_nothing_else(
                 assert (await refusal(call)).reason == "PERMISSION_DENIED"
 
 
-async def test_bound_token_invokes_its_endpoint_through_the_gateway_and_does_nothing_else(
-    stack: Platform, tmp_path: Path
-) -> None:
+async def test_bound_token_invokes_its_endpoint_through_the_gateway_and_does_nothing_else(stack: Platform) -> None:
     async def answers(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await send({"type": "http.response.start", "status": 200, "headers": []})

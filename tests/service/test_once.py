@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servicekit import channels, database
@@ -700,7 +700,7 @@ def played() -> Iterator[Played]:
             runner.run(stack.aclose())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(sequence=steps)
 def test_sequence_with_retries_has_the_effect_of_the_sequence(
     played: Played, sequence: list[tuple[Any, list[int]]]

@@ -281,11 +281,9 @@ class Platform:
     access: ScriptedAccess
     stack: AsyncExitStack = field(repr=False)
 
-    async def publish(self, endpoint: pb.EndpointRoutes, **levels: Level) -> None:
-        """Has the gateway know an endpoint and what the named callers may do with it; OWNER may do everything."""
-        granted = {OWNER.id: Level.CAN_MANAGE} if not levels else {}
-        granted |= {TOKENS[f"{name}-token"].id: level for name, level in levels.items()}
-        await self.access.change({endpoint.endpoint_id: granted})
+    async def publish(self, endpoint: pb.EndpointRoutes) -> None:
+        """Has the gateway know an endpoint, with which OWNER may do everything."""
+        await self.access.change({endpoint.endpoint_id: {OWNER.id: Level.CAN_MANAGE}})
         await self.serving.publish(endpoint)
 
     async def add_replica(self, application: Application) -> str:

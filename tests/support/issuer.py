@@ -22,9 +22,9 @@ KEYS = "/keys"
 class Issuer:
     """Answers discovery and keys, and counts how often it is asked; `key` is the one that it signs with."""
 
-    def __init__(self, algorithm: str = "EdDSA", key: Any = None) -> None:
+    def __init__(self, algorithm: str = "EdDSA") -> None:
         self.algorithm = algorithm
-        self.key = key or another_key(algorithm)
+        self.key = another_key(algorithm)
         self.documents: list[dict[str, Any]] = [public_jwk(self.key, "k1")]
         self.url = ""
         self.asked: list[str] = []
