@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench import footprint, invocation, launch, load, model_server, rest_list, rest_read, secret_read
+from tests.bench import footprint, invocation, launch, load, model_server, peers, rest_list, rest_read, secret_read
 from tests.bench.run import Run
 
 TABLES = {
@@ -25,6 +25,7 @@ TABLES = {
     "rest-list": rest_list.measure,
     "model-server": model_server.measure,
     "invocation": invocation.measure,
+    "peers": peers.measure,
     "launch": launch.measure,
     "footprint": footprint.measure,
 }

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import quantiles
@@ -128,6 +129,8 @@ class Subject:
     behind: Sequence[int] = ()
     is_beside_load: bool = False
     """Whether it shares the core of the load, as it does when another subject has it behind itself."""
+    is_pinned: bool = True
+    """Whether what takes part keeps to one core each; if not, the machine places it."""
 
 
 def measured(load: Grpc | Http, subject: Subject, run: Run) -> Result:
@@ -140,8 +143,9 @@ def measured(load: Grpc | Http, subject: Subject, run: Run) -> Result:
         used = programs.cpu_seconds([subject.pid]) - before
         return replace(result, front_us=used / max(result.requests, 1) * 1e6), others.percent()
 
+    front = [] if subject.is_beside_load else [subject.pid]
     beside = [subject.pid, *subject.behind] if subject.is_beside_load else subject.behind
-    with programs.pinned([] if subject.is_beside_load else [subject.pid], beside):
+    with programs.pinned(front, beside) if subject.is_pinned else nullcontext():
         load.run(_WARM_UP_SECONDS, run.directory)
         result, foreign = programs.undisturbed(once, run.patience)
     return replace(result, foreign_percent=foreign)

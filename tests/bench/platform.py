@@ -43,18 +43,29 @@ class Platform:
     reader_token: str = field(repr=False)
     """Of a user who may READ the scope and nothing else; worthless once the platform has ended."""
 
-    def create_endpoint(self) -> float:
-        """Creates an endpoint for the model; returns the seconds until it was READY."""
-        entity = {"entity_name": MODEL, "entity_version": "1", "workload_size": "Small", "scale_to_zero_enabled": False}
+    def register(self, model: str, folder: Path) -> None:
+        """Registers the MLflow model of a folder as the first version of another one."""
+        program = "import mlflow, sys; mlflow.register_model(f'file://{sys.argv[1]}', sys.argv[2])"
+        subprocess.run(
+            [sys.executable, "-P", "-c", program, str(folder), model],
+            env={**clean_environment(), **_registry(self.stack)},
+            cwd=folder,
+            capture_output=True,
+            check=True,
+        )
+
+    def create_endpoint(self, *, model: str = MODEL, endpoint: str = ENDPOINT) -> float:
+        """Creates an endpoint for a model; returns the seconds until it was READY."""
+        entity = {"entity_name": model, "entity_version": "1", "workload_size": "Small", "scale_to_zero_enabled": False}
         admin = self._admin()
         began = time.monotonic()
-        admin.call("POST", _ENDPOINTS, json.dumps({"name": ENDPOINT, "config": {"served_entities": [entity]}}))
-        until(lambda: _is_ready(admin), _READY_SECONDS, "the endpoint is READY", period=_LOOK_SECONDS)
+        admin.call("POST", _ENDPOINTS, json.dumps({"name": endpoint, "config": {"served_entities": [entity]}}))
+        until(lambda: _is_ready(admin, endpoint), _READY_SECONDS, "the endpoint is READY", period=_LOOK_SECONDS)
         return time.monotonic() - began
 
-    def delete_endpoint(self) -> None:
-        """Deletes the endpoint; returns when its replica has ended."""
-        self._admin().call("DELETE", f"{_ENDPOINTS}/{ENDPOINT}")
+    def delete_endpoint(self, endpoint: str = ENDPOINT) -> None:
+        """Deletes an endpoint; returns when its replica has ended."""
+        self._admin().call("DELETE", f"{_ENDPOINTS}/{endpoint}")
         until(lambda: not self.replica_pids(), _READY_SECONDS, "the replica ends", period=_LOOK_SECONDS)
 
     def replica_pids(self) -> list[int]:
@@ -113,8 +124,12 @@ def until(claim: Callable[[], bool], within: float, what: str, *, period: float)
         time.sleep(period)
 
 
-def _is_ready(admin: Rest) -> bool:
-    return bool(admin.call("GET", f"{_ENDPOINTS}/{ENDPOINT}")["state"]["ready"] == "READY")
+def _is_ready(admin: Rest, endpoint: str) -> bool:
+    return bool(admin.call("GET", f"{_ENDPOINTS}/{endpoint}")["state"]["ready"] == "READY")
+
+
+def _registry(stack: Stack) -> dict[str, str]:
+    return {"MLFLOW_TRACKING_URI": stack.registry_uri, "MLFLOW_REGISTRY_URI": stack.registry_uri}
 
 
 def _answers(admin: Rest) -> bool:
@@ -146,10 +161,9 @@ def _secret_and_reader(stack: Stack) -> str:
 def _registered(stack: Stack, directory: Path) -> Path:
     """Registers the demo's model in the platform's registry; returns the folder of its first version."""
     artifacts = directory / "artifacts"
-    registry = {"MLFLOW_TRACKING_URI": stack.registry_uri, "MLFLOW_REGISTRY_URI": stack.registry_uri}
     subprocess.run(
         [sys.executable, "-P", "-m", "tessera.cli.demo_model", str(artifacts), MODEL],
-        env={**clean_environment(), **registry},
+        env={**clean_environment(), **_registry(stack)},
         cwd=directory,
         capture_output=True,
         check=True,
