@@ -30,6 +30,7 @@ from serving_service.launcher import Launcher, LocalLauncher, model_environment
 from serving_service.launches import Launches
 from serving_service.meters import Meters
 from serving_service.monitoring import Monitoring
+from serving_service.probes import Probes
 from serving_service.query import Queries
 from serving_service.registry import MlflowRegistry, Registry
 from serving_service.routes import RouteTable
@@ -117,6 +118,7 @@ async def running(
                     download_deadline=settings.download_deadline,
                     reference_deadline=settings.reference_deadline,
                 ),
+                probes=Probes(pool, patience=settings.liveness_deadline),
                 notice=isolation.notice,
                 routes=routes,
                 inference_deadline=settings.inference_deadline,

@@ -32,6 +32,7 @@ from serving_service.launcher import (
 from serving_service.launches import LaunchDelayed, Launches, LaunchImpossible
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord, ServedEntity
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
+from serving_service.probes import READINESS_SECONDS, Probes
 from serving_service.reconcile import Phase, Replica
 from serving_service.routes import EndpointRoutes, EntityRoutes, ReplicaAddress, RouteTable
 from serving_service.timeline import Timeline
@@ -57,6 +58,7 @@ class Doors:
     database: Database
     launcher: Launcher
     launches: Launches
+    probes: Probes
     routes: RouteTable
     notice: str
     """What the state of every served entity that is ready says besides; empty when there is nothing to say."""
@@ -79,6 +81,8 @@ class EndpointController:
         """The version of the model of each served entity, by its configuration and its name."""
         self.processes: dict[str, int] = {}
         """The process of each replica that is ready."""
+        self._probing: dict[str, asyncio.Task[None]] = {}
+        self._condemned: dict[str, str] = {}
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
         self._deadlines: dict[int, float] = {}
         self._preparing: set[str] = set()
@@ -106,6 +110,8 @@ class EndpointController:
             began = phases.since(LaunchPhase.LOAD, time.time() if seen is None else seen.since)
             self._timeline.go_on(self._replicas[record.id], began)
         if seen is not None:
+            if seen.state is ReplicaState.READY:
+                self._ready(record.id)  # as it was for our predecessor: requests go on in the meantime
             self._observe(record.id, seen)
         self._spawn(self._watch(record.id, handle))
 
@@ -362,8 +368,8 @@ class EndpointController:
                     seen = await (handle.state() if known is None else handle.wait(known))
             except ReplicaGoneError as error:
                 if replica_id in self._replicas and not self._replicas[replica_id].is_stopping:
-                    is_loading = self._timeline.phase(replica_id) is not None
-                    cause = phases.failed(LaunchPhase.LOAD, str(error)) if is_loading else str(error)
+                    phase = self._timeline.phase(replica_id)
+                    cause = str(error) if phase is None else phases.failed(phase, str(error))
                     self._ended(replica_id, cause, is_final=False)
                     self._change(replica_id, is_stopping=True)
                     await self._stop(replica_id, drain=0, keep_log=False)
@@ -376,12 +382,15 @@ class EndpointController:
                 continue
             known = seen.state
             self._observe(replica_id, seen)
+            if known is ReplicaState.READY:
+                self._probing[replica_id] = self._spawn(self._probe(replica_id, handle))
             self.wake()
 
     def _seconds_to_load(self, replica_id: str) -> float | None:
         """For how long a replica may go on loading its model; None when it does not, or is being stopped anyway."""
         loading = self._timeline.duration(replica_id)
-        if loading is None or self._replicas[replica_id].is_stopping:
+        is_loading = self._timeline.phase(replica_id) is LaunchPhase.LOAD
+        if loading is None or not is_loading or self._replicas[replica_id].is_stopping:
             return None
         return max(self._doors.load_deadline - loading / 1000, 0.0)
 
@@ -400,20 +409,54 @@ class EndpointController:
         facts = {"endpoint": self.endpoint_id, "replica": replica_id, "entity": replica.entity}
         match seen.state:
             case ReplicaState.READY:
-                self._timeline.end(replica_id, Outcome.SUCCEEDED)
-                self._ready_since[replica_id] = time.monotonic()
                 if seen.pid is not None:
                     self.processes[replica_id] = seen.pid
-                self._change(replica_id, phase=Phase.READY, message="")
-                log.info("replica ready", extra={**facts, "load_seconds": seen.load_seconds})
+                if replica.phase is not Phase.READY:
+                    self._enter(replica, LaunchPhase.READINESS)
+                    log.info("model loaded", extra={**facts, "load_seconds": seen.load_seconds})
             case ReplicaState.FAILED | ReplicaState.STOPPED:
-                was_ready = replica.phase is Phase.READY or seen.load_seconds is not None
-                cause = seen.cause if was_ready else phases.failed(LaunchPhase.LOAD, seen.cause)
-                self._ended(replica_id, cause, is_final=not was_ready)
+                was_loaded = replica.phase is Phase.READY or seen.load_seconds is not None
+                cause = seen.cause if was_loaded else phases.failed(LaunchPhase.LOAD, seen.cause)
+                cause = self._condemned.pop(replica_id, cause)
+                self._ended(replica_id, cause, is_final=not was_loaded)
                 log.info("replica ended", extra={**facts, "exit_code": seen.exit_code, "cause": cause})
+
+    async def _probe(self, replica_id: str, handle: ReplicaHandle) -> None:
+        """Takes a replica for ready when it answers, and ends it when it does not any more."""
+        probes = self._doors.probes
+        if self._replicas[replica_id].phase is not Phase.READY:
+            if not await probes.ready(handle.address):
+                mute = f"The model server says that it is ready and does not answer for {READINESS_SECONDS:g} s"
+                await self._condemn(replica_id, handle, phases.failed(LaunchPhase.READINESS, mute))
+                return
+            self._ready(replica_id)
+            self.wake()
+        await probes.silent(handle.address)
+        hung = f"It has not answered for the {probes.patience:g} s that TESSERA_LIVENESS_DEADLINE_SECONDS allows."
+        await self._condemn(replica_id, handle, hung)
+
+    def _ready(self, replica_id: str) -> None:
+        replica = self._replicas.get(replica_id)
+        if replica is None or replica.phase is not Phase.STARTING:
+            return
+        self._timeline.end(replica_id, Outcome.SUCCEEDED)
+        self._ready_since[replica_id] = time.monotonic()
+        self._change(replica_id, phase=Phase.READY, message="")
+        log.info("replica ready", extra={"endpoint": self.endpoint_id, "replica": replica_id, "entity": replica.entity})
+
+    def _stop_probing(self, replica_id: str) -> None:
+        if (probing := self._probing.pop(replica_id, None)) is not None:
+            probing.cancel()
+
+    async def _condemn(self, replica_id: str, handle: ReplicaHandle, cause: str) -> None:
+        """Ends a replica that runs and is no good; what watches it learns of the end, and for what cause."""
+        if replica_id in self._replicas and not self._replicas[replica_id].is_stopping:
+            self._condemned[replica_id] = cause
+            await self._end(handle, dismiss=False)
 
     def _ended(self, replica_id: str, message: str, *, is_final: bool) -> None:
         replica = self._replicas[replica_id]
+        self._stop_probing(replica_id)
         if replica.is_stopping:
             self._timeline.end(replica_id, Outcome.ABANDONED)
         else:
@@ -435,6 +478,7 @@ class EndpointController:
             if replica_id in self._preparing:
                 launching.cancel()
             await asyncio.wait([launching])
+        self._stop_probing(replica_id)
         self._timeline.end(replica_id, Outcome.ABANDONED)
         handle = self._handles.get(replica_id)
         if handle is not None:
@@ -469,7 +513,7 @@ class EndpointController:
                 log.warning("replica cannot be forgotten yet", extra={"replica": replica_id})
                 await asyncio.sleep(UNREADABLE_SECONDS)
         self._doors.launches.ended(replica_id)
-        for memory in (self._replicas, self._handles, self._ready_since, self.processes):
+        for memory in (self._replicas, self._handles, self._ready_since, self._condemned, self.processes):
             memory.pop(replica_id, None)
 
     def _entity_routes(self, config: EndpointConfig) -> tuple[EntityRoutes, ...]:

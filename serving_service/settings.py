@@ -79,6 +79,12 @@ class ServingSettings(settings.ServiceSettings):
         default=1200.0,
         help="Seconds from the start of a model server until its model is loaded; a launch that needs longer fails.",
     )
+    liveness_deadline: float = setting(
+        "TESSERA_LIVENESS_DEADLINE_SECONDS",
+        settings.seconds,
+        default=120.0,
+        help="Seconds for which a model server may not answer at all before it is ended and started again.",
+    )
     route_ack_seconds: float = setting(
         "TESSERA_ROUTE_ACK_SECONDS",
         settings.seconds,

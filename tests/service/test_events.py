@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from serving_service import store, timeline
+from serving_service import controller, probes, store, timeline
 from serving_service.model import ModelVersion
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
@@ -111,9 +111,9 @@ def message_of(endpoint: pb.ServingEndpointDetailed) -> str:
 async def test_phases_of_a_launch_follow_each_other_without_a_gap(admin: ServingCaller) -> None:
     created = await admin.create("demo")
     await admin.settled("demo")
-    events = await events_until(admin, ("ready-1", "LOAD", "SUCCEEDED"))
+    events = await events_until(admin, ("ready-1", "READINESS", "SUCCEEDED"))
     assert [told(event) for event in events] == [
-        ("ready-1", phase, "SUCCEEDED") for phase in ("MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD")
+        ("ready-1", phase, "SUCCEEDED") for phase in ("MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD", "READINESS")
     ]
     assert len({event.replica_id for event in events}) == 1
     assert {event.config_version for event in events} == {1}
@@ -240,13 +240,14 @@ async def test_events_are_bounded_in_number(admin: ServingCaller, monkeypatch: p
     await admin.settled("demo")
     await admin.update("demo", an_input("ready", version="2"))
     await admin.settled("demo")
-    events = await events_until(admin, ("ready-2", "LOAD", "SUCCEEDED"))
+    events = await events_until(admin, ("ready-2", "READINESS", "SUCCEEDED"))
 
     async def are_few() -> bool:
         return len(await admin.events("demo")) == 5
 
     await eventually(are_few)
-    assert [told(event)[1] for event in events[-4:]] == ["MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD"]
+    kept = ["MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD", "READINESS"]
+    assert [told(event)[1] for event in events[-5:]] == kept
 
 
 # Deadlines
@@ -283,6 +284,44 @@ async def test_model_that_loads_too_long_is_ended_and_the_update_fails_with_its_
             events = await events_until(platform.admin, ("slow-1", "LOAD", "FAILED"))
             assert events[-1].message == cause
             assert await platform.serving.replicas() == {}
+
+
+async def test_model_server_that_says_it_is_ready_and_does_not_answer_never_gets_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probes, "READINESS_SECONDS", 0.3)
+    with data_directory() as directory:
+        async with running_platform(directory, deploy_deadline=2) as platform:
+            await platform.admin.create("demo", "mute")
+            cause = message_of(await platform.admin.settled("demo"))
+            assert "Phase readiness failed: The model server says that it is ready and does not answer" in cause
+            events = await platform.admin.events("demo")
+            assert ("mute-1", "READINESS", "FAILED") in map(told, events)
+            assert ("mute-1", "READINESS", "SUCCEEDED") not in map(told, events)
+
+
+async def test_replica_that_hangs_is_ended_and_started_again_with_its_cause(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "PERIOD_SECONDS", 0.05)
+    monkeypatch.setattr(controller, "STOP_GRACE_SECONDS", 0.1)
+    with data_directory() as directory, caplog.at_level(logging.INFO):
+        async with running_platform(directory, liveness_deadline=0.5) as platform:
+            await platform.admin.create("demo")
+            await platform.admin.settled("demo")
+            before = await platform.serving.replicas()
+            for pid in before.values():
+                os.kill(pid, signal.SIGSTOP)
+
+            async def is_another() -> bool:
+                return bool((found := await platform.serving.replicas()) and not found.keys() & before.keys())
+
+            await eventually(is_another)
+            await platform.admin.until("demo", lambda endpoint: endpoint.state.ready == pb.EndpointState.READY)
+    (ended,) = [
+        each for each in caplog.records if each.message == "replica ended" and each.__dict__["replica"] in before
+    ]
+    assert "has not answered for the 0.5 s that TESSERA_LIVENESS_DEADLINE_SECONDS allows" in ended.__dict__["cause"]
 
 
 async def test_update_that_is_overdue_says_so_in_its_events_too() -> None:

@@ -155,6 +155,8 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
         surroundings["drawn"] = _drawn()
     if manner != "slow":
         _say(report_fd, {"event": "ready", "load_seconds": 0.25})
+    if manner == "mute":
+        signal.pause()
     body = json.dumps(surroundings).encode()
     with socket.socket(fileno=listen_fd) as listener:
         while True:

@@ -1,0 +1,56 @@
+"""Whether replicas answer: each is asked before its first request, and again and again for as long as it lives.
+
+The rule: what a model server says of itself is believed once it answers over its socket, and only for as long as it
+does. Any answer in HTTP will do; a server that is busy in all its threads still gives one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from servicekit.http_client import HttpError, HttpPool
+
+READINESS_SECONDS = 30.0
+"""How long a model server that says it is ready may take to answer."""
+
+PERIOD_SECONDS = 10.0
+"""How often a replica is asked whether it lives."""
+
+_PATH = "/ping"
+_PAUSE_SECONDS = 0.05
+
+
+class Probes:
+    """Asks replicas. `patience` is for how many seconds one that was ready may not answer."""
+
+    def __init__(self, pool: HttpPool, *, patience: float) -> None:
+        self._pool = pool
+        self.patience = patience
+
+    async def ready(self, address: str) -> bool:
+        """Returns once a replica answers, and False when it does not in time."""
+        deadline = time.monotonic() + READINESS_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            if await self._answers(address, timeout=left):
+                return True
+            await asyncio.sleep(_PAUSE_SECONDS)
+        return False
+
+    async def silent(self, address: str) -> None:
+        """Returns when a replica has not answered for longer than is borne; for one that lives, never."""
+        heard_at = time.monotonic()
+        while (left := heard_at + self.patience - time.monotonic()) > 0:
+            period = min(PERIOD_SECONDS, left)
+            asked_at = time.monotonic()
+            if await self._answers(address, timeout=period):
+                heard_at = time.monotonic()
+            await asyncio.sleep(max(asked_at + period - time.monotonic(), 0))
+
+    async def _answers(self, address: str, *, timeout: float) -> bool:
+        try:
+            async with await self._pool.send(address, "GET", _PATH, [], b"", timeout=timeout) as response:
+                await response.read()
+        except HttpError:
+            return False
+        return True
