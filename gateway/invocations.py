@@ -94,6 +94,8 @@ class Invocations:
         with self._measures.began(endpoint.id) as measured:
             charge = self._ledger.admit(endpoint.limits, caller)
             body = await self._body(request)
+            # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
+            endpoint = await self._permitted(name, caller)
             await self._forward(request, send, headers, endpoint, entity_name, body, charge, measured)
 
     async def _body(self, request: Request) -> bytes | AsyncIterator[bytes]:

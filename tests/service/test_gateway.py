@@ -660,6 +660,36 @@ async def test_a_retired_replica_gets_no_new_request_and_its_last_one_is_reporte
     await stack.serving.until(lambda: not stack.serving.reports[-1].retired)
 
 
+@pytest.mark.parametrize("change", ["an update", "a revocation"])
+async def test_a_body_that_comes_after_a_change_is_treated_by_what_holds_then(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The replica that was there at the head may have been drained, since nobody used it, and stopped."""
+    await serve(stack, "ep", Echo("old"))
+    address = await stack.add_replica(Echo("new"))
+    has_head, may_go_on = asyncio.Event(), asyncio.Event()
+    permitted = invocations.Invocations._permitted
+
+    async def noted(*args: Any) -> Any:
+        has_head.set()
+        return await permitted(*args)
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        await may_go_on.wait()
+        yield b"{}"
+
+    monkeypatch.setattr(invocations.Invocations, "_permitted", noted)
+    under_way = asyncio.create_task(invoke(stack, "ep", body=slow_body()))
+    await has_head.wait()
+    if change == "an update":
+        await stack.publish(routes("ep", ("m-2", 100, [("r-new", address)])))
+    else:
+        await stack.access.change({"id-ep": {}})
+    may_go_on.set()
+    answer = await under_way
+    assert answer.json() == GONE if change == "a revocation" else answer.json()["name"] == "new"
+
+
 async def test_the_last_table_stays_in_force_while_serving_is_gone(stack: Platform) -> None:
     await serve(stack, "ep", Echo())
     stack.serving.hang_up()
