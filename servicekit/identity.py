@@ -281,7 +281,8 @@ class TokenExchange:
         refresh = self._exchange(digest, token)
         # Secrets is gone for sure only while it was just asked; a token that was idle since then waits for the answer.
         is_secrets_gone = self._now() - known.unanswered_at < FRESH_SECONDS
-        if age < REFRESH_SECONDS or (usable and is_secrets_gone):
+        is_over = may_be_stale and is_secrets_gone and not usable
+        if (age < REFRESH_SECONDS and not is_over) or (usable and is_secrets_gone):
             return known.identity
         try:
             return await asyncio.shield(refresh)

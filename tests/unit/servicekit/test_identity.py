@@ -533,6 +533,20 @@ async def test_no_window_means_fail_closed(authority: ScriptedAuthority, clock: 
                 await exchange.identify("ada-token", may_be_stale=True)
 
 
+async def test_window_that_is_shorter_than_an_identity_is_kept_ends_when_it_says(
+    authority: ScriptedAuthority, clock: Clock
+) -> None:
+    async with exchange_with(authority, clock, stale_seconds=5) as exchange:
+        first = await exchange.identify("ada-token")
+        authority.failure = Unavailable("gone")
+        clock.advance(4)
+        assert await exchange.identify("ada-token", may_be_stale=True) is first
+        await settled(exchange)
+        clock.advance(1)
+        with pytest.raises(Unavailable):
+            await exchange.identify("ada-token", may_be_stale=True)
+
+
 @pytest.mark.parametrize("age", [1.0, 5.0, 20.0])
 async def test_identity_is_not_used_past_the_expiry_of_its_token(
     authority: ScriptedAuthority, clock: Clock, age: float
