@@ -362,13 +362,16 @@ async def _learn_workspace(exchange: TokenExchange) -> None:
 def _listening(listen: str) -> socket.socket:
     host, _, port = listen.rpartition(":")
     try:
-        return socket.create_server(
+        listening = socket.create_server(
             (host.strip("[]"), int(port)),
             family=socket.AF_INET6 if ":" in host else socket.AF_INET,
             backlog=2048,
         )
     except OSError as error:
         raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
+    # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and a body would wait 40 ms for its head.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 class _Server(uvicorn.Server):
