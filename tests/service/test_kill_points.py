@@ -39,6 +39,9 @@ WITHIN = 10.0
 PLATFORMS = 3
 """That work at once."""
 
+ROUTE_ACK_SECONDS = 0.1
+"""For as long a successor waits for gateways before it stops anything; there are none here."""
+
 LONGEST_SECONDS = 0.3
 """Most changes are over by then."""
 
@@ -167,7 +170,9 @@ async def running_platform() -> AsyncIterator[Platform]:
         await secrets.admin.create_scope("scope")
         await secrets.admin.put("scope", "key", "value")
         await stack.enter_async_context(no_replicas(secrets.settings.data_dir))
-        serving = await stack.enter_async_context(mortal_serving(secrets.settings.data_dir))
+        serving = await stack.enter_async_context(
+            mortal_serving(secrets.settings.data_dir, route_ack_seconds=ROUTE_ACK_SECONDS)
+        )
         yield Platform(secrets, serving)
 
 

@@ -1,8 +1,8 @@
 """Serving as a process that dies where it is told to, and is there again within a fraction of a second.
 
-`python -m tests.support.mortal_serving DIRECTORY` imports everything once and forks the service anew for every start.
-While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see `tests/support/failpoints.py`) and
-`passed`, which it answers with the points that it passed since.
+`python -m tests.support.mortal_serving DIRECTORY ROUTE_ACK_SECONDS` imports everything once and forks the service anew
+for every start. While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see
+`tests/support/failpoints.py`) and `passed`, which it answers with the points that it passed since.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import grpc
 
 from servicekit import channels, sockets
 from serving_service import app
+from serving_service.settings import ServingSettings
 from tests.support.failpoints import Failpoints
 from tests.support.serving import MannerRegistry, a_launcher, serving_settings
 
-ROUTE_ACK_SECONDS = 0.1
 START_SECONDS = 20.0
 
 
@@ -58,6 +58,9 @@ class MortalServing:
         # Anew, since one that was refused meanwhile waits for a second until it tries again.
         await self._channels.aclose()
         self.channel = await self._channels.enter_async_context(channels.opened(self._address))
+        if not self.ended.is_set():
+            # All channels of this process to one address share what they know of it, and when they try again.
+            await asyncio.wait_for(self.channel.channel_ready(), START_SECONDS)
 
     async def watch(self, deadly: str | None = None) -> None:
         """Has the service note the points that it passes from now on, and end at the one that is deadly."""
@@ -99,11 +102,11 @@ class MortalServing:
 
 
 @contextlib.asynccontextmanager
-async def mortal_serving(directory: Path) -> AsyncIterator[MortalServing]:
+async def mortal_serving(directory: Path, *, route_ack_seconds: float = 5.0) -> AsyncIterator[MortalServing]:
     """The service on a data directory, not started yet, and killed in the end."""
     address = sockets.socket_address(serving_settings(directory).sockets, callee="serving", caller="gateway")
     nursery = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory)),
+        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory), str(route_ack_seconds)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
@@ -114,23 +117,22 @@ async def mortal_serving(directory: Path) -> AsyncIterator[MortalServing]:
         await serving.close()
 
 
-def _main(directory: Path) -> None:
+def _main(directory: Path, route_ack_seconds: float) -> None:
     while (order := _next_order()) is not None:
         if order[0] != "start":
             continue  # it was meant for one that has just ended
         if (child := os.fork()) == 0:
-            asyncio.run(_serve(directory, deadly=order[1]))
+            asyncio.run(_serve(serving_settings(directory, route_ack_seconds=route_ack_seconds), deadly=order[1]))
         _tell(child)
         os.waitpid(child, 0)
         _tell("ended")
 
 
-async def _serve(directory: Path, *, deadly: str | None) -> None:
+async def _serve(settings: ServingSettings, *, deadly: str | None) -> None:
     points = Failpoints()
     points.install()
     points.watch(deadly)
-    settings = serving_settings(directory, route_ack_seconds=ROUTE_ACK_SECONDS)
-    async with app.running(settings, launcher=a_launcher(settings), registry=MannerRegistry(directory)):
+    async with app.running(settings, launcher=a_launcher(settings), registry=MannerRegistry(settings.data_dir)):
         _tell("serving")
         while (order := await asyncio.to_thread(_next_order)) is not None:
             if order[0] == "watch":
@@ -156,4 +158,4 @@ def _tell(*words: object) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    _main(Path(sys.argv[1]), float(sys.argv[2]))

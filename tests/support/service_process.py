@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 
@@ -36,6 +37,11 @@ class ServiceProcess:
             self._process.kill()
             await asyncio.to_thread(self._process.wait)
             self._process = None
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     async def _is_ready(self) -> bool:
         with contextlib.suppress(grpc.aio.AioRpcError):

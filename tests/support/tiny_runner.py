@@ -1,7 +1,7 @@
 """The smallest program that runs in place of a model server: ready a few milliseconds after its start.
 
 `python -I -S tests/support/tiny_runner.py LISTEN_FD REPORT_FD`, as a launch's `command()` runs it. Every request is
-answered with `SAYS`, what the environment gave it to say; one whose path ends in `stream` in `PIECES` pieces. With
+answered with `SAYS`, what the environment gave it to say; one whose body asks for a `stream`, in `PIECES` pieces. With
 `FAILS` it says that it cannot load, for that reason; with `HANGS` it says nothing. With `LEDGER`, a folder, it takes
 the first place there that nobody has who runs, and leaves a trace of it (`most_at_once`).
 """
@@ -43,14 +43,13 @@ def _take_place(ledger: str) -> None:
 
 def _answer(connection: socket.socket, says: bytes) -> None:
     with connection, connection.makefile("rb") as requests:
-        while line := requests.readline():
+        while requests.readline():
             length = 0
             while (header := requests.readline()) not in (b"\r\n", b""):
                 name, _, value = header.partition(b":")
                 if name.lower() == b"content-length":
                     length = int(value)
-            requests.read(length)
-            if line.split()[1].endswith(b"stream"):
+            if b"stream" in requests.read(length):
                 connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
                 for _ in range(PIECES):
                     connection.sendall(b"%x\r\n%b\r\n" % (len(says), says))
