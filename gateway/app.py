@@ -369,7 +369,7 @@ def _listening(listen: str) -> socket.socket:
         )
     except OSError as error:
         raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
-    # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and a body would wait 40 ms for its head.
+    # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and an answer would wait for 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 

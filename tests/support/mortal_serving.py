@@ -13,9 +13,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -47,20 +48,24 @@ class MortalServing:
         """Starts it, to end at the point `deadly`; returns when it is there, or has ended again."""
         assert self.ended.is_set()
         self.ended.clear()
+        self._told = asyncio.Queue()  # without what its predecessor said last
         self._order("start", deadly)
         told = await asyncio.wait_for(self._told.get(), START_SECONDS)
         self.pid = int(told[0])
-        serving, ended = asyncio.create_task(self._told.get()), asyncio.create_task(self.ended.wait())
-        done, _ = await asyncio.wait((serving, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        assert done, "Serving neither started nor ended"
-        for task in (serving, ended):
-            task.cancel()
-        # Anew, since one that was refused meanwhile waits for a second until it tries again.
+        await self._unless_ended(self._told.get())
+        # Anew, since one that was refused meanwhile waits for a second until it tries again; and ready, since all
+        # channels of this process to one address share what they know of it.
         await self._channels.aclose()
         self.channel = await self._channels.enter_async_context(channels.opened(self._address))
-        if not self.ended.is_set():
-            # All channels of this process to one address share what they know of it, and when they try again.
-            await asyncio.wait_for(self.channel.channel_ready(), START_SECONDS)
+        await self._unless_ended(self.channel.channel_ready())
+
+    async def _unless_ended(self, sign: Coroutine[Any, Any, Any]) -> None:
+        """Returns when there is a sign of the service, or when it has ended."""
+        waiting, ended = asyncio.create_task(sign), asyncio.create_task(self.ended.wait())
+        done, _ = await asyncio.wait((waiting, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        assert done, "Serving neither started nor ended"
+        for task in (waiting, ended):
+            task.cancel()
 
     async def watch(self, deadly: str | None = None) -> None:
         """Has the service note the points that it passes from now on, and end at the one that is deadly."""
