@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from servicekit import sockets
 from servicekit.source import Network, networks
@@ -188,6 +189,19 @@ def origin(text: str) -> str:
     if not text.startswith(("http://", "https://")):
         raise ValueError("expected an address that begins with http:// or https://")
     return text.rstrip("/")
+
+
+def url(text: str) -> str:
+    """Where something is sent by HTTP, without a user in it."""
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port != 0  # raises for what is none
+    except ValueError:
+        has_port = False
+    is_url = has_port and parts.scheme in ("http", "https") and parts.hostname is not None
+    if not is_url or parts.username is not None or parts.fragment or not text.isascii() or not text.isprintable():
+        raise ValueError("expected an address that begins with http:// or https://, without user and fragment")
+    return text
 
 
 def is_loopback(listen: str) -> bool:

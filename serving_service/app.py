@@ -19,7 +19,7 @@ from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.measures import Measures
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
-from serving_service import cgroups, store
+from serving_service import cgroups, couriers, store
 from serving_service.consumption import Consumption
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
@@ -30,6 +30,7 @@ from serving_service.launcher import Launcher, LocalLauncher, model_environment
 from serving_service.launches import Launches
 from serving_service.meters import Meters
 from serving_service.monitoring import Monitoring
+from serving_service.notices import Outbox
 from serving_service.probes import Probes
 from serving_service.query import Queries
 from serving_service.registry import MlflowRegistry, Registry
@@ -104,6 +105,7 @@ async def running(
             (data / ISOLATION_FILE).write_text(f"{isolation.summary}\n")
         users = ModelUsers(opened, isolation.users) if isolation.users else None
         ledger = Ledger()
+        outbox = Outbox(opened, *couriers.configured(settings))
         routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds)
         controllers = Controllers(
             Doors(
@@ -121,6 +123,7 @@ async def running(
                 probes=Probes(pool, patience=settings.liveness_deadline),
                 notice=isolation.notice,
                 routes=routes,
+                outbox=outbox,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
                 load_deadline=settings.load_deadline,
@@ -140,6 +143,7 @@ async def running(
             answers=Answers(Unsealed(), time.time),
             monitoring=Monitoring(meters, consumption, controllers),
             public_url=settings.public_url,
+            can_notify=outbox.is_open,
         )
         queries = Queries(routes, access, pool, ledger, own_measures, deadline=settings.inference_deadline)
         services = pb.DESCRIPTOR.services_by_name
@@ -175,6 +179,7 @@ async def running(
                     "meters": meters.run,
                     "consumption": consumption.run,
                     **({"template": template.run} if template else {}),
+                    "notices": outbox.run,
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,

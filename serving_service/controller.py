@@ -31,6 +31,7 @@ from serving_service.launcher import (
 )
 from serving_service.launches import LaunchDelayed, Launches, LaunchImpossible
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord, ServedEntity
+from serving_service.notices import Outbox
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 from serving_service.probes import READINESS_SECONDS, Probes
 from serving_service.reconcile import Phase, Replica
@@ -60,6 +61,7 @@ class Doors:
     launches: Launches
     probes: Probes
     routes: RouteTable
+    outbox: Outbox
     notice: str
     """What the state of every served entity that is ready says besides; empty when there is nothing to say."""
     inference_deadline: float
@@ -278,7 +280,7 @@ class EndpointController:
         await self._doors.routes.acknowledged()
         # A replica may have died while the gateways were told; then the old ones go on and this version is not done.
         is_ready = self._observed().is_ready(_wanted(config))
-        if is_ready and await self._doors.database.write(store.activate, endpoint.id, version):
+        if is_ready and await self._ended_update(endpoint, config, {}):
             log.info("configuration activated", extra={"endpoint": endpoint.name, "version": version})
             if endpoint.active is not None:
                 self._doors.launches.dropped(endpoint.id, endpoint.active.version)
@@ -292,12 +294,30 @@ class EndpointController:
             entity.name: EntityState(Deployment.FAILED, causes[entity.name]) if entity.name in causes else aborted
             for entity in endpoint.pending.entities
         }
-        await self._doors.database.write(store.fail_update, endpoint.id, version, failures)
+        await self._ended_update(endpoint, endpoint.pending, failures)
         for name, cause in causes.items():
             for replica in self._observed().of(version, name):
                 self._timeline.end(replica.id, Outcome.FAILED, message=cause)
         log.info("configuration failed", extra={"endpoint": endpoint.name, "version": version, "causes": causes})
         self.wake()
+
+    async def _ended_update(
+        self, endpoint: Endpoint, config: EndpointConfig, failures: Mapping[str, EntityState]
+    ) -> bool:
+        """Ends an update, and notes who is to be told, in one transaction; False when it is too late."""
+
+        def commit(connection: sqlite3.Connection) -> bool:
+            if failures:
+                is_ended = store.fail_update(connection, endpoint.id, config.version, failures)
+            else:
+                is_ended = store.activate(connection, endpoint.id, config.version)
+            if is_ended:
+                self._doors.outbox.note(connection, endpoint, config, failures)
+            return is_ended
+
+        is_ended = await self._doors.database.write(commit)
+        self._doors.outbox.noted()
+        return is_ended
 
     async def _launch(self, endpoint: Endpoint, entity: ServedEntity, replica: Replica) -> None:
         try:

@@ -34,7 +34,7 @@ MAX_LIMITS = 20
 MAX_GROUP_LIMITS = 5
 """Rate limits of one endpoint, in each spelling."""
 
-_ADDRESS = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
+_ADDRESS = re.compile(r"[^@\s\x00-\x1f\x7f]{1,64}@[^@\s\x00-\x1f\x7f]{1,255}")
 
 
 def plain(message: Message) -> Plain:

@@ -111,6 +111,7 @@ class Endpoints:
         answers: Answers,
         monitoring: Monitoring,
         public_url: str,
+        can_notify: bool,
     ) -> None:
         self._database = database
         self._registry = registry
@@ -121,6 +122,7 @@ class Endpoints:
         self._answers = answers
         self._monitoring = monitoring
         self._public_url = public_url
+        self._can_notify = can_notify
         self._changes: set[asyncio.Task[Any]] = set()
         self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Changes under way whose callers chose their ids."""
@@ -200,7 +202,7 @@ class Endpoints:
         def change(endpoint: Endpoint) -> Endpoint:
             if notifications is None:
                 return endpoint
-            return replace(endpoint, email_notifications=_notifications(name, notifications))
+            return replace(endpoint, email_notifications=self._notifications(name, notifications))
 
         return await self._to_its_end(lambda: self._change(name, change, caller))
 
@@ -327,7 +329,7 @@ class Endpoints:
             "description": request.description,
             "tags": details.read_tags(request.tags, at="tags"),
             "ai_gateway": details.read_ai_gateway(request.ai_gateway, at="ai_gateway"),
-            "email_notifications": _notifications(request.name, request.email_notifications)
+            "email_notifications": self._notifications(request.name, request.email_notifications)
             if request.HasField("email_notifications")
             else None,
             "telemetry_config": telemetry if has_telemetry else None,
@@ -557,6 +559,17 @@ class Endpoints:
         described = zip(config.entities, models, strict=True)
         return replace(config, entities=tuple(replace(entity, model=model) for entity, model in described))
 
+    def _notifications(self, name: str, notifications: pb.EmailNotifications) -> details.Plain:
+        """Whom to tell, with a warning when there is no way to tell anybody."""
+        said = details.read_notifications(notifications, at="email_notifications")
+        if any(said.values()) and not self._can_notify:
+            warnings.warn(
+                "notifications are not sent",
+                "email_notifications: they are kept, but this platform has no mail server or webhook for them.",
+                endpoint=name,
+            )
+        return said
+
     def _view(self, endpoint: Endpoint, level: Level) -> View:
         has_url = endpoint.route_optimized and self._public_url
         return View(
@@ -598,18 +611,6 @@ def _described(name: str, url: str, version: int, folders: Mapping[str, Path]) -
             raise NotDescribable(name, NotDescribable.HAS_NO_SIGNATURE.format(entity=entity))
         signatures[entity] = signature
     return openapi.document(name, url, version, signatures)
-
-
-def _notifications(name: str, notifications: pb.EmailNotifications) -> details.Plain:
-    """Whom to tell, with a warning that nobody is told as yet."""
-    said = details.read_notifications(notifications, at="email_notifications")
-    if any(said.values()):
-        warnings.warn(
-            "notifications are not sent",
-            "email_notifications: they are kept, but this platform sends none yet.",
-            endpoint=name,
-        )
-    return said
 
 
 def _check_quotas(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:

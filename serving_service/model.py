@@ -137,6 +137,21 @@ class Endpoint:
         return self.is_stopped and not self.is_updating
 
 
+@dataclass(frozen=True, kw_only=True)
+class Notice:
+    """What somebody is to be told of an update that has ended. Times are Unix milliseconds."""
+
+    id: str
+    courier: str
+    """The way by which it goes."""
+    recipient: str = field(repr=False)
+    content: Mapping[str, Any]
+    created_at: int
+    due_at: int
+    attempts: int = 0
+    """How many times it was not taken."""
+
+
 @dataclass(frozen=True)
 class ReplicaRecord:
     """That a replica was meant to be started: written before it is, removed after it is gone."""

@@ -14,6 +14,14 @@ from serving_service.cgroups import Limits, memory_of_machine
 _LAST_USER = 2**32 - 2
 
 
+def _mail_address(text: str) -> str:
+    """An address such as tessera@example.com."""
+    user, at, host = text.rpartition("@")
+    if not (user and at and host) or not text.isascii() or not text.isprintable() or set(text) & set(" ,<>"):
+        raise ValueError("expected an e-mail address, such as tessera@example.com")
+    return text
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServingSettings(settings.ServiceSettings):
     """The settings of the Serving service."""
@@ -131,9 +139,65 @@ class ServingSettings(settings.ServiceSettings):
         help="Whether replicas are forked from a process that has MLflow in memory, where their variables allow that:"
         " they start much faster then, and share that memory.",
     )
+    smtp_host: str | None = setting(
+        "TESSERA_SMTP_HOST",
+        str,
+        default=None,
+        help="Mail server that notifications of ended updates are handed to. Not set: none are mailed.",
+    )
+    smtp_port: int | None = setting(
+        "TESSERA_SMTP_PORT",
+        settings.count,
+        default=None,
+        help="Its port. Not set: 587, with `tls` 465, with `none` 25.",
+    )
+    smtp_security: str = setting(
+        "TESSERA_SMTP_SECURITY",
+        settings.one_of("starttls", "tls", "none"),
+        default="starttls",
+        help="How the connection to it is secured: `starttls`, `tls`, or `none`, which takes no password along.",
+    )
+    smtp_from: str | None = setting(
+        "TESSERA_SMTP_FROM",
+        _mail_address,
+        default=None,
+        help="The address that mails come from.",
+    )
+    smtp_user: str | None = setting(
+        "TESSERA_SMTP_USER", str, default=None, help="Who logs in to the mail server. Not set: nobody does."
+    )
+    smtp_password_file: Path | None = setting(
+        "TESSERA_SMTP_PASSWORD_FILE",
+        settings.file,
+        default=None,
+        help="File with that one's password, mode 0600 or 0400.",
+    )
+    webhook_url: str | None = setting(
+        "TESSERA_NOTIFICATION_WEBHOOK_URL",
+        settings.url,
+        default=None,
+        help="Where notifications of ended updates are posted, in the form of standardwebhooks.com. Not set: nowhere.",
+    )
+    webhook_secret_file: Path | None = setting(
+        "TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE",
+        settings.file,
+        default=None,
+        help="File with the secret that these are signed with, mode 0600 or 0400: `whsec_` and base64, or any text.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _together(("TESSERA_SMTP_HOST", self.smtp_host), ("TESSERA_SMTP_FROM", self.smtp_from))
+        _together(("TESSERA_SMTP_USER", self.smtp_user), ("TESSERA_SMTP_PASSWORD_FILE", self.smtp_password_file))
+        _together(
+            ("TESSERA_NOTIFICATION_WEBHOOK_URL", self.webhook_url),
+            ("TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE", self.webhook_secret_file),
+        )
+        if self.smtp_user is not None and self.smtp_security == "none":
+            raise ValueError(
+                "TESSERA_SMTP_SECURITY is none, so the password in TESSERA_SMTP_PASSWORD_FILE would travel"
+                " in clear. Use starttls or tls, or do without a user."
+            )
         self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)
         if self.model_users[0] < 1 or self.model_users[-1] > _LAST_USER:
             raise ValueError(f"TESSERA_MODEL_USERS is not right: expected users between 1 and {_LAST_USER}, never root")
@@ -153,6 +217,13 @@ class ServingSettings(settings.ServiceSettings):
     def has_reflection(self) -> bool:
         """Whether the public listener offers reflection."""
         return settings.is_loopback(self.listen) if self.reflection is None else self.reflection
+
+
+def _together(*pair: tuple[str, object]) -> None:
+    """Raises ValueError when one of two settings is there without the other."""
+    (first, one), (second, other) = pair
+    if (one is None) != (other is None):
+        raise ValueError(f"{first} and {second} belong together: set both, or none.")
 
 
 def own_environment() -> Mapping[str, str]:

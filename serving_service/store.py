@@ -28,6 +28,7 @@ from serving_service.model import (
     EntityState,
     Minute,
     ModelVersion,
+    Notice,
     ReplicaRecord,
     Route,
     ServedEntity,
@@ -153,14 +154,18 @@ def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> 
 
 
 def fail_update(
-    connection: sqlite3.Connection, endpoint_id: str, version: int, failures: dict[str, EntityState]
-) -> None:
-    """Records that the pending version could not be deployed, and how each of its entities ended."""
-    connection.execute(
+    connection: sqlite3.Connection, endpoint_id: str, version: int, failures: Mapping[str, EntityState]
+) -> bool:
+    """Records that the pending version could not be deployed, and how each of its entities ended.
+
+    False when it is no longer being deployed.
+    """
+    changed = connection.execute(
         "UPDATE endpoints SET config_update = 'UPDATE_FAILED', failures = ? "
         "WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS'",
         (_failures(failures), endpoint_id, version),
     )
+    return changed.rowcount == 1
 
 
 def cancel_update(connection: sqlite3.Connection, canceled: Endpoint) -> None:
@@ -357,6 +362,65 @@ def minutes_of(
         (endpoint_id, start, end, *(after or (-1, "", "")), limit),
     )
     return [_minute(endpoint_id, *row) for row in rows]
+
+
+def to_tell(connection: sqlite3.Connection, endpoint_id: str, event: str) -> list[str]:
+    """The addresses to tell of an event of an endpoint (`on_update_failure`, `on_update_success`)."""
+    row = connection.execute("SELECT email_notifications FROM endpoints WHERE id = ?", (endpoint_id,)).fetchone()
+    said = _optional(row[0]) if row else None
+    return list(said.get(event, ())) if said else []
+
+
+def add_notices(connection: sqlite3.Connection, notices: Sequence[Notice], *, most: int) -> bool:
+    """Records what is to be told; False, and nothing is recorded, when more than `most` would wait."""
+    if connection.execute("SELECT count(*) FROM notices").fetchone()[0] + len(notices) > most:
+        return False
+    connection.executemany(
+        "INSERT INTO notices (id, courier, recipient, content, created_at, due_at, attempts)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (each.id, each.courier, each.recipient, _json(each.content), each.created_at, each.due_at, each.attempts)
+            for each in notices
+        ],
+    )
+    return True
+
+
+def first_notice(connection: sqlite3.Connection, couriers: Collection[str]) -> Notice | None:
+    """The notice of these couriers that is due first, be it in the future."""
+    row = connection.execute(
+        "SELECT id, courier, recipient, content, created_at, due_at, attempts FROM notices"
+        " WHERE courier IN (SELECT value FROM json_each(?)) ORDER BY due_at, rowid LIMIT 1",
+        (_json(couriers),),
+    ).fetchone()
+    if row is None:
+        return None
+    id_, courier, recipient, content, created_at, due_at, attempts = row
+    return Notice(
+        id=id_,
+        courier=courier,
+        recipient=recipient,
+        content=orjson.loads(content),
+        created_at=created_at,
+        due_at=due_at,
+        attempts=attempts,
+    )
+
+
+def delay_notice(connection: sqlite3.Connection, notice_id: str, due_at: int, *, whole_courier: bool = False) -> None:
+    """Records an attempt that failed, and when the next one is; `whole_courier`: none of its others is made before."""
+    connection.execute("UPDATE notices SET attempts = attempts + 1, due_at = ? WHERE id = ?", (due_at, notice_id))
+    if whole_courier:
+        connection.execute(
+            "UPDATE notices SET due_at = ?1 WHERE due_at < ?1"
+            " AND courier = (SELECT courier FROM notices WHERE id = ?2)",
+            (due_at, notice_id),
+        )
+
+
+def remove_notice(connection: sqlite3.Connection, notice_id: str) -> None:
+    """Forgets a notice that was delivered or dropped."""
+    connection.execute("DELETE FROM notices WHERE id = ?", (notice_id,))
 
 
 def next_epoch(connection: sqlite3.Connection) -> int:

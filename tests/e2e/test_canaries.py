@@ -26,6 +26,7 @@ from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 from tests.support.api import ENDPOINTS, SECRETS, Answer, Api, until
 from tests.support.canaries import Canary, found_in, found_in_files, found_in_processes
 from tests.support.issuer import AUDIENCE, Issuer, serving_in_a_thread
+from tests.support.receivers import webhook_receiver
 from tests.support.registered_models import FAILING, GOOD, entity, stack_environment
 from tests.support.stack import Stack, running_stack
 
@@ -95,15 +96,29 @@ class Sweep:
 def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
     data, temporary = directory / "data", directory / "tmp"
     temporary.mkdir()
-    with serving_in_a_thread(Issuer()) as issuer:
+    posting = Canary.new("the secret of the webhook")
+    (directory / "webhook").touch(mode=0o600)
+    (directory / "webhook").write_text(posting.value)
+    with serving_in_a_thread(Issuer()) as issuer, webhook_receiver() as receiver:
+        # The first attempts fail, so that a notice is seen in the database too.
+        receiver.statuses = [500] * 3
         more = {"TESSERA_OIDC_ISSUER": issuer.url, "TESSERA_OIDC_AUDIENCE": AUDIENCE}
+        more["TESSERA_NOTIFICATION_WEBHOOK_URL"] = receiver.url
+        more["TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE"] = str(directory / "webhook")
         environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary), **more)
-        sweep_everything(data, temporary, environment, issuer)
+        sweep = sweep_everything(data, temporary, environment, issuer, posting)
+        told = b"".join(f"{headers}".encode() + body for headers, body in receiver.posted)
+        assert b"update_failed" in told
+        assert b"[secret]" in told
+        assert found_in(told, sweep.canaries, place="what was posted") == []
 
 
-def sweep_everything(data: Path, temporary: Path, environment: dict[str, str], issuer: Issuer) -> None:
+def sweep_everything(
+    data: Path, temporary: Path, environment: dict[str, str], issuer: Issuer, posting: Canary
+) -> Sweep:
     with running_stack(data, environment=environment) as stack:
         sweep = Sweep(stack, [data, temporary])
+        sweep.canaries.append(posting)
         secret = sweep.new("a secret")
         put_and_get(sweep, secret)
         refused_requests(sweep)
@@ -120,6 +135,7 @@ def sweep_everything(data: Path, temporary: Path, environment: dict[str, str], i
         assert sweep.found() == []
         assert stack.stop() == 0
         assert sweep.found_in_files() == []
+    return sweep
 
 
 def put_and_get(sweep: Sweep, secret: Canary) -> None:
@@ -258,7 +274,8 @@ def launch(sweep: Sweep, secret: Canary) -> None:
 
 def create(sweep: Sweep, name: str, version: str, **variables: str) -> None:
     served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}", **variables)
-    body = {"name": name, "config": {"served_entities": [served]}}
+    told = {"on_update_failure": ["ada@example.com"]}
+    body = {"name": name, "config": {"served_entities": [served]}, "email_notifications": told}
     # A registry that has just been started may ask for a retry.
     until(lambda: sweep.send("POST", ENDPOINTS, body).status == 200, within=60, what=f"{name} is created")
 

@@ -581,6 +581,23 @@ FAULTS = (
             "tests/e2e/test_warm.py::test_a_variable_that_is_read_at_the_start_is_honoured_by_a_start",
         ),
     ),
+    # --- notices ---
+    Fault(
+        name="end-without-notice",
+        property="contract 5.1",
+        file="serving_service/controller.py",
+        old="            if is_ended:\n                self._doors.outbox.note(",
+        new="            if is_ended and not failures:\n                self._doors.outbox.note(",
+        tests=("tests/service/test_notifications.py::test_each_end_of_an_update_is_mailed_to_those_who_asked_for_it",),
+    ),
+    Fault(
+        name="told-again-and-again",
+        property="contract 5.1",
+        file="serving_service/notices.py",
+        old="            await self._write(store.remove_notice, notice.id)\n\n    def _after",
+        new="            await self._write(store.delay_notice, notice.id, self._after(notice))\n\n    def _after",
+        tests=("tests/unit/serving_service/test_notices.py::test_each_is_told_of_what_they_asked_for_and_once",),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",

@@ -99,7 +99,7 @@ async def test_a_retry_of_a_change_gets_the_first_answer_and_its_warning(admin: 
     send = admin.stub.UpdateServingEndpointNotifications
     first, warnings = await warnings_of(send(request, metadata=metadata, timeout=TIMEOUT))
     assert len(warnings) == 1
-    assert "sends none" in warnings[0]
+    assert "no mail server or webhook" in warnings[0]
     none = pb.UpdateServingEndpointNotificationsRequest(name="demo", email_notifications=pb.EmailNotifications())
     assert (await warnings_of(send(none, metadata=admin._metadata, timeout=TIMEOUT)))[1] == []
     again = await warnings_of(send(request, metadata=metadata, timeout=TIMEOUT))

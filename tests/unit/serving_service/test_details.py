@@ -135,7 +135,7 @@ def test_telemetry_that_is_switched_off_is_kept() -> None:
     assert details.read_telemetry(a_telemetry(**off), at="") == off
 
 
-@pytest.mark.parametrize("address", ["", "ada", "a@", "@b", "a b@c", "a@b@c", f"{'a' * 65}@b", "a@b\n"])
+@pytest.mark.parametrize("address", ["", "ada", "a@", "@b", "a b@c", "a\0@c", "a@b@c", f"{'a' * 65}@b", "a@b\n"])
 def test_what_is_no_address_is_refused_by_its_place(address: str) -> None:
     given = pb.EmailNotifications(on_update_success=["ada@example.com", address])
     with pytest.raises(InvalidParameter, match=r"^email_notifications\.on_update_success\[1\]: "):
