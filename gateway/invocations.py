@@ -91,12 +91,15 @@ class Invocations:
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
         endpoint = await self._permitted(name, caller)
-        with self._measures.began(endpoint.id) as measured:
+        with self._began(endpoint, caller) as measured:
             charge = self._ledger.admit(endpoint.limits, caller)
             body = await self._body(request)
             # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
             endpoint = await self._permitted(name, caller)
             await self._forward(request, send, headers, endpoint, entity_name, body, charge, measured)
+
+    def _began(self, endpoint: Endpoint, caller: Principal) -> Invocation:
+        return self._measures.began(endpoint.id, tracked=caller if endpoint.is_usage_tracked else None)
 
     async def _body(self, request: Request) -> bytes | AsyncIterator[bytes]:
         """What there is of a body: the whole where it came at once, else piece by piece."""
@@ -120,7 +123,7 @@ class Invocations:
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
         endpoint = await self._permitted(name, caller)
-        with self._measures.began(endpoint.id) as measured:
+        with self._began(endpoint, caller) as measured:
             charge = self._ledger.admit(endpoint.limits, caller)
             await self._forward(request, send, headers, endpoint, None, body, charge, measured)
 
@@ -228,7 +231,8 @@ class Invocations:
 async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge, measured: Invocation) -> None:
     kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
     await send({"type": "http.response.start", "status": response.status, "headers": [*kept, *headers]})
-    usage = token_usage.reader(dict(response.headers).get(b"content-type", b"")) if charge.wants_tokens else None
+    wants_tokens = charge.wants_tokens or measured.wants_tokens
+    usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
     try:
         async for piece in response:
             if usage is not None:
@@ -244,6 +248,7 @@ async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge:
         # Also when the caller hung up: what was answered by then was used.
         if usage is not None:
             charge.tokens(usage.total())
+            measured.used(usage.usage())
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -17,7 +17,7 @@ import grpc
 
 from servicekit import channels
 from servicekit.errors import ServiceError
-from servicekit.measures import Measures, to_message
+from servicekit.measures import Measures, report
 from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
 
@@ -47,47 +47,42 @@ class Reporter:
 
     async def run(self, channel: grpc.aio.Channel) -> None:
         """Reports until cancelled, and then once more."""
-        report = rpc.MeteringStub(channel).Report
+        method = rpc.MeteringStub(channel).Report
         try:
             while True:
                 await asyncio.sleep(REPORT_SECONDS)
                 with contextlib.suppress(ServiceError):  # it is told again
                     await self.tell(
-                        lambda message: channels.call(report, message, peer="Serving", timeout=ANSWER_SECONDS)
+                        lambda message: channels.call(method, message, peer="Serving", timeout=ANSWER_SECONDS)
                     )
         finally:
             with contextlib.suppress(ServiceError, TimeoutError):
                 async with asyncio.timeout(LAST_SECONDS):
                     await self.tell(
-                        lambda message: channels.call(report, message, peer="Serving", timeout=LAST_SECONDS)
+                        lambda message: channels.call(method, message, peer="Serving", timeout=LAST_SECONDS)
                     )
 
-    async def tell(self, report: Callable[[pb.MeasuresReport], Awaitable[pb.MeasuresReceipt]]) -> None:
-        """Reports everything that Serving does not have, old and new; raises what `report` raises."""
+    async def tell(self, send: Callable[[pb.MeasuresReport], Awaitable[pb.MeasuresReceipt]]) -> None:
+        """Reports everything that Serving does not have, old and new; raises what `send` raises."""
         self._make()
         if not self._kept:
             return
-        self._follow(await report(self._next() or self._question()))
+        self._follow(await send(self._next() or self._question()))
         for _ in range(MOST_KEPT):
             if (message := self._next()) is None:
                 return
-            self._follow(await report(message))
+            self._follow(await send(message))
 
     def _make(self) -> None:
         """Makes a report of what was measured since the last one."""
         if len(self._kept) >= MOST_KEPT:
             return
-        measured = self._measures.take()
-        if measured:
+        if taken := self._measures.take():
             self._made += 1
-            self._kept.append(
-                pb.MeasuresReport(
-                    gateway_id=self._gateway_id,
-                    sequence=self._made,
-                    end_time=int(self._now() * 1000),
-                    entities=[to_message(key, one) for key, one in measured.items()],
-                )
-            )
+            message = report(taken)
+            message.gateway_id, message.sequence = self._gateway_id, self._made
+            message.end_time = int(self._now() * 1000)
+            self._kept.append(message)
 
     def _next(self) -> pb.MeasuresReport | None:
         """The report that Serving expects, if there is one."""

@@ -51,6 +51,8 @@ class Endpoint:
     entities: tuple[Entity, ...]
     limits: Limits
     is_stopped: bool = False
+    is_usage_tracked: bool = False
+    """Whether it is recorded who uses it."""
 
     def entity(self, name: str) -> Entity | None:
         """The entity called `name`, if there is one."""
@@ -157,7 +159,9 @@ class RoutingTable:
             for entity in routes.entities
         ]
         limits = Limits(routes.endpoint_id, tuple(routes.rate_limits))
-        return Endpoint(routes.endpoint_id, routes.name, tuple(entities), limits, routes.is_stopped)
+        return Endpoint(
+            routes.endpoint_id, routes.name, tuple(entities), limits, routes.is_stopped, routes.is_usage_tracked
+        )
 
     def _replica(self, route: pb.ReplicaRoute) -> Replica:
         replica = self._replicas.get(route.replica_id)

@@ -10,11 +10,14 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from servicekit.context import Principal
 from servicekit.distribution import Distribution
 from servicekit.errors import HTTP_STATUS, ServiceError
+from servicekit.token_usage import Usage
 from tessera.serving.v1 import serving_pb2 as pb
 
 TIMING = b"x-tessera-timing"
@@ -55,13 +58,53 @@ class Measured:
         self.queue.merge(other.queue)
 
 
+class UsageKey(NamedTuple):
+    """Who used what. `requester` is the principal's name at the time."""
+
+    endpoint_id: str
+    entity: str
+    principal_id: str
+    requester: str
+
+
+class Used:
+    """How much of an endpoint whose usage is tracked somebody used."""
+
+    __slots__ = ("failed", "input_tokens", "output_tokens", "refused", "requests")
+
+    def __init__(self) -> None:
+        self.requests = self.refused = self.failed = 0
+        self.input_tokens = self.output_tokens = 0
+
+    def merge(self, other: Used) -> None:
+        """Adds all of `other`."""
+        self.requests += other.requests
+        self.refused += other.refused
+        self.failed += other.failed
+        self.input_tokens += other.input_tokens
+        self.output_tokens += other.output_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """All that was measured in a while."""
+
+    entities: dict[Key, Measured]
+    usage: dict[UsageKey, Used]
+
+    def __bool__(self) -> bool:
+        return bool(self.entities or self.usage)
+
+
 class Invocation:
     """One request under way. As a context it ends the request, with the error that leaves it as the answer."""
 
-    __slots__ = ("_began", "_key", "_measures", "_queue", "_queued", "_sent", "_took", "status")
+    __slots__ = ("_began", "_key", "_measures", "_queue", "_queued", "_requester", "_sent", "_took", "_usage", "status")
 
-    def __init__(self, measures: Measures, endpoint_id: str) -> None:
+    def __init__(self, measures: Measures, endpoint_id: str, requester: Principal | None) -> None:
         self._measures = measures
+        self._requester = requester
+        self._usage: Usage | None = None
         self._key = Key(endpoint_id)
         self._began = self._sent = measures.now()
         self._queued = False
@@ -87,6 +130,15 @@ class Invocation:
         self._queue = said[0] if said else 0.0
         self._took = said[1] if len(said) > 1 else None
 
+    @property
+    def wants_tokens(self) -> bool:
+        """Whether it is to be told how many tokens the answer took."""
+        return self._requester is not None
+
+    def used(self, usage: Usage | None) -> None:
+        """Says how many tokens the answer took; None: it does not tell."""
+        self._usage = usage
+
     def __enter__(self) -> Self:
         return self
 
@@ -97,9 +149,13 @@ class Invocation:
             self.status = self._measures.status_of(error)
         now = self._measures.now()
         measured = self._measures.leave(self._key)
-        measured.requests += 1
-        measured.refused += 400 <= self.status < 500
-        measured.failed += self.status >= 500
+        self._count(measured)
+        if self._requester is not None:
+            used = self._measures.used_by(self._key, self._requester)
+            self._count(used)
+            if self._usage is not None:
+                used.input_tokens += self._usage.input_tokens
+                used.output_tokens += self._usage.output_tokens
         if self.status != NOBODY_ANSWERED:
             measured.latency.add((now - self._began) * 1000)
         if self._queued:
@@ -108,6 +164,11 @@ class Invocation:
             measured.prediction.add(self._took)
         elif self._queued and 200 <= self.status < 300:  # a stream: its model works until its end
             measured.prediction.add(max((now - self._sent) * 1000 - self._queue, 0.0))
+
+    def _count(self, counts: Measured | Used) -> None:
+        counts.requests += 1
+        counts.refused += 400 <= self.status < 500
+        counts.failed += self.status >= 500
 
 
 class _Flow:
@@ -130,18 +191,28 @@ class Measures:
         self.now = now
         self._gone = gone
         self._measured: dict[Key, Measured] = {}
+        self._usage: dict[UsageKey, Used] = {}
         self._flows: dict[Key, _Flow] = {}
 
-    def began(self, endpoint_id: str) -> Invocation:
-        """A request to an endpoint; enter it as a context."""
-        return Invocation(self, endpoint_id)
+    def began(self, endpoint_id: str, *, tracked: Principal | None = None) -> Invocation:
+        """A request to an endpoint; enter it as a context. `tracked`: the caller, where it is recorded who that is."""
+        return Invocation(self, endpoint_id, tracked)
 
-    def take(self) -> dict[Key, Measured]:
+    def take(self) -> Taken:
         """All that was measured since the last time."""
-        for key in list(self._flows):
+        for key in self._flows:
             self._look(key)
-        taken, self._measured = self._measured, {}
+        taken = Taken(self._measured, self._usage)
+        self._measured, self._usage = {}, {}
         return taken
+
+    def used_by(self, key: Key, principal: Principal) -> Used:
+        """Where it is counted what a caller uses."""
+        usage = UsageKey(key.endpoint_id, key.entity, principal.id, principal.name)
+        used = self._usage.get(usage)
+        if used is None:
+            used = self._usage[usage] = Used()
+        return used
 
     def enter(self, key: Key) -> None:
         """One more request is under way."""
@@ -184,8 +255,48 @@ class Measures:
         return measured
 
 
-def to_message(key: Key, measured: Measured) -> pb.EntityMeasures:
-    """What was measured, to be reported."""
+def report(taken: Taken) -> pb.MeasuresReport:
+    """What was measured, to be told."""
+    return pb.MeasuresReport(
+        entities=[_entity(key, measured) for key, measured in taken.entities.items()],
+        usage=[
+            pb.UsageMeasures(
+                endpoint_id=key.endpoint_id,
+                served_entity_name=key.entity,
+                principal_id=key.principal_id,
+                requester=key.requester,
+                requests=used.requests,
+                refused=used.refused,
+                failed=used.failed,
+                input_tokens=used.input_tokens,
+                output_tokens=used.output_tokens,
+            )
+            for key, used in taken.usage.items()
+        ],
+    )
+
+
+def reported(message: pb.MeasuresReport) -> Taken:
+    """What a report tells; raises ValueError when its counts are not between our bounds."""
+    taken = Taken({}, {})
+    for entity in message.entities:
+        measured = taken.entities[Key(entity.endpoint_id, entity.served_entity_name, entity.entity_version)] = (
+            Measured()
+        )
+        measured.requests, measured.refused, measured.failed = entity.requests, entity.refused, entity.failed
+        measured.busy = entity.busy_ms
+        for name in ("latency", "prediction", "queue"):
+            said: pb.Distribution = getattr(entity, name)
+            setattr(measured, name, Distribution(said.counts, said.sum_ms))
+    for use in message.usage:
+        key = UsageKey(use.endpoint_id, use.served_entity_name, use.principal_id, use.requester)
+        used = taken.usage[key] = Used()
+        used.requests, used.refused, used.failed = use.requests, use.refused, use.failed
+        used.input_tokens, used.output_tokens = use.input_tokens, use.output_tokens
+    return taken
+
+
+def _entity(key: Key, measured: Measured) -> pb.EntityMeasures:
     return pb.EntityMeasures(
         endpoint_id=key.endpoint_id,
         served_entity_name=key.entity,
@@ -198,17 +309,6 @@ def to_message(key: Key, measured: Measured) -> pb.EntityMeasures:
         prediction=_distribution(measured.prediction),
         queue=_distribution(measured.queue),
     )
-
-
-def from_message(message: pb.EntityMeasures) -> tuple[Key, Measured]:
-    """What a report says; raises ValueError when its counts are not between our bounds."""
-    measured = Measured()
-    measured.requests, measured.refused, measured.failed = message.requests, message.refused, message.failed
-    measured.busy = message.busy_ms
-    for name in ("latency", "prediction", "queue"):
-        said: pb.Distribution = getattr(message, name)
-        setattr(measured, name, Distribution(said.counts, said.sum_ms))
-    return Key(message.endpoint_id, message.served_entity_name, message.entity_version), measured
 
 
 def _distribution(distribution: Distribution) -> pb.Distribution:

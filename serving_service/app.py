@@ -130,7 +130,7 @@ async def running(
             )
         )
         own_measures = Measures()
-        meters = Meters(opened, own_measures, lambda key: len(controllers.ready(key)))
+        meters = Meters(opened, own_measures, lambda key: len(controllers.ready(key)), usage_days=settings.usage_days)
         await meters.load()
         consumption = Consumption(controllers.processes, memory_limit=settings.limits.memory)
         endpoints = Endpoints(
@@ -141,7 +141,7 @@ async def running(
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
-            monitoring=Monitoring(meters, consumption, controllers),
+            monitoring=Monitoring(opened, meters, consumption, controllers),
             public_url=settings.public_url,
             can_notify=outbox.is_open,
         )

@@ -129,6 +129,7 @@ class EndpointController:
                     name=endpoint.name,
                     entities=entities,
                     limits=details.limits(endpoint),
+                    is_usage_tracked=details.is_usage_tracked(endpoint),
                     is_stopped=endpoint.is_resting,
                 )
             )

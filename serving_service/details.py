@@ -125,6 +125,12 @@ def read_rate_limits(given: Sequence[pb.RateLimit]) -> tuple[Plain, ...]:
     return said
 
 
+def is_usage_tracked(endpoint: Endpoint) -> bool:
+    """Whether it is to be recorded who uses the endpoint."""
+    gateway = message(pb.AiGatewayConfig, endpoint.ai_gateway)
+    return gateway is not None and gateway.usage_tracking_config.enabled
+
+
 def limits(endpoint: Endpoint) -> Limits:
     """Every limit that the endpoint's callers have to keep to."""
     gateway = message(pb.AiGatewayConfig, endpoint.ai_gateway) or pb.AiGatewayConfig()
@@ -185,7 +191,7 @@ def _check_limit(limit: pb.AiGatewayRateLimit, *, at: str) -> None:
 
 
 def _gateway_features(gateway: pb.AiGatewayConfig) -> Iterator[str]:
-    for field in ("fallback_config", "inference_table_config", "usage_tracking_config"):
+    for field in ("fallback_config", "inference_table_config"):
         if getattr(gateway, field).enabled:
             yield f"{field}.enabled"
     for side in ("input", "output"):

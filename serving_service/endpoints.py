@@ -27,7 +27,7 @@ from servicekit.context import Level, Principal, current_decision
 from servicekit.database import Database
 from servicekit.errors import FeatureDisabled, ServiceError, Unavailable
 from servicekit.once import Answers
-from serving_service import configs, details, mlmodel, openapi, quotas, store
+from serving_service import configs, details, mlmodel, monitoring, openapi, quotas, store
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
 from serving_service.errors import (
@@ -42,8 +42,8 @@ from serving_service.errors import (
     TelemetryNotSupported,
     UpdateInProgress,
 )
-from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState
-from serving_service.monitoring import Monitoring
+from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, Minute, MinuteOfUse
+from serving_service.monitoring import Monitoring, Page
 from serving_service.phases import LaunchEvent
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
@@ -224,6 +224,18 @@ class Endpoints:
         """What was measured of the endpoint, as text for Prometheus."""
         endpoint, _ = await self._found(name, caller)
         return self._monitoring.metrics(endpoint)
+
+    async def metrics_history(
+        self, request: pb.ListServingEndpointMetricsHistoryRequest, *, caller: Principal
+    ) -> Page[Minute]:
+        """What was measured of the endpoint in each minute."""
+        endpoint, _ = await self._found(request.name, caller)
+        return await self._monitoring.history(endpoint, monitoring.read_period(request))
+
+    async def usage(self, request: pb.ListServingEndpointUsageRequest, *, caller: Principal) -> Page[MinuteOfUse]:
+        """Who used the endpoint in each minute."""
+        endpoint, _ = await self._found(request.name, caller)
+        return await self._monitoring.usage(endpoint, monitoring.read_period(request))
 
     async def logs(self, name: str, entity: str, *, caller: Principal) -> str:
         """The latest output of a served entity: the pending configuration's when it has one of that name."""

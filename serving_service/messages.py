@@ -10,7 +10,16 @@ from google.protobuf.json_format import ParseDict
 from servicekit.identity import authorization_details
 from serving_service import details
 from serving_service.endpoints import View
-from serving_service.model import ConfigUpdate, Endpoint, EndpointConfig, EntityState, ServedEntity
+from serving_service.model import (
+    ConfigUpdate,
+    Endpoint,
+    EndpointConfig,
+    EntityState,
+    Minute,
+    MinuteOfUse,
+    ServedEntity,
+)
+from serving_service.monitoring import MINUTE_MS
 from serving_service.phases import LaunchEvent
 from tessera.identity.v1.permissions_pb2 import PermissionLevel
 from tessera.serving.v1 import serving_pb2 as pb
@@ -194,4 +203,42 @@ def _config_summary(config: EndpointConfig) -> pb.EndpointConfigSummary:
             pb.ServedModelSummary(name=each.name, model_name=each.model.name, model_version=each.model.version)
             for each in config.entities
         ],
+    )
+
+
+def metrics_point(minute: Minute) -> pb.MetricsPoint:
+    """What was measured in one minute."""
+    measured = minute.measured
+    answered = measured.latency.count
+    p50, p90, p99 = (measured.latency.quantile(share) for share in (0.5, 0.9, 0.99))
+    return pb.MetricsPoint(
+        start_time=minute.minute * MINUTE_MS,
+        served_entity_name=minute.key.entity,
+        entity_version=minute.key.entity_version,
+        request_count=measured.requests,
+        request_4xx_count=measured.refused,
+        request_5xx_count=measured.failed,
+        latency_p50_ms=p50,
+        latency_p90_ms=p90,
+        latency_p99_ms=p99,
+        mean_prediction_ms=measured.prediction.sum / answered if answered else None,
+        mean_queue_ms=measured.queue.sum / answered if answered else None,
+        mean_concurrency=measured.busy / MINUTE_MS,
+        replicas=minute.replicas,
+    )
+
+
+def usage(use: MinuteOfUse) -> pb.EndpointUsage:
+    """What one caller used in one minute."""
+    used = use.used
+    return pb.EndpointUsage(
+        start_time=use.minute * MINUTE_MS,
+        served_entity_name=use.key.entity,
+        requester=use.key.requester,
+        requester_id=use.key.principal_id,
+        request_count=used.requests,
+        request_4xx_count=used.refused,
+        request_5xx_count=used.failed,
+        input_tokens=used.input_tokens,
+        output_tokens=used.output_tokens,
     )

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from servicekit.database import Database
 from servicekit.errors import InvalidParameter
-from servicekit.measures import Key, Measured, Measures, from_message
+from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used, reported
 from serving_service import store
-from serving_service.model import Minute
+from serving_service.model import Minute, MinuteOfUse
 from tessera.serving.v1 import serving_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Meters:
     """The measures of all endpoints, for the life of the service. Lives on one event loop.
 
     `own` are those of queries that Serving itself passes on, `count_replicas` tells how many run of an entity. `now`
-    tells seconds on a clock that nobody can set, `wall` Unix seconds.
+    tells seconds on a clock that nobody can set, `wall` Unix seconds. Usage is kept for `usage_days`.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Meters:
         own: Measures,
         count_replicas: Callable[[Key], int],
         *,
+        usage_days: int,
         now: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
@@ -74,9 +75,11 @@ class Meters:
         self._count_replicas = count_replicas
         self._now, self._wall = now, wall
         self._gateways: dict[str, _Gateway] = {}
+        self._usage_days = usage_days
         self._window: deque[tuple[float, Mapping[Key, Measured]]] = deque()
         self._totals: dict[Key, _Total] = {}
         self._unstored: dict[tuple[Key, int], Measured] = {}
+        self._unstored_usage: dict[tuple[UsageKey, int], Used] = {}
 
     async def load(self) -> None:
         """Learns which reports are stored; before the first is received."""
@@ -92,11 +95,11 @@ class Meters:
         expected = max(gateway.received + 1, report.oldest_sequence)
         if report.sequence == expected:
             try:
-                measured = dict(map(from_message, report.entities))
+                taken = reported(report)
             except ValueError as error:
                 raise InvalidParameter(f"entities: {error}. Gateway and Serving must be of the same version.") from None
             gateway.received = report.sequence
-            self._add(measured, report.end_time / 1000)
+            self._add(taken, report.end_time / 1000)
             expected += 1
         return pb.MeasuresReceipt(expected_sequence=expected, stored_sequence=gateway.stored)
 
@@ -134,37 +137,48 @@ class Meters:
     async def store(self) -> None:
         """Stores what is not stored yet; when that fails, it is tried again with the next."""
         unstored, self._unstored = self._unstored, {}
+        usage, self._unstored_usage = self._unstored_usage, {}
         received = {each: gateway.received for each, gateway in self._gateways.items() if gateway.received}
         behind = {each: sequence for each, sequence in received.items() if sequence > self._gateways[each].stored}
-        if not unstored and not behind:
+        if not unstored and not usage and not behind:
             return
         minutes = [
             Minute(key, minute, measured, self._count_replicas(key)) for (key, minute), measured in unstored.items()
         ]
         try:
-            known = await self._database.write(store.add_minutes, minutes, reports=behind, now=int(self._wall()))
+            known = await self._database.write(
+                store.add_measures,
+                minutes,
+                [MinuteOfUse(key, minute, used) for (key, minute), used in usage.items()],
+                reports=behind,
+                now=int(self._wall()),
+                usage_days=self._usage_days,
+            )
         except sqlite3.Error:
             log.warning("measures cannot be stored yet", extra={"minutes": len(unstored)})
             for place, measured in unstored.items():
                 self._unstored.setdefault(place, Measured()).merge(measured)
+            for use, used in usage.items():
+                self._unstored_usage.setdefault(use, Used()).merge(used)
             return
         for each, sequence in behind.items():
             self._gateways[each].stored = sequence
         self._forget_totals(known)
 
     def _take_own(self) -> None:
-        measured = self._own.take()
-        if measured:
-            self._add(measured, self._wall())
+        if taken := self._own.take():
+            self._add(taken, self._wall())
 
-    def _add(self, measured: Mapping[Key, Measured], ended_at: float) -> None:
+    def _add(self, taken: Taken, ended_at: float) -> None:
         """Counts what was measured until `ended_at` (Unix seconds); what is older than a minute is no news."""
         wall, now = self._wall(), self._now()
         ended_at = min(ended_at, wall)
         if wall - ended_at < WINDOW_SECONDS:
-            self._window.append((now - (wall - ended_at), measured))
+            self._window.append((now - (wall - ended_at), taken.entities))
         minute = int(ended_at // 60)
-        for key, one in measured.items():
+        for use, used in taken.usage.items():
+            self._unstored_usage.setdefault((use, minute), Used()).merge(used)
+        for key, one in taken.entities.items():
             self._unstored.setdefault((key, minute), Measured()).merge(one)
             total = self._totals.setdefault(key, _Total(Measured(), now))
             total.measured.merge(one)

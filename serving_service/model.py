@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from servicekit.measures import Key, Measured
+from servicekit.measures import Key, Measured, UsageKey, Used
 
 
 class ConfigUpdate(StrEnum):
@@ -172,3 +172,13 @@ class Minute:
     measured: Measured
     replicas: int
     """How many ran in the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class MinuteOfUse:
+    """What one caller used in one minute."""
+
+    key: UsageKey
+    minute: int
+    """Unix minutes."""
+    used: Used

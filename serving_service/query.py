@@ -64,7 +64,8 @@ class Queries:
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
         routes = await self._permitted(name, caller)
-        with self._measures.began(routes.endpoint_id) as measured:
+        tracked = caller if routes.is_usage_tracked else None
+        with self._measures.began(routes.endpoint_id, tracked=tracked) as measured:
             charge = self._ledger.admit(routes.limits, caller)
             async for part in self._answer(routes, entity_name, content_type, body, timeout, charge, measured):
                 yield part
@@ -97,7 +98,8 @@ class Queries:
                     async with response:
                         measured.answered(response.status, response.header(TIMING))
                         yield AnswerHead(response.status, _content_type(response), entity.name)
-                        usage = token_usage.reader(_content_type(response).encode()) if charge.wants_tokens else None
+                        wants_tokens = charge.wants_tokens or measured.wants_tokens
+                        usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
                         try:
                             async for piece in response:
                                 if usage is not None:
@@ -106,6 +108,7 @@ class Queries:
                         finally:
                             if usage is not None:
                                 charge.tokens(usage.total())
+                                measured.used(usage.usage())
                 except ConnectFailed:
                     continue  # nothing was sent
                 except HttpTimeout:

@@ -55,6 +55,7 @@ class EndpointRoutes:
     name: str
     entities: tuple[EntityRoutes, ...]
     limits: Limits
+    is_usage_tracked: bool = False
     is_stopped: bool = False
 
     @property
@@ -265,6 +266,7 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
         name=routes.name,
         is_stopped=routes.is_stopped,
         rate_limits=routes.limits.rules,
+        is_usage_tracked=routes.is_usage_tracked,
         entities=[
             pb.EntityRoutes(
                 name=entity.name,

@@ -128,6 +128,22 @@ class ServingEndpointsServicer:
         text = await self._endpoints.metrics(request.name, caller=current_caller())
         return HttpBody(content_type=exposition.CONTENT_TYPE, data=text)
 
+    async def ListServingEndpointMetricsHistory(
+        self, request: pb.ListServingEndpointMetricsHistoryRequest, call: Call
+    ) -> pb.ListServingEndpointMetricsHistoryResponse:
+        page = await self._endpoints.metrics_history(request, caller=current_caller())
+        return pb.ListServingEndpointMetricsHistoryResponse(
+            points=map(messages.metrics_point, page.items), next_page_token=page.next_token
+        )
+
+    async def ListServingEndpointUsage(
+        self, request: pb.ListServingEndpointUsageRequest, call: Call
+    ) -> pb.ListServingEndpointUsageResponse:
+        page = await self._endpoints.usage(request, caller=current_caller())
+        return pb.ListServingEndpointUsageResponse(
+            usage=map(messages.usage, page.items), next_page_token=page.next_token
+        )
+
     async def GetServedModelLogs(self, request: pb.GetServedModelLogsRequest, call: Call) -> pb.ServedModelLogs:
         logs = await self._endpoints.logs(request.name, request.served_model_name, caller=current_caller())
         return pb.ServedModelLogs(logs=logs)

@@ -105,6 +105,12 @@ class ServingSettings(settings.ServiceSettings):
         default=3600.0,
         help="For how long a known caller may go on querying models while Secrets does not answer, in seconds.",
     )
+    usage_days: int = setting(
+        "TESSERA_USAGE_DAYS",
+        settings.count,
+        default=30,
+        help="Days for which it is kept who has used the endpoints whose usage is tracked.",
+    )
     model_users: range = setting(
         "TESSERA_MODEL_USERS",
         settings.numbers,

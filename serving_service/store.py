@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from servicekit.measures import Key, Measured
+from servicekit.measures import Key, Measured, UsageKey, Used
 from serving_service.errors import (
     EndpointExists,
     EndpointNotFound,
@@ -27,6 +27,7 @@ from serving_service.model import (
     EndpointConfig,
     EntityState,
     Minute,
+    MinuteOfUse,
     ModelVersion,
     Notice,
     ReplicaRecord,
@@ -319,23 +320,29 @@ def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEv
     ]
 
 
-def add_minutes(
+def add_measures(
     connection: sqlite3.Connection,
     minutes: Sequence[Minute],
+    usage: Sequence[MinuteOfUse],
     *,
     reports: Mapping[str, int],
     now: int,
+    usage_days: int,
 ) -> frozenset[str]:
     """Adds what was measured to what is recorded of the same minutes, with the numbers of the last `reports` in it.
 
-    What is older than MOST_MINUTES is removed, by `now`, in Unix seconds. Returns the ids of all endpoints; of others
-    nothing is recorded.
+    What is older than MOST_MINUTES, or `usage_days`, is removed, by `now`, in Unix seconds. Returns the ids of all
+    endpoints; of others nothing is recorded.
     """
     known = frozenset(row[0] for row in connection.execute("SELECT id FROM endpoints"))
     for minute in minutes:
         if minute.key.endpoint_id in known:
             _add_minute(connection, minute)
+    for use in usage:
+        if use.key.endpoint_id in known:
+            _add_use(connection, use)
     connection.execute("DELETE FROM minutes WHERE minute <= ?", (now // 60 - MOST_MINUTES,))
+    connection.execute("DELETE FROM usage WHERE minute <= ?", (now // 60 - usage_days * 24 * 60,))
     connection.executemany(
         "INSERT OR REPLACE INTO reports VALUES (?, ?, ?)", [(*each, now) for each in reports.items()]
     )
@@ -421,6 +428,24 @@ def delay_notice(connection: sqlite3.Connection, notice_id: str, due_at: int, *,
 def remove_notice(connection: sqlite3.Connection, notice_id: str) -> None:
     """Forgets a notice that was delivered or dropped."""
     connection.execute("DELETE FROM notices WHERE id = ?", (notice_id,))
+
+
+def usage_of(
+    connection: sqlite3.Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
+) -> list[MinuteOfUse]:
+    """Who used an endpoint, as `minutes_of`; a place is (minute, entity, principal id)."""
+    rows = connection.execute(
+        "SELECT minute, entity, principal_id, requester, requests, refused, failed, input_tokens, output_tokens"
+        " FROM usage WHERE endpoint_id = ? AND minute >= ? AND minute < ?"
+        " AND (minute, entity, principal_id) > (?, ?, ?) ORDER BY minute, entity, principal_id LIMIT ?",
+        (endpoint_id, start, end, *(after or (-1, "", "")), limit),
+    )
+    found = []
+    for minute, entity, principal_id, requester, *counts in rows:
+        used = Used()
+        used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens = counts
+        found.append(MinuteOfUse(UsageKey(endpoint_id, entity, principal_id, requester), minute, used))
+    return found
 
 
 def next_epoch(connection: sqlite3.Connection) -> int:
@@ -565,6 +590,21 @@ def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
             _json(latency),
             *sums,
             minute.replicas,
+        ),
+    )
+
+
+def _add_use(connection: sqlite3.Connection, use: MinuteOfUse) -> None:
+    key, used = use.key, use.used
+    connection.execute(
+        "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (endpoint_id, minute, entity, principal_id) DO UPDATE SET requester = excluded.requester,"
+        " requests = requests + excluded.requests, refused = refused + excluded.refused,"
+        " failed = failed + excluded.failed, input_tokens = input_tokens + excluded.input_tokens,"
+        " output_tokens = output_tokens + excluded.output_tokens",
+        (
+            *(key.endpoint_id, use.minute, key.entity, key.principal_id, key.requester),
+            *(used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens),
         ),
     )
 

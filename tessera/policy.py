@@ -114,6 +114,8 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/PatchServingEndpointTelemetryConfig": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/ListServingEndpointEvents": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/ExportServingEndpointMetrics": CAN_VIEW,
+    "tessera.serving.v1.ServingEndpoints/ListServingEndpointMetricsHistory": CAN_VIEW,
+    "tessera.serving.v1.ServingEndpoints/ListServingEndpointUsage": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServingEndpointOpenApi": CAN_VIEW,

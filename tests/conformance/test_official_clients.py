@@ -102,8 +102,10 @@ def test_sdk_says_more_about_an_endpoint_and_reads_it_back(client: Any, sdk: Sim
     assert [tag.key for tag in endpoints.patch("sdk-told", delete_tags=["a"]).tags] == ["b"]
     off = serving.AiGatewayUsageTrackingConfig(enabled=False)
     endpoints.put_ai_gateway("sdk-told", usage_tracking_config=off)
-    with pytest.raises(sdk.errors.BadRequest, match=r"usage_tracking_config\.enabled"):
-        endpoints.put_ai_gateway("sdk-told", usage_tracking_config=serving.AiGatewayUsageTrackingConfig(enabled=True))
+    on = serving.AiGatewayUsageTrackingConfig(enabled=True)
+    assert endpoints.put_ai_gateway("sdk-told", usage_tracking_config=on).usage_tracking_config == on
+    with pytest.raises(sdk.errors.BadRequest, match=r"fallback_config\.enabled"):
+        endpoints.put_ai_gateway("sdk-told", fallback_config=serving.FallbackConfig(enabled=True))
     told = serving.EmailNotifications(on_update_failure=["ada@example.com"])
     endpoints.update_notifications("sdk-told", email_notifications=told)
     assert endpoints.put("sdk-told", rate_limits=[]).rate_limits == []

@@ -257,6 +257,8 @@ CASES = {
             {"telemetry_config": {}}, before=(ENDPOINT,), views=(f"{ENDPOINTS}/<n>",)
         ),
         "ListServingEndpointEvents": Case(query={}, before=(BARE,)),
+        "ListServingEndpointMetricsHistory": Case(query={}, before=(BARE,)),
+        "ListServingEndpointUsage": Case(query={}, before=(BARE,)),
         "ExportServingEndpointMetrics": Case(query={}, before=(BARE,)),
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServingEndpointOpenApi": Case(query={}, before=(ENDPOINT,)),

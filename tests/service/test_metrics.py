@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import sqlite3
-from collections.abc import AsyncIterator, Iterable
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_prometheus
 
-from servicekit import database
+from servicekit import database, measures
 from servicekit.errors import InvalidParameter
-from servicekit.measures import Key, Measured, Measures, to_message
+from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used
 from serving_service import store
 from serving_service.app import MIGRATIONS
 from serving_service.meters import Meters
@@ -47,14 +49,17 @@ def measured(requests: int = 1, *, refused: int = 0, failed: int = 0, millisecon
     return found
 
 
-def report(sequence: int, *entities: tuple[Key, Measured], at: float = START, oldest: int = 1) -> pb.MeasuresReport:
-    return pb.MeasuresReport(
-        gateway_id="g",
-        sequence=sequence,
-        oldest_sequence=oldest,
-        end_time=int(at * 1000),
-        entities=[to_message(*each) for each in entities],
-    )
+def report(
+    sequence: int,
+    *entities: tuple[Key, Measured],
+    at: float = START,
+    oldest: int = 1,
+    usage: Mapping[UsageKey, Used] | None = None,
+) -> pb.MeasuresReport:
+    message = measures.report(Taken(dict(entities), dict(usage or {})))
+    message.gateway_id, message.sequence, message.oldest_sequence = "g", sequence, oldest
+    message.end_time = int(at * 1000)
+    return message
 
 
 class Clock:
@@ -80,7 +85,7 @@ async def running_meters(directory: Path, clock: Clock) -> AsyncIterator[Meters]
         if not await opened.read(store.all_ids):
             await opened.write(store.reserve_endpoint, an_endpoint())
             await opened.write(store.commit_endpoint, an_endpoint())
-        meters = Meters(opened, Measures(), lambda key: 2, now=clock.monotonic, wall=clock.wall)
+        meters = Meters(opened, Measures(), lambda key: 2, usage_days=30, now=clock.monotonic, wall=clock.wall)
         await meters.load()
         yield meters
 
@@ -152,7 +157,7 @@ async def test_what_cannot_be_stored_is_stored_with_the_next(tmp_path: Path, mon
     async with running_meters(tmp_path, clock) as meters:
         meters.receive(report(1, (KEY, measured())))
         with monkeypatch.context() as broken:
-            broken.setattr(store, "add_minutes", full)
+            broken.setattr(store, "add_measures", full)
             await meters.store()
         receipt = meters.receive(report(2, (KEY, measured(2))))
         assert receipt.stored_sequence == 0
@@ -168,11 +173,42 @@ async def test_counts_between_other_bounds_are_refused_by_name(tmp_path: Path) -
             meters.receive(pb.MeasuresReport(gateway_id="g", sequence=1, entities=[odd]))
 
 
+def use(requests: int = 1, *, tokens: int = 0) -> Used:
+    used = Used()
+    used.requests, used.output_tokens = requests, tokens
+    return used
+
+
+async def test_use_is_kept_for_as_many_days_as_is_set(tmp_path: Path) -> None:
+    async def users(meters: Meters) -> list[tuple[str, int, int]]:
+        found = await meters._database.read(store.usage_of, "demo-id", start=0, end=int(START), after=(), limit=10_000)
+        return [(each.key.requester, each.used.requests, each.used.output_tokens) for each in found]
+
+    clock = Clock()
+    ada, renamed = UsageKey("demo-id", "churn", "7", "ada"), UsageKey("demo-id", "churn", "7", "ada@example.com")
+    async with running_meters(tmp_path, clock) as meters:
+        meters.receive(report(1, usage={ada: use(2, tokens=10)}))
+        await meters.store()
+        meters.receive(report(2, usage={renamed: use(1, tokens=1)}))
+        await meters.store()
+        assert await users(meters) == [("ada@example.com", 3, 11)]
+        clock.seconds += 30 * 86_400 - 60
+        meters.receive(report(3, (KEY, measured()), at=clock.seconds))
+        await meters.store()
+        assert len(await users(meters)) == 1
+        clock.seconds += 60
+        meters.receive(report(4, (KEY, measured()), at=clock.seconds))
+        await meters.store()
+        assert await users(meters) == []
+
+
 # What is exported
 
 
 @pytest.fixture
-async def serving() -> AsyncIterator[tuple[RunningServing, ServingCaller]]:
+async def serving(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[RunningServing, ServingCaller]]:
+    monkeypatch.setattr("serving_service.meters.STORE_SECONDS", 0)
+    monkeypatch.setattr("serving_service.meters.TAKE_SECONDS", 0.02)
     async with AsyncExitStack() as stack:
         directory = stack.enter_context(data_directory())
         await stack.enter_async_context(no_replicas(directory))
@@ -282,6 +318,101 @@ async def test_metrics_of_an_endpoint_that_is_not_there_are_refused_as_any_other
     assert refused.reason == "RESOURCE_DOES_NOT_EXIST"
 
 
+# What is kept
+
+
+async def test_history_and_use_can_be_read_page_by_page(
+    serving: tuple[RunningServing, ServingCaller],
+) -> None:
+    running, admin = serving
+    endpoint = await admin.create("demo", None)
+    stub = rpc.MeteringStub(running.gateway_channel)
+    now = time.time()
+    key = Key(endpoint.id, "one", "3")
+    ada = UsageKey(endpoint.id, "one", "7", "ada@example.com")
+    for number in range(5):
+        minute = measured(10, refused=number, milliseconds=60)
+        minute.busy = 30_000
+        await stub.Report(
+            report(number + 1, (key, minute), at=now - 60 * (5 - number), usage={ada: use(number, tokens=7)})
+        )
+
+    async def history(**fields: Any) -> pb.ListServingEndpointMetricsHistoryResponse:
+        request = pb.ListServingEndpointMetricsHistoryRequest(name="demo", **fields)
+        answer: pb.ListServingEndpointMetricsHistoryResponse = await admin(
+            admin.stub.ListServingEndpointMetricsHistory, request
+        )
+        return answer
+
+    async def is_stored() -> bool:
+        return len((await history()).points) == 5
+
+    await eventually(is_stored)
+    first = await history(page_size=3)
+    second = await history(page_size=3, page_token=first.next_page_token)
+    assert [each.request_4xx_count for each in (*first.points, *second.points)] == [0, 1, 2, 3, 4]
+    assert second.next_page_token == ""
+    point = first.points[0]
+    assert (point.served_entity_name, point.entity_version, point.request_count) == ("one", "3", 10)
+    assert point.start_time % 60_000 == 0
+    assert 50 <= point.latency_p50_ms < point.latency_p99_ms <= 70
+    assert point.mean_concurrency == pytest.approx(0.5)
+    middle = await history(start_time_ms=point.start_time + 60_000, end_time_ms=point.start_time + 180_000)
+    assert [each.request_4xx_count for each in middle.points] == [1, 2]
+    usage = await admin(
+        admin.stub.ListServingEndpointUsage, pb.ListServingEndpointUsageRequest(name="demo", page_size=5)
+    )
+    assert [(each.requester, each.request_count, each.output_tokens) for each in usage.usage] == [
+        ("ada@example.com", number, 7) for number in range(5)
+    ]
+    assert usage.next_page_token == ""
+    for wrong in (
+        {"start_time_ms": -1},
+        {"end_time_ms": 1 << 62},
+        {"start_time_ms": 2, "end_time_ms": 1},
+        {"page_size": 0},
+        {"page_size": 1_001},
+        {"page_token": "x"},
+        {"page_token": base64.b64encode(b'[true, "a", "b"]').decode()},
+    ):
+        refused = await refusal(history(**wrong))
+        assert refused.reason == "INVALID_PARAMETER_VALUE"
+        assert refused.message.startswith(next(reversed(wrong)))
+
+
+async def test_tracking_is_switched_on_for_gateways_and_for_queries_over_grpc(
+    serving: tuple[RunningServing, ServingCaller],
+) -> None:
+    running, admin = serving
+    await admin.create("demo")
+    await admin.settled("demo")
+    await admin.query("demo")
+    on = pb.AiGatewayConfig(usage_tracking_config=pb.UsageTrackingConfig(enabled=True))
+    stream = running.routes.Watch()
+    try:
+        table = await stream.read()
+        assert not table.endpoints[0].is_usage_tracked
+        await stream.write(pb.RouteReport(acknowledged_revision=table.revision))
+        put = pb.PutServingEndpointAiGatewayRequest(name="demo", ai_gateway=on)
+        assert await admin(admin.stub.PutServingEndpointAiGateway, put) == on
+        while not (table.endpoints and table.endpoints[0].is_usage_tracked):
+            table = await stream.read()
+    finally:
+        stream.cancel()
+    for _ in range(2):
+        await admin.query("demo")
+
+    async def used() -> list[tuple[str, int]]:
+        answer = await admin(admin.stub.ListServingEndpointUsage, pb.ListServingEndpointUsageRequest(name="demo"))
+        return [(each.requester, each.request_count) for each in answer.usage]
+
+    async def is_told() -> bool:
+        return sum(count for _, count in await used()) == 2
+
+    await eventually(is_told)
+    assert {requester for requester, _ in await used()} == {"admin"}
+
+
 # What gateways report
 
 
@@ -323,6 +454,28 @@ async def test_gateway_reports_what_callers_were_answered_and_hides_how_it_knows
     assert 2.5 <= one.queue.sum_ms <= 2.5 + one.latency.sum_ms
     assert one.busy_ms > 0
     assert (refused.endpoint_id, refused.requests, refused.refused) == ("id-churn", 1, 1)
+
+
+async def chatting(scope: Any, receive: Any, send: Any) -> None:
+    """A replica that says how many tokens it used."""
+    while (await receive()).get("more_body", False):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+    body = b'{"usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}}'
+    await send({"type": "http.response.body", "body": body})
+
+
+async def test_gateway_reports_who_used_what_only_where_that_is_tracked(gateway: Platform) -> None:
+    address = await gateway.add_replica(chatting)
+    for name in ("open", "tracked"):
+        endpoint = routes(name, ("m-1", 100, [("r1", address)]))
+        endpoint.is_usage_tracked = name == "tracked"
+        await gateway.publish(endpoint)
+        assert (await invoke(gateway, f"/serving-endpoints/{name}/invocations")).status == 200
+    await eventually(lambda: sum(len(each.entities) for each in gateway.serving.measures) >= 2)
+    (use,) = [one for each in gateway.serving.measures for one in each.usage]
+    assert (use.endpoint_id, use.served_entity_name, use.requester) == ("id-tracked", "m-1", "owner@example.com")
+    assert (use.principal_id, use.requests, use.input_tokens, use.output_tokens) == ("11", 1, 9, 4)
 
 
 async def test_gateway_that_stops_reports_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,14 @@ import asyncio
 
 import pytest
 
+from servicekit.context import Principal
 from servicekit.errors import BadRequest, DeadlineExceeded
-from servicekit.measures import Invocation, Key, Measured, Measures, from_message, to_message
+from servicekit.measures import Invocation, Key, Measured, Measures, UsageKey, Used, report, reported
+from servicekit.token_usage import Usage
 
 KEY = Key("e", "one", "3")
+ADA = Principal("7", "ada", frozenset(), "t", None)
+BOT = Principal("8", "bot", frozenset(), "t", None)
 
 
 class Clock:
@@ -46,12 +50,12 @@ def invoke(measures: Measures, clock: Clock, *, status: int = 200, timing: bytes
 
 def test_answer_is_counted_with_its_times(measures: Measures, clock: Clock) -> None:
     invoke(measures, clock, timing=b"5.0 20.5")
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert (measured.requests, measured.refused, measured.failed) == (1, 0, 0)
     assert measured.latency.sum == pytest.approx(100)
     assert measured.queue.sum == pytest.approx(15)  # here and in the model server
     assert measured.prediction.sum == pytest.approx(20.5)
-    assert measures.take() == {}
+    assert not measures.take()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +65,7 @@ def test_answers_are_counted_by_the_class_of_their_status(
     measures: Measures, clock: Clock, status: int, counted: tuple[int, int, int]
 ) -> None:
     invoke(measures, clock, status=status)
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert (measured.requests, measured.refused, measured.failed) == counted
 
 
@@ -72,7 +76,7 @@ def test_stream_keeps_its_model_busy_until_its_end(measures: Measures, clock: Cl
         clock.seconds += 0.010
         invocation.answered(200, b"4")
         clock.seconds += 2
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert measured.prediction.sum == pytest.approx(2006)
     assert measured.queue.sum == pytest.approx(4)
 
@@ -82,7 +86,7 @@ def test_model_server_that_speaks_nonsense_of_its_times_is_not_believed(
     measures: Measures, clock: Clock, timing: bytes
 ) -> None:
     invoke(measures, clock, timing=timing)
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert measured.queue.sum == pytest.approx(10)
     assert measured.prediction.sum == pytest.approx(90)
 
@@ -104,7 +108,7 @@ def test_error_is_the_answer_that_it_becomes(
     invocation.chosen("one", "3")
     with pytest.raises(type(error)), invocation:
         raise error
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert (measured.requests, measured.refused, measured.failed) == counted
     assert measured.latency.count == (1 if counted[1:] != (0, 0) else 0)  # who is gone was not answered
     assert measured.prediction.count == 0
@@ -113,7 +117,7 @@ def test_error_is_the_answer_that_it_becomes(
 def test_request_that_reaches_no_entity_is_counted_for_the_endpoint(measures: Measures) -> None:
     with pytest.raises(BadRequest), measures.began("e"):
         raise BadRequest("stopped")
-    assert [(key, one.refused) for key, one in measures.take().items()] == [(Key("e"), 1)]
+    assert [(key, one.refused) for key, one in measures.take().entities.items()] == [(Key("e"), 1)]
 
 
 def test_time_under_way_is_counted_while_it_passes(measures: Measures, clock: Clock) -> None:
@@ -127,24 +131,48 @@ def test_time_under_way_is_counted_while_it_passes(measures: Measures, clock: Cl
     clock.seconds += 1
     second = begun()
     clock.seconds += 1
-    assert measures.take()[KEY].busy == pytest.approx(3000)
+    assert measures.take().entities[KEY].busy == pytest.approx(3000)
     clock.seconds += 1
     for each in (first, second):
         each.__exit__(None, None, None)
     clock.seconds += 9
-    measured = measures.take()[KEY]
+    measured = measures.take().entities[KEY]
     assert measured.busy == pytest.approx(2000)
     assert measured.requests == 2
-    assert measures.take() == {}
+    assert not measures.take()
 
 
 def test_report_says_all_that_was_measured(measures: Measures, clock: Clock) -> None:
     for status in (200, 404, 503):
         invoke(measures, clock, status=status, timing=b"1 2")
-    measured = measures.take()[KEY]
-    key, read = from_message(to_message(KEY, measured))
-    assert key == KEY
-    assert _plain(read) == _plain(measured)
+    with measures.began("e", tracked=ADA) as invocation:
+        invocation.used(Usage(7, 5, 12))
+    taken = measures.take()
+    read = reported(report(taken))
+    assert read.entities.keys() == taken.entities.keys() == {KEY, Key("e")}
+    assert _plain(read.entities[KEY]) == _plain(taken.entities[KEY])
+    assert [(key, _counts(used)) for key, used in read.usage.items()] == [
+        (UsageKey("e", "", "7", "ada"), [1, 0, 0, 7, 5])
+    ]
+
+
+def test_who_asked_is_counted_where_that_is_tracked_and_nowhere_else(measures: Measures) -> None:
+    for tracked, status in ((ADA, 200), (ADA, 429), (BOT, 500), (None, 200)):
+        with measures.began("e", tracked=tracked) as invocation:
+            assert invocation.wants_tokens is (tracked is not None)
+            invocation.chosen("one", "3")
+            invocation.answered(status)
+            invocation.used(Usage(2, 3, 5) if status == 200 else None)
+    taken = measures.take()
+    assert taken.entities[KEY].requests == 4
+    assert {key: _counts(used) for key, used in taken.usage.items()} == {
+        UsageKey("e", "one", "7", "ada"): [2, 1, 0, 2, 3],
+        UsageKey("e", "one", "8", "bot"): [1, 0, 1, 0, 0],
+    }
+
+
+def _counts(used: Used) -> list[int]:
+    return [used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens]
 
 
 def _plain(measured: Measured) -> list[object]:

@@ -40,7 +40,6 @@ def a_telemetry(**fields: object) -> pb.TelemetryConfig:
     [
         ("fallback_config.enabled", {"fallback_config": {"enabled": True}}),
         ("inference_table_config.enabled", {"inference_table_config": {"enabled": True}}),
-        ("usage_tracking_config.enabled", {"usage_tracking_config": {"enabled": True}}),
         ("guardrails.input.safety", {"guardrails": {"input": {"safety": True}}}),
         ("guardrails.output.pii", {"guardrails": {"output": {"pii": {"behavior": "BLOCK"}}}}),
         ("guardrails.input.invalid_keywords", {"guardrails": {"input": {"invalid_keywords": ["x"]}}}),
@@ -50,6 +49,20 @@ def a_telemetry(**fields: object) -> pb.TelemetryConfig:
 def test_a_gateway_feature_that_is_switched_on_is_refused_by_its_name(field: str, given: dict[str, object]) -> None:
     with pytest.raises(FeatureDisabled, match=rf"^ai_gateway\.{field}: "):
         details.read_ai_gateway(a_gateway(**given), at="ai_gateway")
+
+
+@pytest.mark.parametrize(
+    ("gateway", "is_tracked"),
+    [
+        (None, False),
+        ({"usage_tracking_config": {}}, False),
+        ({"usage_tracking_config": {"enabled": False}}, False),
+        ({"usage_tracking_config": {"enabled": True}}, True),
+    ],
+)
+def test_usage_is_tracked_where_that_is_switched_on(gateway: dict[str, object] | None, is_tracked: bool) -> None:
+    said = None if gateway is None else details.read_ai_gateway(a_gateway(**gateway), at="ai_gateway")
+    assert details.is_usage_tracked(an_endpoint(ai_gateway=said)) is is_tracked
 
 
 @pytest.mark.parametrize(
