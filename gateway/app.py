@@ -19,6 +19,7 @@ from gateway import errors
 from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, Send, answer, read_body
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
+from gateway.http_tracing import Traced, routed
 from gateway.invocations import Invocations
 from gateway.json_codec import is_crowded
 from gateway.measures import Reporter
@@ -27,7 +28,7 @@ from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
-from servicekit import background, channels, context, policy, tls
+from servicekit import background, channels, context, policy, tls, tracing
 from servicekit.access import AccessTable
 from servicekit.context import RequestContext
 from servicekit.errors import ServiceError, StartError
@@ -137,6 +138,7 @@ class _Special:
     """A route that is no message: which requests it takes, who may send them, and who answers them."""
 
     method: str
+    template: str
     path: re.Pattern[str]
     row: Row
     handle: _Handle
@@ -149,7 +151,7 @@ def _special(name: str, row: Row, handle: _Handle) -> _Special:
     """
     method, _, template = name.partition(" ")
     path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
-    return _Special(method, re.compile(f"{path}/?" if row.needs_caller else path), row, handle)
+    return _Special(method, template, re.compile(f"{path}/?" if row.needs_caller else path), row, handle)
 
 
 class Gateway:
@@ -287,6 +289,7 @@ class Gateway:
             raise errors.no_such_route(request.method, request.path)
         binding, parameters = found
         request.service = binding.service
+        routed(binding.verb, binding.template)
         metadata = [(channels.REQUEST_ID, request.id)]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
@@ -305,6 +308,7 @@ class Gateway:
         self, special: _Special, request: Request, send: Send, headers: Headers, match: re.Match[str]
     ) -> None:
         """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""
+        routed(special.method, special.template)
         decision = Decision(special.row)
 
         async def send_decided(message: Message) -> None:
@@ -396,7 +400,7 @@ async def _http_server(
     # It tells of its start and end, which we do ourselves, in colours.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
-        application,
+        Traced(application) if tracing.is_on() else application,
         http=BoundedProtocol,
         ws="none",
         lifespan="off",

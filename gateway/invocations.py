@@ -16,7 +16,7 @@ import orjson
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, Entity, RoutingTable
-from servicekit import token_usage
+from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
 from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
@@ -27,11 +27,15 @@ from tessera import policy
 
 log = logging.getLogger(__name__)
 
-TO_MODEL = (b"content-type", b"content-encoding", b"accept", b"traceparent", b"tracestate")
-"""Headers of a request that its model sees."""
+TRACE = (b"traceparent", b"tracestate")
+TO_MODEL = (b"content-type", b"content-encoding", b"accept", *TRACE)
+"""Headers of a request that its model sees; with traces on, those of TRACE are of our own span."""
 
 FROM_MODEL = frozenset((b"content-type", b"content-encoding", b"content-length", b"cache-control"))
 """Headers of an answer that its caller sees."""
+
+SPAN = "invocation"
+"""What the way to a model is called in a trace."""
 
 FIRST_TABLE_SECONDS = 5.0
 """How long a request waits for the first table of a gateway that has just started."""
@@ -91,7 +95,7 @@ class Invocations:
         `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
         """
         endpoint = await self._permitted(name, caller)
-        with self._began(endpoint, caller) as measured:
+        with self._began(endpoint, caller) as measured, tracing.within(SPAN):
             charge = self._ledger.admit(endpoint.limits, caller)
             body = await self._body(request)
             # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
@@ -123,7 +127,7 @@ class Invocations:
         if not isinstance(name, str):
             raise BadRequest("The body must be a JSON object whose field `model` names the serving endpoint.")
         endpoint = await self._permitted(name, caller)
-        with self._began(endpoint, caller) as measured:
+        with self._began(endpoint, caller) as measured, tracing.within(SPAN):
             charge = self._ledger.admit(endpoint.limits, caller)
             await self._forward(request, send, headers, endpoint, None, body, charge, measured)
 
@@ -190,7 +194,7 @@ class Invocations:
     ) -> None:
         entity = self._entity(endpoint, entity_name)
         measured.chosen(entity.name, entity.version)
-        sent_headers = [(name, request.headers[name]) for name in TO_MODEL if name in request.headers]
+        sent_headers = _to_model(request, endpoint, entity)
         if not isinstance(body, bytes) and (length := request.headers.get(b"content-length")) is not None:
             sent_headers.append((b"content-length", length))
         untried = list(entity.replicas)
@@ -226,6 +230,16 @@ class Invocations:
                 raise ModelServerFailed(entity.name) from None
             finally:
                 self._table.end(replica)
+
+
+def _to_model(request: Request, endpoint: Endpoint, entity: Entity) -> Headers:
+    """The headers that the model sees."""
+    span = tracing.current()
+    span.set("tessera.endpoint", endpoint.name)
+    span.set("tessera.entity", entity.name)
+    own = [(name.encode(), value.encode("latin-1")) for name, value in span.headers()]
+    without = TRACE if own else ()
+    return own + [(name, request.headers[name]) for name in TO_MODEL if name in request.headers and name not in without]
 
 
 async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge, measured: Invocation) -> None:

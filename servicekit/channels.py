@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import grpc
 
-from servicekit import context
+from servicekit import context, tracing
 from servicekit.errors import InvalidParameter, from_rpc_error
+from servicekit.rpc_tracing import ClientTracing
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -58,7 +59,8 @@ _OPTIONS: list[tuple[str, Any]] = [
 @asynccontextmanager
 async def opened(address: str) -> AsyncIterator[grpc.aio.Channel]:
     """A channel to `unix:/path` or `host:port`, closed in the end. It connects when first used."""
-    channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+    interceptors = [ClientTracing()] if tracing.is_on() else None
+    channel = grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
     try:
         yield channel
     finally:

@@ -19,10 +19,11 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from servicekit import background, policy
+from servicekit import background, policy, tracing
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor, SourceOf
+from servicekit.rpc_tracing import ServerTracing
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
 from servicekit.tls import Certificate
 
@@ -125,14 +126,17 @@ def _server(
         if methods:
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
             names.append(service.full_name)
+    # Outermost, so that a trace tells of refused calls too; health is asked all the time, by those who trace nothing.
+    traced = [ServerTracing(rows.keys() - {f"/{policy.rpc_name(each)}" for each in HEALTH.methods})]
     server = grpc.aio.server(
         interceptors=[
+            *(traced if tracing.is_on() else ()),
             RequestInterceptor(
                 listener.identify,
                 rows=rows,
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
-            )
+            ),
         ],
         options=[
             # Without this two servers silently share a port.

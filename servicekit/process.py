@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from servicekit import background, logs, settings
+from servicekit import background, logs, settings, tracing
 from servicekit.errors import StartError
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,10 @@ def run(
         return STATUS_BAD_SETTINGS
     os.umask(0o077)
     logs.configure(name, configured.log_level)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with (
+        tracing.recording(name.removesuffix("_service"), configured.otlp_endpoint, configured.trace_ratio),
+        asyncio.Runner(loop_factory=_loop_factory()) as runner,
+    ):
         return runner.run(_main(name, configured, running))
 
 

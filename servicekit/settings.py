@@ -131,6 +131,17 @@ def seconds(text: str) -> float:
     return value
 
 
+def ratio(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError("expected a number from 0 to 1")
+    return number
+
+
 def count(text: str) -> int:
     """A whole number, zero or more."""
     if not (text.isascii() and text.isdigit()):
@@ -269,6 +280,20 @@ class ServiceSettings:
         default=(),
         help="Addresses and networks, with commas between, of proxies whose X-Forwarded-For and X-Forwarded-Proto are"
         " believed when a source is logged. Not set: nobody's are.",
+    )
+
+    otlp_endpoint: str | None = setting(
+        "TESSERA_OTLP_ENDPOINT",
+        origin,
+        default=None,
+        help="Address of the OpenTelemetry collector that traces are sent to over OTLP and gRPC, such as"
+        " http://127.0.0.1:4317. Not set: there are no traces.",
+    )
+    trace_ratio: float = setting(
+        "TESSERA_TRACE_RATIO",
+        ratio,
+        default=1.0,
+        help="How many of the traces that begin here are sent: 0 to 1. For others their callers say so.",
     )
 
     def __post_init__(self) -> None:

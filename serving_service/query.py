@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from servicekit import token_usage
+from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
@@ -21,6 +21,9 @@ from tessera import policy
 
 MAX_BODY_BYTES = 16 << 20
 DEFAULT_CONTENT_TYPE = "application/json"
+
+SPAN = "invocation"
+"""What the way to a model is called in a trace."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Queries:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
         routes = await self._permitted(name, caller)
         tracked = caller if routes.is_usage_tracked else None
-        with self._measures.began(routes.endpoint_id, tracked=tracked) as measured:
+        with self._measures.began(routes.endpoint_id, tracked=tracked) as measured, tracing.within(SPAN):
             charge = self._ledger.admit(routes.limits, caller)
             async for part in self._answer(routes, entity_name, content_type, body, timeout, charge, measured):
                 yield part
@@ -88,6 +91,10 @@ class Queries:
         measured.chosen(entity.name, entity.version)
         timeout = self._deadline if timeout is None else min(timeout, self._deadline)
         headers = [(b"content-type", (content_type or DEFAULT_CONTENT_TYPE).encode())]
+        span = tracing.current()
+        span.set("tessera.endpoint", routes.name)
+        span.set("tessera.entity", entity.name)
+        headers += [(name.encode(), value.encode("latin-1")) for name, value in span.headers()]
         for replica in entity.replicas:
             with self._routes.using(replica.replica_id):
                 measured.sent()

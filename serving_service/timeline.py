@@ -11,7 +11,9 @@ import contextlib
 import logging
 import sqlite3
 
+from servicekit import tracing
 from servicekit.database import Database
+from servicekit.tracing import Span
 from serving_service import store
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome, Step
 from serving_service.reconcile import Replica
@@ -32,13 +34,16 @@ class Timeline:
         self._endpoint_id = endpoint_id
         self._database = database
         self._steps: dict[str, tuple[Replica, Step]] = {}
+        self._spans: dict[str, Span] = {}
         self._unwritten: list[LaunchEvent] = []
         self._changed = asyncio.Event()
 
     def enter(self, replica: Replica, phase: LaunchPhase) -> None:
         """Begins a phase of a launch, where the one before it ends."""
         step = Step(phase=phase)
-        if replica.id in self._steps:
+        if replica.id not in self._steps:
+            self._trace(replica)
+        else:
             _, before = self._steps[replica.id]
             step = before.next(phase, self._end(replica.id, Outcome.SUCCEEDED, before.phase, ""))
         self.go_on(replica, step)
@@ -58,6 +63,11 @@ class Timeline:
         if replica_id in self._steps:
             _, step = self._steps[replica_id]
             self._end(replica_id, outcome, failed_at or step.phase, message)
+            if (span := self._spans.pop(replica_id, None)) is not None:
+                with span:
+                    span.set("tessera.outcome", outcome)
+                    if outcome is Outcome.FAILED:
+                        span.failed(failed_at or step.phase)
 
     def phase(self, replica_id: str) -> LaunchPhase | None:
         """The phase that a launch is in."""
@@ -92,10 +102,22 @@ class Timeline:
                     facts = {"endpoint": self._endpoint_id, "replica": replica.id, "entity": replica.entity}
                     log.info("launch goes on", extra={**facts, "phase": step.phase, "seconds": step.duration // 1000})
 
+    def _trace(self, replica: Replica) -> None:
+        """Begins the trace of a launch; what the launching task does from here on belongs to it."""
+        span = self._spans[replica.id] = tracing.entered("launch", {}, "internal")
+        tracing.make_current(span)
+        span.set("tessera.endpoint_id", self._endpoint_id)
+        span.set("tessera.entity", replica.entity)
+        span.set("tessera.config_version", replica.version)
+        span.set("tessera.replica", replica.id)
+
     def _end(self, replica_id: str, outcome: Outcome, phase: LaunchPhase, message: str) -> int:
         replica, step = self._steps.pop(replica_id)
         event = _event(replica, step, phase, outcome, step.duration, message)
         self._unwritten.append(event)
+        if replica_id in self._spans:
+            failure = phase if outcome is Outcome.FAILED else ""
+            self._spans[replica_id].part(step.phase, event.started_at, event.duration, failure)
         self._changed.set()
         return event.duration
 

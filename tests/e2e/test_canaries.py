@@ -25,6 +25,7 @@ import pytest
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 from tests.support.api import ENDPOINTS, SECRETS, Answer, Api, until
 from tests.support.canaries import Canary, found_in, found_in_files, found_in_processes
+from tests.support.collector import running_collector
 from tests.support.issuer import AUDIENCE, Issuer, serving_in_a_thread
 from tests.support.receivers import webhook_receiver
 from tests.support.registered_models import FAILING, GOOD, entity, stack_environment
@@ -99,10 +100,15 @@ def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
     posting = Canary.new("the secret of the webhook")
     (directory / "webhook").touch(mode=0o600)
     (directory / "webhook").write_text(posting.value)
-    with serving_in_a_thread(Issuer()) as issuer, webhook_receiver() as receiver:
+    with (
+        serving_in_a_thread(Issuer()) as issuer,
+        webhook_receiver() as receiver,
+        running_collector() as collector,
+    ):
         # The first attempts fail, so that a notice is seen in the database too.
         receiver.statuses = [500] * 3
         more = {"TESSERA_OIDC_ISSUER": issuer.url, "TESSERA_OIDC_AUDIENCE": AUDIENCE}
+        more["TESSERA_OTLP_ENDPOINT"] = collector.address
         more["TESSERA_NOTIFICATION_WEBHOOK_URL"] = receiver.url
         more["TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE"] = str(directory / "webhook")
         environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary), **more)
@@ -111,6 +117,9 @@ def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
         assert b"update_failed" in told
         assert b"[secret]" in told
         assert found_in(told, sweep.canaries, place="what was posted") == []
+        assert {span.service for span in collector.spans()} == {"gateway", "secrets", "serving"}
+        assert found_in(collector.everything(), sweep.canaries, place="the traces") == []
+        assert found_in(repr(collector.metadata).encode(), sweep.canaries, place="what the collector was sent") == []
 
 
 def sweep_everything(

@@ -598,6 +598,26 @@ FAULTS = (
         new="            await self._write(store.delay_notice, notice.id, self._after(notice))\n\n    def _after",
         tests=("tests/unit/serving_service/test_notices.py::test_each_is_told_of_what_they_asked_for_and_once",),
     ),
+    # --- traces ---
+    Fault(
+        name="traces-tell-texts-of-errors",
+        property="S1",
+        file="servicekit/otlp.py",
+        old="            self.failed(kind.__name__)",
+        new="            self.failed(str(error))",
+        tests=("tests/service/test_tracing.py::test_an_exception_is_told_by_its_type_alone",),
+    ),
+    Fault(
+        name="model-gets-the-callers-span",
+        property="contract 6.2",
+        file="gateway/invocations.py",
+        old="    without = TRACE if own else ()",
+        new="    own, without = [], ()",
+        tests=(
+            "tests/service/test_tracing.py::test_a_trace_goes_from_the_caller_through_the_gateway_to_the_model",
+            "tests/service/test_tracing.py::test_what_is_no_trace_context_is_not_passed_on",
+        ),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",

@@ -157,13 +157,15 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
         _say(report_fd, {"event": "ready", "load_seconds": 0.25})
     if manner == "mute":
         signal.pause()
-    body = json.dumps(surroundings).encode()
     with socket.socket(fileno=listen_fd) as listener:
         while True:
             connection, _ = listener.accept()
             with connection:
-                if os.path.basename(connection.recv(65_536).split()[1]) == b"die":  # noqa: PTH119
+                request = connection.recv(65_536)
+                if os.path.basename(request.split()[1]) == b"die":  # noqa: PTH119
                     os._exit(7)
+                surroundings["headers"] = request.decode("latin-1").partition("\r\n\r\n")[0].splitlines()[1:]
+                body = json.dumps(surroundings).encode()
                 connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
 
 

@@ -193,6 +193,18 @@ def test_every_service_may_listen_beyond_loopback_with_tls_and_not_without(tmp_p
             listening(tls_cert=tmp_path / "a")
 
 
+def test_traces_are_off_until_a_collector_is_named() -> None:
+    assert loaded().otlp_endpoint is None
+    assert loaded(TESSERA_OTLP_ENDPOINT="http://127.0.0.1:4317/").otlp_endpoint == "http://127.0.0.1:4317"
+    assert "TESSERA_OTLP_ENDPOINT" in problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_OTLP_ENDPOINT="127.0.0.1:4317")[0]
+
+
+@pytest.mark.parametrize("text", ["-0.1", "1.1", "nan", "half", "inf"])
+def test_a_ratio_is_a_number_from_0_to_1(text: str) -> None:
+    assert [loaded(TESSERA_TRACE_RATIO=good).trace_ratio for good in ("0", "0.25", "1")] == [0.0, 0.25, 1.0]
+    assert "TESSERA_TRACE_RATIO" in problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_TRACE_RATIO=text)[0]
+
+
 def test_trusted_proxies_are_addresses_and_networks() -> None:
     assert [str(one) for one in loaded(TESSERA_TRUSTED_PROXIES="10.0.0.7, fd00::/8").trusted_proxies] == [
         "10.0.0.7/32",
