@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -22,6 +24,8 @@ from servicekit.errors import StartError
 log = logging.getLogger(__name__)
 
 S = TypeVar("S", bound=settings.ServiceSettings)
+
+_PR_SET_DUMPABLE = 4
 
 STATUS_BAD_SETTINGS = 2
 STATUS_FAILED = 1
@@ -54,12 +58,21 @@ def run(
             print(f"{name}: {problem}", file=sys.stderr)  # noqa: T201 (logs are not configured yet)
         return STATUS_BAD_SETTINGS
     os.umask(0o077)
+    _leave_no_core()
     logs.configure(name, configured.log_level)
     with (
         tracing.recording(name.removesuffix("_service"), configured.otlp_endpoint, configured.trace_ratio),
         asyncio.Runner(loop_factory=_loop_factory()) as runner,
     ):
         return runner.run(_main(name, configured, running))
+
+
+def _leave_no_core() -> None:
+    """Has the kernel never write this process's memory down; nor may other processes of its user look into it."""
+    # One, not zero: with a core pattern that is a pipe the kernel dumps in spite of a limit of zero.
+    resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, *map(ctypes.c_ulong, (0, 0, 0, 0)))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

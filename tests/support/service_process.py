@@ -43,6 +43,17 @@ class ServiceProcess:
         assert self._process is not None
         self._process.send_signal(number)
 
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        assert self._process is not None
+        return self._process.pid
+
+    async def ended(self) -> None:
+        """Returns when it has ended by itself, or by a signal."""
+        assert self._process is not None
+        await asyncio.to_thread(self._process.wait)
+
     async def _is_ready(self) -> bool:
         with contextlib.suppress(grpc.aio.AioRpcError):
             answer = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)

@@ -2,13 +2,15 @@
 
 `python -I -S tests/support/tiny_runner.py LISTEN_FD REPORT_FD`, as a launch's `command()` runs it. Every request is
 answered with `SAYS`, what the environment gave it to say; one whose body asks for a `stream`, in `PIECES` pieces. With
-`FAILS` it says that it cannot load, for that reason; with `HANGS` it says nothing. With `LEDGER`, a folder, it takes
-the first place there that nobody has who runs, and leaves a trace of it (`most_at_once`).
+`FAILS` it says that it cannot load, for that reason; with `HANGS` it says nothing; with `FORKS` it has a descendant
+that has left its session and ignores TERM. With `LEDGER`, a folder, it takes the first place there that nobody has who
+runs, and leaves a trace of it (`most_at_once`).
 """
 
 import fcntl
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -41,14 +43,26 @@ def _take_place(ledger: str) -> None:
             return  # kept, and free again when this process is gone
 
 
+def _fork_away() -> None:
+    if (child := os.fork()) == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            while True:
+                signal.pause()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 def _answer(connection: socket.socket, says: bytes) -> None:
     with connection, connection.makefile("rb") as requests:
         while requests.readline():
-            length = 0
+            length, is_last = 0, False
             while (header := requests.readline()) not in (b"\r\n", b""):
                 name, _, value = header.partition(b":")
                 if name.lower() == b"content-length":
                     length = int(value)
+                is_last = is_last or header.lower() == b"connection: close\r\n"
             if b"stream" in requests.read(length):
                 connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
                 for _ in range(PIECES):
@@ -57,11 +71,15 @@ def _answer(connection: socket.socket, says: bytes) -> None:
                 connection.sendall(b"0\r\n\r\n")
             else:
                 connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(says), says))
+            if is_last:
+                return
 
 
 def _main(listen_fd: int, report_fd: int) -> None:
     if "LEDGER" in os.environ:
         _take_place(os.environ["LEDGER"])
+    if "FORKS" in os.environ:
+        _fork_away()
     if "FAILS" in os.environ:
         os.write(report_fd, json.dumps({"event": "failed", "cause": os.environ["FAILS"]}).encode() + b"\n")
         sys.exit(1)
