@@ -16,7 +16,18 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.bench import footprint, invocation, launch, load, model_server, peers, rest_list, rest_read, secret_read
+from tests.bench import (
+    footprint,
+    invocation,
+    launch,
+    load,
+    model_server,
+    peers,
+    rest_list,
+    rest_read,
+    secret_read,
+    start,
+)
 from tests.bench.run import Run
 
 TABLES = {
@@ -27,6 +38,7 @@ TABLES = {
     "invocation": invocation.measure,
     "peers": peers.measure,
     "launch": launch.measure,
+    "start": start.measure,
     "footprint": footprint.measure,
 }
 
