@@ -40,8 +40,9 @@ _ITS_OWN = {
 }
 """What only the template is told: to have one thread above all. What is forked from it looks again."""
 
-_READ_AT_START = (
-    "PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "MALLOC_", "MLFLOW_", "TZ", "LC_", "LANG",
+_READ_AT_START = frozenset({"TZ", "TZDIR", "LANG", "LANGUAGE"})
+_PREFIXES_READ_AT_START = (
+    "PYTHON", "LD_", "OMP_", "OPENBLAS_", "MKL_", "MALLOC_", "MLFLOW_", "LC_",
     # What the libraries read that are loaded by then: found by looking at every call of `getenv` while they are.
     "GFORTRAN_", "GLIBC_", "GOTO_", "NPY_", "NUMPY_", "OPENSSL_", "PSUTIL_",
 )  # fmt: skip
@@ -50,7 +51,7 @@ _READ_AT_START = (
 
 def is_read_at_start(name: str, read: Set[str]) -> bool:
     """Whether a variable has an effect only where it is set before the start; `read` is what was looked at since."""
-    return name in read or name.startswith(_READ_AT_START)
+    return name in read | _READ_AT_START or name.startswith(_PREFIXES_READ_AT_START)
 
 
 class ShimRefusedError(Exception):

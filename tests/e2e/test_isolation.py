@@ -28,7 +28,7 @@ from tests.support import hostile_model, model_servers
 from tests.support.eventually import eventually
 from tests.support.mlflow_models import model_of
 from tests.support.model_servers import answer, command, found_by
-from tests.support.templates import SERVICE, is_forked, running_template
+from tests.support.templates import SERVICE, is_forked, pid_of, running_template
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="only root can start models as other users")
 
@@ -169,6 +169,7 @@ async def scene(launcher: LocalLauncher, directory: Path, template: Template | N
     targets = {
         "other_model": victim,
         "service": os.getpid(),
+        "template": pid_of(template) if template else os.getpid(),
         "database": str(directory / "serving.db"),
         "key_file": str(directory / "root.key"),
         "data_directory": str(directory),

@@ -25,7 +25,7 @@ from tests.support import model_servers
 from tests.support.eventually import eventually
 from tests.support.mlflow_models import fingerprint, model_of, save_model
 from tests.support.model_servers import answer, found_by
-from tests.support.templates import SERVICE, is_forked, running_template
+from tests.support.templates import SERVICE, is_forked, pid_of, running_template
 
 SECRET = "sk-0123456789-abcdefghij"
 ROOT = Path(__file__).parents[2]
@@ -90,11 +90,6 @@ async def stopped(replica: LocalReplica) -> Observation:
         while seen.state != ReplicaState.STOPPED:
             seen = await replica.wait(seen.state)
     return seen
-
-
-def pid_of(template: Template) -> int:
-    assert template._life is not None
-    return template._life.process.pid
 
 
 # --- what a forked model is started with ----------------------------------------------------------------------------
@@ -256,11 +251,11 @@ async def test_what_is_in_the_way_of_a_forked_shim_is_said_and_nothing_is_left(
 
 KEEPER = """
 import asyncio, sys
-from tests.support.templates import running_template
+from tests.support.templates import pid_of, running_template
 
 async def main():
     async with running_template() as template:
-        print(template._life.process.pid, flush=True)
+        print(pid_of(template), flush=True)
         await asyncio.Event().wait()
 
 asyncio.run(main())

@@ -574,7 +574,7 @@ FAULTS = (
         name="variables-of-a-start-set-too-late",
         property="S17",
         file="serving_service/template.py",
-        old="    return name in read or name.startswith(_READ_AT_START)",
+        old="    return name in read | _READ_AT_START or name.startswith(_PREFIXES_READ_AT_START)",
         new="    return name in read",
         tests=(
             "tests/unit/serving_service/test_template.py::test_a_variable_that_is_read_at_the_start_needs_a_start",

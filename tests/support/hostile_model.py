@@ -164,6 +164,9 @@ ATTEMPTS: dict[str, Callable[[], str]] = {
     "kill another model": lambda: _signalled(TARGETS["other_model"]),
     "kill the service": lambda: _signalled(TARGETS["service"]),
     "kill the shim": lambda: _signalled(os.getppid()),
+    "trace the template": lambda: _checked(LIBC.ptrace(PTRACE_ATTACH, TARGETS["template"], 0, 0)),
+    "read the template's memory": lambda: _read(f"/proc/{TARGETS['template']}/mem"),
+    "kill the template": lambda: _signalled(TARGETS["template"]),
     "read the database": lambda: _read(TARGETS["database"]),
     "read the key file": lambda: _read(TARGETS["key_file"]),
     "list the data directory": lambda: _read(os.path.join(TARGETS["data_directory"], "visible-to-root")),  # noqa: PTH118

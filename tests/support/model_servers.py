@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import signal
+import site
 import socket
 import struct
 import sys
@@ -58,6 +59,7 @@ def _surroundings() -> dict[str, Any]:
         "fds": fds,
         "standard_input": os.readlink("/proc/self/fd/0"),  # noqa: PTH115
         "directory": str(Path.cwd()),
+        "user_base": site.USER_BASE,
         "umask": umask,
         "core": resource.getrlimit(resource.RLIMIT_CORE),
         "files": resource.getrlimit(resource.RLIMIT_NOFILE),

@@ -37,3 +37,9 @@ async def is_forked(directory: Path) -> bool:
     arguments = Path(f"/proc/{shim}/cmdline").read_bytes()
     assert b"shim" in arguments
     return b"-m serving_service.shim" in arguments
+
+
+def pid_of(template: Template) -> int:
+    """The process of a template that is ready."""
+    assert template._life is not None
+    return template._life.process.pid

@@ -23,7 +23,9 @@ def test_a_variable_that_is_read_at_the_start_needs_a_start(name: str) -> None:
     assert is_read_at_start(name, {"CI"})
 
 
-@pytest.mark.parametrize("name", ["OPENAI_API_KEY", "ci", "MY_LANG", "python_path", "DATABRICKS_HOST", ""])
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "LANGCHAIN_API_KEY", "TZ_NAME", "ci", "MY_LANG", "python_path", "DATABRICKS_HOST", ""]
+)
 def test_any_other_variable_may_be_set_after_it(name: str) -> None:
     assert not is_read_at_start(name, {"CI"})
 
