@@ -3,7 +3,8 @@ mlflow for them and each version is logged once.
 
 `model-name` answers questions about the process that it runs in, row by row: a secret's fingerprint, never the secret
 itself. Its versions differ in how they load. `chat-model` takes and answers OpenAI's chat messages. `signed-model` was
-logged with a signature.
+logged with a signature. The other two ask a provider that speaks OpenAI's protocol: `flavoured-model` as MLflow's own
+flavour `openai` does, `asking-model` as people write it by hand, streams included.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 MODEL = "model-name"
 CHAT_MODEL = "chat-model"
 SIGNED_MODEL = "signed-model"
+FLAVOURED_MODEL = "flavoured-model"
+ASKING_MODEL = "asking-model"
 
 GOOD, BETTER, FAILING, WAITING = "1", "2", "3", "4"
 """Versions of `model-name`: two that load, one that raises, one that waits until somebody listens at GATE."""
@@ -68,6 +71,7 @@ def _uri(folder: Path) -> str:
 def _register(folder: Path) -> None:
     warnings.simplefilter("ignore")
     import mlflow
+    import mlflow.openai
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
@@ -142,6 +146,22 @@ def _register(folder: Path) -> None:
                 choice = {"index": 0, "delta": {"role": "assistant", "content": word}, "finish_reason": None}
                 yield {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "chat", "choices": [choice]}
 
+    class Asking(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
+        def load_context(self, context: Any) -> None:
+            import openai
+
+            self.client = openai.OpenAI(max_retries=0)  # key and address are in the environment
+
+        def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
+            return self.ask(model_input, stream=False).to_dict()
+
+        def predict_stream(self, context: Any, model_input: Any, params: Any = None) -> Any:
+            for chunk in self.ask(model_input, stream=True):
+                yield chunk.to_dict()
+
+        def ask(self, model_input: Any, stream: bool) -> Any:
+            return self.client.chat.completions.create(model="asked", messages=model_input["messages"], stream=stream)
+
     class Signed(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
             return (model_input["size"] * params["factor"]).astype("float64")
@@ -159,11 +179,21 @@ def _register(folder: Path) -> None:
     # In the order of the versions' numbers: a registry counts from 1.
     witnesses = (Witness(GOOD), Witness(BETTER), Witness(FAILING, LOAD_FAILURE), Witness(WAITING, waits=True))
     models = [*((MODEL, witness, None) for witness in witnesses), (CHAT_MODEL, Chat(), None)]
+    models.append((ASKING_MODEL, Asking(), None))
     for name, model, signature in (*models, (SIGNED_MODEL, Signed(), signed)):
         with mlflow.start_run(experiment_id=experiment):
             mlflow.pyfunc.log_model(
                 name=name, python_model=model, signature=signature, pip_requirements=[], registered_model_name=name
             )
+    with mlflow.start_run(experiment_id=experiment):
+        mlflow.openai.log_model(
+            model="flavoured",
+            task="chat.completions",
+            name=FLAVOURED_MODEL,
+            messages=[{"role": "system", "content": "Be brief."}],
+            pip_requirements=[],
+            registered_model_name=FLAVOURED_MODEL,
+        )
 
 
 if __name__ == "__main__":
