@@ -618,6 +618,81 @@ FAULTS = (
             "tests/service/test_tracing.py::test_what_is_no_trace_context_is_not_passed_on",
         ),
     ),
+    Fault(
+        name="old-replica-forgotten",
+        property="R8",
+        file="serving_service/reconcile.py",
+        old="        if replica.version not in wanted and not replica.is_stopping",
+        new="        if desired.is_deleted and not replica.is_stopping",
+        tests=("tests/service/test_serving.py::test_an_update_takes_over_and_the_old_replica_ends", _KILLED),
+    ),
+    Fault(
+        name="activated-before-it-is-ready",
+        property="R9",
+        file="serving_service/reconcile.py",
+        old="    if observed.is_ready(wanted):\n        return [Activate",
+        new="    if wanted.replicas:\n        return [Activate",
+        tests=(
+            "tests/unit/serving_service/test_reconcile.py::test_plan",
+            "tests/service/test_bad_versions.py::test_a_version_that_cannot_run_leaves_the_one_that_does_and_says_why",
+        ),
+    ),
+    Fault(
+        name="drain-skipped",
+        property="R8",
+        file="serving_service/controller.py",
+        old="await self._doors.routes.drained(replica_id, timeout=drain)",
+        new="pass",
+        tests=(
+            "tests/service/test_lifecycle.py::test_requests_in_flight_are_answered_before_their_replica_is_stopped",
+            "tests/service/test_outages.py::test_no_query_fails_while_versions_change_and_none_reaches_one_that_is_gone",
+        ),
+    ),
+    Fault(
+        name="number-believed",
+        property="R12",
+        file="serving_service/shim/processes.py",
+        old="    if started(pid) == mark:",
+        new="    if started(pid):",
+        tests=("tests/e2e/test_launch.py::test_a_folder_whose_process_number_is_somebody_elses_now_harms_nobody",),
+    ),
+    Fault(
+        name="sent-query-tried-again",
+        property="R3",
+        file="gateway/invocations.py",
+        old="            except ConnectFailed:",
+        new="            except HttpError:",
+        tests=(
+            "tests/service/test_gateway.py::test_a_model_that_dies_before_its_answer_is_a_500_that_names_the_entity",
+        ),
+    ),
+    Fault(
+        name="stale-route-held",
+        property="R8",
+        file="gateway/invocations.py",
+        old="            endpoint = await self._permitted(name, caller)\n            await self._forward(",
+        new="            await self._forward(",
+        tests=("tests/service/test_gateway.py::test_a_body_that_comes_after_a_change_is_treated_by_what_holds_then",),
+    ),
+    Fault(
+        name="core-of-a-service",
+        property="S22",
+        file="servicekit/process.py",
+        old="    os.umask(0o077)\n    _leave_no_core()\n",
+        new="    os.umask(0o077)\n",
+        tests=("tests/e2e/test_core_dumps.py::test_the_kernel_is_told_so_of_services_and_models",),
+    ),
+    Fault(
+        name="back-off-never-grows",
+        property="R19",
+        file="serving_service/reconcile.py",
+        old="min(FIRST_BACKOFF * 2.0 ** min(failures - 2, 16), LONGEST_BACKOFF)",
+        new="FIRST_BACKOFF",
+        tests=(
+            "tests/unit/serving_service/test_reconcile.py"
+            "::test_restarts_come_at_once_then_later_and_later_and_at_once_again_after_good_minutes",
+        ),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",
