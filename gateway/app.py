@@ -7,6 +7,7 @@ import contextlib
 import logging
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from servicekit.errors import ServiceError, StartError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.measures import Measures
+from servicekit.metrics import Calls, ServiceMetrics
+from servicekit.metrics import listening as metrics_at
 from servicekit.policy import Decision, Row, Undecided
 from servicekit.rate_limits import Ledger
 from servicekit.sockets import socket_address
@@ -61,6 +64,9 @@ _OWNED = {
     "serving": (serving_pb2.DESCRIPTOR,),
 }
 """Which service answers the RPCs of which proto files."""
+
+NO_ROUTE, GONE = "(none)", "(none)"
+"""What requests are counted under that no route takes, and that nobody was answered."""
 
 _JSON: tuple[bytes, bytes] = (b"content-type", b"application/json")
 _ORG_ID = b"x-databricks-org-id"
@@ -89,6 +95,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.push_async_callback(pool.close)
         ledger = Ledger()
         table = RoutingTable(ledger)
+        metrics = ServiceMetrics()
         measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
@@ -115,7 +122,11 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             document=Document(rules, public_url),
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
+            calls=Calls(metrics.registry, "tessera_http_requests", "Requests over HTTP", kind="route", ending="status"),
         )
+        metrics.watch("tessera_endpoints", "Endpoints that this gateway knows.", table.count)
+        metrics.watch("tessera_requests_in_flight", "Requests that replicas are answering.", table.in_flight)
+        metrics.watch("tessera_identities", "Callers that are known without asking.", exchange.known_count)
         await stack.enter_async_context(
             background.running(
                 {
@@ -127,6 +138,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             )
         )
         await stack.enter_async_context(_http_server(gateway, listening, certificate))
+        await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url
 
 
@@ -169,6 +181,7 @@ class Gateway:
         document: Document,
         public_url: str,
         trusted_proxies: Sequence[Network],
+        calls: Calls,
     ) -> None:
         self._rules = rules
         self._transcoder = transcoder
@@ -177,6 +190,7 @@ class Gateway:
         self._document = document
         self._public_url = public_url
         self._trusted_proxies = trusted_proxies
+        self._calls = calls
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
         # them to users.
         specials: dict[str, _Handle] = {
@@ -218,11 +232,12 @@ class Gateway:
         given = request.header(b"x-tessera-request-id") or ""
         request.id = given if channels.is_request_id(given) else channels.new_request_id()
         headers: Headers = self._named([(b"x-tessera-request-id", request.id.encode())])
-        is_started = False
+        began = time.perf_counter()
+        status = 0
 
         async def send_once(message: Message) -> None:
-            nonlocal is_started
-            is_started = True
+            nonlocal status
+            status = message.get("status", status)
             await send(message)
 
         try:
@@ -240,8 +255,12 @@ class Gateway:
             if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
                 facts = {"request_id": request.id, "reason": error.reason}
                 log.info("credential refused", extra=facts | self._source(scope).fields())
-            if not is_started:
-                await answer(send, refusal.status, [*self._named(headers), *refusal.headers], refusal.body)
+            if not status:
+                await answer(send_once, refusal.status, [*self._named(headers), *refusal.headers], refusal.body)
+
+        finally:
+            # Of a path that is not there the name is the caller's own.
+            self._calls.ended(request.route or NO_ROUTE, str(status or GONE), time.perf_counter() - began)
 
     def _source(self, scope: Scope) -> Source:
         """Where a request comes from; for the log alone."""
@@ -290,6 +309,7 @@ class Gateway:
         binding, parameters = found
         request.service = binding.service
         routed(binding.verb, binding.template)
+        request.route = f"{binding.verb} {binding.template}"
         metadata = [(channels.REQUEST_ID, request.id)]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
@@ -309,6 +329,7 @@ class Gateway:
     ) -> None:
         """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""
         routed(special.method, special.template)
+        request.route = f"{special.method} {special.template}"
         decision = Decision(special.row)
 
         async def send_decided(message: Message) -> None:

@@ -33,6 +33,8 @@ class Request:
     receive: Receive
     id: str
     service: ServiceDescriptor | None = None
+    route: str = ""
+    """The method and the path's template, once that is known."""
 
     def header(self, name: bytes) -> str | None:
         """A header's value; the name in lower case."""

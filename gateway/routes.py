@@ -94,6 +94,14 @@ class RoutingTable:
         """The endpoint called `name`, if there is one."""
         return self._by_name.get(name)
 
+    def count(self) -> int:
+        """How many endpoints there are."""
+        return len(self._by_id)
+
+    def in_flight(self) -> int:
+        """How many requests replicas are answering, here."""
+        return sum(replica.in_flight for replica in self._replicas.values())
+
     def begin(self, replicas: Sequence[Replica]) -> Replica:
         """Takes the least busy of the replicas for one request; `end` gives it back."""
         replica = min(replicas, key=lambda one: one.in_flight)

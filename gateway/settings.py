@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servicekit.settings import ServiceSettings, address, count, origin, seconds, setting
+from servicekit.settings import ServiceSettings, address, count, metrics_listen, origin, seconds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class GatewaySettings(ServiceSettings):
     listen: str = setting(
         "TESSERA_GATEWAY_LISTEN", address, default="127.0.0.1:8080", help="host:port of the REST API."
     )
+    metrics_listen: str = metrics_listen("TESSERA_GATEWAY_METRICS_LISTEN")
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
         origin,
@@ -43,3 +44,4 @@ class GatewaySettings(ServiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_GATEWAY_LISTEN", self.listen)
+        self.refuse_open_metrics("TESSERA_GATEWAY_METRICS_LISTEN", self.metrics_listen)

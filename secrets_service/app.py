@@ -34,6 +34,7 @@ from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets, tls
 from servicekit.grpc_server import Listener
+from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
@@ -103,6 +104,8 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 for peer in PEERS
             ),
         ]
+        metrics = ServiceMetrics()
+        metrics.watch("tessera_access_followers", "Services that follow changes of permissions.", feed.followers)
         secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
         identity_services = identity_pb2.DESCRIPTOR.services_by_name
         permission_services = permissions_pb2.DESCRIPTOR.services_by_name
@@ -123,8 +126,10 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 readiness={"database": file.ping},
                 jobs={"access feed": feed.run},
                 message_limit=MESSAGE_LIMIT,
+                metrics=metrics,
             )
         )
+        await stack.enter_async_context(listening(settings.metrics_listen, metrics))
         yield Running(addresses[0])
 
 

@@ -51,6 +51,10 @@ class AccessFeed:
         self._streams: set[_Stream] = set()
         self._acknowledged = asyncio.Condition()
 
+    def followers(self) -> int:
+        """How many follow."""
+        return len(self._streams)
+
     def publish(self, change: AccessChange) -> int:
         """Hands a change to every stream; the revision that stands for it."""
         self._revision += 1

@@ -44,6 +44,7 @@ class SecretsSettings(ServiceSettings):
         default="127.0.0.1:8081",
         help="host:port of the public gRPC listener; port 0 lets the system choose.",
     )
+    metrics_listen: str = settings.metrics_listen("TESSERA_SECRETS_METRICS_LISTEN")
     root_key_file: Path | None = setting(
         "TESSERA_ROOT_KEY_FILE",
         settings.file,
@@ -106,6 +107,7 @@ class SecretsSettings(ServiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_SECRETS_LISTEN", self.listen)
+        self.refuse_open_metrics("TESSERA_SECRETS_METRICS_LISTEN", self.metrics_listen)
         if bool(self.oidc_issuer) != bool(self.oidc_audience):
             raise ValueError("TESSERA_OIDC_ISSUER and TESSERA_OIDC_AUDIENCE belong together: set both, or none.")
         if not self.oidc_issuer and (self.oidc_jwks_url or self.oidc_claim != "sub"):

@@ -23,6 +23,7 @@ from servicekit import background, policy, tracing
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor, SourceOf
+from servicekit.metrics import ServiceMetrics
 from servicekit.rpc_tracing import ServerTracing
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
 from servicekit.tls import Certificate
@@ -73,13 +74,14 @@ async def serving(
     readiness: Mapping[str, Check],
     jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     message_limit: int,
+    metrics: ServiceMetrics | None = None,
 ) -> AsyncIterator[list[str]]:
     """Listens until the context is left, then lets calls under way finish.
 
     `services` pairs descriptors with servicers, `table` is the policy, `readiness` holds a check per dependency of our
-    own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes.
-    Yields the addresses, with the ports that the system chose. Raises StartError when the table does not fit the
-    services, or an address cannot be listened on.
+    own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes, and
+    calls are counted in `metrics`. Yields the addresses, with the ports that the system chose. Raises StartError when
+    the table does not fit the services, or an address cannot be listened on.
     """
     policy.check(table, [service for service, _ in services], standard=[HEALTH, REFLECTION])
     statuses = health.aio.HealthServicer()
@@ -93,7 +95,7 @@ async def serving(
 
         stack.push_async_callback(stop)
         for listener in listeners:
-            server, address = _server(listener, services, table, statuses, message_limit)
+            server, address = _server(listener, services, table, statuses, message_limit, metrics)
             servers.append(server)
             await server.start()
             addresses.append(address)
@@ -109,6 +111,7 @@ def _server(
     table: policy.Table,
     statuses: object,
     message_limit: int,
+    metrics: ServiceMetrics | None,
 ) -> tuple[grpc.aio.Server, str]:
     standard = [policy.rpc_name(method) for service in (HEALTH, REFLECTION) for method in service.methods]
     rows = {f"/{name}": table[name] for name in standard if name in table}
@@ -136,6 +139,7 @@ def _server(
                 rows=rows,
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
+                calls=None if metrics is None else metrics.rpcs,
             ),
         ],
         options=[

@@ -261,6 +261,10 @@ class TokenExchange:
         self.workspace_id = platform.workspace_id
         return platform
 
+    def known_count(self) -> int:
+        """How many tokens are known."""
+        return len(self._known)
+
     async def identify(self, token: str, *, may_be_stale: bool = False) -> Identity:
         """Who owns a token.
 

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from servicekit import channels, context, once
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
+from servicekit.metrics import Calls
 from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.source import Source
 
@@ -43,11 +44,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, identify: Identify, *, rows: Mapping[str, Row], longest_message: int, source: SourceOf | None
+        self,
+        identify: Identify,
+        *,
+        rows: Mapping[str, Row],
+        longest_message: int,
+        source: SourceOf | None,
+        calls: Calls | None = None,
     ) -> None:
         self._identify = identify
         self._rows = rows
         self.longest_message = longest_message
+        self.calls = calls
         self.source = source
 
     async def intercept_service(
@@ -114,6 +122,8 @@ class _Call:
         self._metadata = metadata
         self._decision: Decision | None = None
         self._started = time.perf_counter()
+        self._code = grpc.StatusCode.CANCELLED
+        """How it ended, unless somebody says otherwise."""
         given = metadata.get(channels.REQUEST_ID, "")
         self._request_id = given if channels.is_request_id(given) else channels.new_request_id()
 
@@ -126,6 +136,7 @@ class _Call:
                 answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
                 self._require_decision()
             except once.Answered as first:  # which was decided about at the time
+                self._code = grpc.StatusCode.OK
                 log.info("first answer given again", extra=self._facts())
                 _pass_warnings(rpc, first.warnings)
                 return first.answer
@@ -140,6 +151,8 @@ class _Call:
                 request_context = context.current()
                 _pass_warnings(rpc, request_context.warnings if request_context else ())
                 return answer
+            finally:
+                self._ended(time.perf_counter() - self._started)
 
         return handle
 
@@ -163,6 +176,8 @@ class _Call:
                 await self._crash(rpc, error)
             else:
                 self._log_success()
+            finally:
+                self._ended(None)  # a stream takes as long as somebody follows it
 
         return handle
 
@@ -178,6 +193,7 @@ class _Call:
             raise Undecided
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
+        self._code = error.code
         facts = {**self._facts(), "reason": error.reason}
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             log.info("credential refused", extra=facts | self._chain.source(rpc).fields())
@@ -186,10 +202,16 @@ class _Call:
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+        self._code = grpc.StatusCode.INTERNAL
         log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))
         await rpc.abort_with_status(to_status(ServiceError(f"Internal error. Request id: {self._request_id}.")))
 
+    def _ended(self, seconds: float | None) -> None:
+        if self._chain.calls is not None:
+            self._chain.calls.ended(self._method.removeprefix("/"), self._code.name, seconds)
+
     def _log_success(self) -> None:
+        self._code = grpc.StatusCode.OK
         if log.isEnabledFor(logging.DEBUG):
             log.debug("call answered", extra=self._facts())
 

@@ -195,6 +195,22 @@ def address(text: str) -> str:
     return text
 
 
+def metrics_address(text: str) -> str:
+    """Where metrics are told: as `address`, or `unix:/path`."""
+    return text if text.startswith("unix:/") else address(text)
+
+
+def metrics_listen(variable: str) -> Any:
+    """The field of a settings class that says where the service tells its own metrics."""
+    return setting(
+        variable,
+        metrics_address,
+        default="",
+        help="Where this service tells its own metrics, at GET /metrics, to whoever asks: host:port or unix:/path. Not"
+        " set: nowhere.",
+    )
+
+
 def origin(text: str) -> str:
     """The address of a server, such as https://tessera.example.com, without a slash at its end."""
     if not text.startswith(("http://", "https://")):
@@ -295,6 +311,12 @@ class ServiceSettings:
         default=1.0,
         help="How many of the traces that begin here are sent: 0 to 1. For others their callers say so.",
     )
+    open_metrics: bool = setting(
+        "TESSERA_METRICS_BEYOND_LOOPBACK",
+        boolean,
+        default=False,
+        help="Whether the service's own metrics, which take no credential, may be told to other machines.",
+    )
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -309,6 +331,14 @@ class ServiceSettings:
     def sockets(self) -> Path:
         """The directory of the internal sockets, made if need be; raises StartError when it is not ours alone."""
         return sockets.socket_directory(self.data_dir, self.socket_dir)
+
+    def refuse_open_metrics(self, variable: str, listen: str) -> None:
+        """Raises ValueError when other machines can reach `listen` and nobody allowed that."""
+        if listen and not (listen.startswith("unix:") or is_loopback(listen) or self.open_metrics):
+            raise ValueError(
+                f"{variable} is {listen}, which other machines can reach, and metrics take no credential. Listen on"
+                " 127.0.0.1 or unix:/path, or set TESSERA_METRICS_BEYOND_LOOPBACK=true."
+            )
 
     def refuse_plaintext(self, variable: str, listen: str) -> None:
         """Raises ValueError when other machines can reach `listen` without TLS and nobody allowed that."""

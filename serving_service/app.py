@@ -17,6 +17,7 @@ from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.measures import Measures
+from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from serving_service import cgroups, couriers, store
@@ -26,6 +27,7 @@ from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
 from serving_service.isolation import Isolation, ModelUsers, probed
+from serving_service.launch_metrics import LaunchMetrics
 from serving_service.launcher import Launcher, LocalLauncher, model_environment
 from serving_service.launches import Launches
 from serving_service.meters import Meters
@@ -106,6 +108,7 @@ async def running(
         users = ModelUsers(opened, isolation.users) if isolation.users else None
         ledger = Ledger()
         outbox = Outbox(opened, *couriers.configured(settings))
+        metrics = ServiceMetrics()
         routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds)
         controllers = Controllers(
             Doors(
@@ -123,6 +126,7 @@ async def running(
                 probes=Probes(pool, patience=settings.liveness_deadline),
                 notice=isolation.notice,
                 routes=routes,
+                launched=LaunchMetrics(metrics.registry),
                 outbox=outbox,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
@@ -183,6 +187,11 @@ async def running(
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,
+                metrics=metrics,
             )
         )
+        metrics.watch("tessera_endpoints", "Endpoints that there are.", controllers.count)
+        metrics.watch("tessera_replicas", "Replicas by their state.", controllers.replicas, "state")
+        metrics.watch("tessera_gateways", "Gateways that follow the routes.", routes.gateways)
+        await stack.enter_async_context(listening(settings.metrics_listen, metrics))
         yield Running(addresses[0])

@@ -20,6 +20,7 @@ from typing import Any
 
 from servicekit.database import Database
 from serving_service import details, phases, reconcile, scaling, store
+from serving_service.launch_metrics import LaunchMetrics
 from serving_service.launcher import (
     Launch,
     Launcher,
@@ -61,6 +62,7 @@ class Doors:
     launches: Launches
     probes: Probes
     routes: RouteTable
+    launched: LaunchMetrics
     outbox: Outbox
     notice: str
     """What the state of every served entity that is ready says besides; empty when there is nothing to say."""
@@ -77,7 +79,7 @@ class EndpointController:
         self._doors = doors
         self._replicas: dict[str, Replica] = {}
         self._handles: dict[str, ReplicaHandle] = {}
-        self._timeline = Timeline(endpoint_id, doors.database)
+        self._timeline = Timeline(endpoint_id, doors.database, doors.launched)
         self._ready_since: dict[str, float] = {}
         self._versions: dict[tuple[int, str], str] = {}
         """The version of the model of each served entity, by its configuration and its name."""
@@ -163,6 +165,10 @@ class EndpointController:
             and each.entity == entity
             and self._versions.get((each.version, entity)) == entity_version
         ]
+
+    def states(self) -> list[str]:
+        """The state of each replica."""
+        return ["stopping" if each.is_stopping else each.phase.name.lower() for each in self._replicas.values()]
 
     async def logs(self, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of the newest replica of an entity; empty when there is none."""

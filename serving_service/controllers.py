@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import logging
+from collections import Counter
 
 from servicekit.measures import Key
 from serving_service import store
@@ -17,11 +18,15 @@ from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointContro
 from serving_service.launcher import Observation, ReplicaGoneError, ReplicaHandle
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord
 from serving_service.phases import LaunchEvent
+from serving_service.reconcile import Phase
 
 log = logging.getLogger(__name__)
 
 
 STOPPED = EntityState(Deployment.ABORTED, "The endpoint was stopped. Start it to have it serve again.")
+
+
+REPLICA_STATES = (*(phase.name.lower() for phase in Phase), "stopping")
 
 
 class Controllers:
@@ -86,6 +91,15 @@ class Controllers:
         """The replicas of a served entity that are ready, by its name and the version of its model."""
         controller = self._controllers.get(key.endpoint_id)
         return controller.ready(key.entity, key.entity_version) if controller is not None else []
+
+    def count(self) -> int:
+        """How many endpoints there are, those included that are being deleted."""
+        return len(self._controllers)
+
+    def replicas(self) -> dict[str, float]:
+        """How many replicas are in which state."""
+        states = Counter(state for controller in self._controllers.values() for state in controller.states())
+        return {state: states[state] for state in REPLICA_STATES}
 
     def processes(self) -> dict[str, int]:
         """The process of every replica that is ready."""

@@ -109,6 +109,10 @@ class RouteTable:
         """Says that the table is whole; no stream is served before."""
         self._loaded.set()
 
+    def gateways(self) -> int:
+        """How many gateways follow."""
+        return len(self._streams)
+
     def publish(self, routes: EndpointRoutes) -> None:
         """Puts an endpoint's routes in place of its older ones."""
         if self._endpoints.get(routes.endpoint_id) == routes:

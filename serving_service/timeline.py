@@ -15,6 +15,7 @@ from servicekit import tracing
 from servicekit.database import Database
 from servicekit.tracing import Span
 from serving_service import store
+from serving_service.launch_metrics import LaunchMetrics
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome, Step
 from serving_service.reconcile import Replica
 
@@ -30,9 +31,10 @@ MOST_UNWRITTEN = 100
 class Timeline:
     """The launches of one endpoint. `run` stores what ended."""
 
-    def __init__(self, endpoint_id: str, database: Database) -> None:
+    def __init__(self, endpoint_id: str, database: Database, launched: LaunchMetrics) -> None:
         self._endpoint_id = endpoint_id
         self._database = database
+        self._launched = launched
         self._steps: dict[str, tuple[Replica, Step]] = {}
         self._spans: dict[str, Span] = {}
         self._unwritten: list[LaunchEvent] = []
@@ -63,6 +65,7 @@ class Timeline:
         if replica_id in self._steps:
             _, step = self._steps[replica_id]
             self._end(replica_id, outcome, failed_at or step.phase, message)
+            self._launched.ended(outcome)
             if (span := self._spans.pop(replica_id, None)) is not None:
                 with span:
                     span.set("tessera.outcome", outcome)
@@ -115,6 +118,7 @@ class Timeline:
         replica, step = self._steps.pop(replica_id)
         event = _event(replica, step, phase, outcome, step.duration, message)
         self._unwritten.append(event)
+        self._launched.phase_ended(event)
         if replica_id in self._spans:
             failure = phase if outcome is Outcome.FAILED else ""
             self._spans[replica_id].part(step.phase, event.started_at, event.duration, failure)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,9 @@ from tests.support.stack import Stack, running_stack
 ASSERTION_HEADER = base64.b64encode(b'{"alg":"EdDSA"')[:-2].decode()
 """How every assertion of ours begins."""
 
+
+OWN_METRICS = ("SECRETS", "SERVING", "GATEWAY")
+"""Whose own metrics are read, on sockets in the temporary directory."""
 
 TOKEN = "/oidc/v1/token"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
@@ -111,6 +115,7 @@ def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
         more["TESSERA_OTLP_ENDPOINT"] = collector.address
         more["TESSERA_NOTIFICATION_WEBHOOK_URL"] = receiver.url
         more["TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE"] = str(directory / "webhook")
+        more |= {f"TESSERA_{name}_METRICS_LISTEN": f"unix:{temporary / name}.sock" for name in OWN_METRICS}
         environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary), **more)
         sweep = sweep_everything(data, temporary, environment, issuer, posting)
         told = b"".join(f"{headers}".encode() + body for headers, body in receiver.posted)
@@ -136,7 +141,7 @@ def sweep_everything(
         assert sweep.found() == []
 
         launch(sweep, secret)
-        assert sweep.found() == []
+        assert sweep.found() == own_metrics(sweep) == []
         failed_launch(sweep)
         crash_of_the_model(sweep)
         assert sweep.found() == []
@@ -281,10 +286,28 @@ def launch(sweep: Sweep, secret: Canary) -> None:
     assert "ValueError" in logs
 
 
+def own_metrics(sweep: Sweep) -> list[str]:
+    """What the services' own metrics should not tell."""
+    lines = []
+    for name in OWN_METRICS:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(str(sweep.folders[1] / f"{name}.sock"))
+            connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            said = b"".join(iter(lambda connection=connection: connection.recv(65_536), b""))  # type: ignore[misc]
+        assert b"process_cpu_seconds_total" in said
+        lines += found_in(said, sweep.canaries, place=f"the metrics of {name}")
+    return lines
+
+
 def create(sweep: Sweep, name: str, version: str, **variables: str) -> None:
     served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}", **variables)
     told = {"on_update_failure": ["ada@example.com"]}
-    body = {"name": name, "config": {"served_entities": [served]}, "email_notifications": told}
+    body = {
+        "name": name,
+        "config": {"served_entities": [served]},
+        "email_notifications": told,
+        "ai_gateway": {"usage_tracking_config": {"enabled": True}},
+    }
     # A registry that has just been started may ask for a retry.
     until(lambda: sweep.send("POST", ENDPOINTS, body).status == 200, within=60, what=f"{name} is created")
 
@@ -299,6 +322,9 @@ def read_all(sweep: Sweep, name: str) -> None:
     """Reads all that the API tells about an endpoint."""
     for path in ("", f"/{name}", f"/{name}/served-models/one/logs", f"/{name}/served-models/one/build-logs"):
         assert sweep.send("GET", f"{ENDPOINTS}{path}").status == 200
+    assert b"request_count_total" in sweep.send("GET", f"{ENDPOINTS}/{name}/metrics").body
+    for path in ("metrics/history", "usage"):
+        assert sweep.send("GET", f"/api/2.0/tessera/serving-endpoints/{name}/{path}").status == 200
 
 
 def failed_launch(sweep: Sweep) -> None:
