@@ -47,6 +47,9 @@ STOP_GRACE_SECONDS = 10.0
 DELETE_DRAIN_SECONDS = 30.0
 """How long requests in flight may take to finish when their endpoint is deleted."""
 
+KEPT_LOG_BYTES = 1 << 18
+"""Of what the last replica of an entity had printed."""
+
 LOADING = phases.doing(LaunchPhase.LOAD)
 
 UNREADABLE_SECONDS = 1.0
@@ -171,15 +174,13 @@ class EndpointController:
         return ["stopping" if each.is_stopping else each.phase.name.lower() for each in self._replicas.values()]
 
     async def logs(self, version: int, entity: str, max_bytes: int) -> str:
-        """The latest output of the newest replica of an entity; empty when there is none."""
+        """The latest output of the newest replica of an entity; when there is none, of the last one that ended."""
         newest = [r.id for r in self._replicas.values() if (r.version, r.entity) == (version, entity)]
         handle = self._handles.get(newest[-1]) if newest else None
-        if handle is None:
-            return ""
-        try:
-            return await handle.logs(max_bytes)
-        except ReplicaGoneError:
-            return ""
+        with contextlib.suppress(ReplicaGoneError):
+            if handle is not None and (text := await handle.logs(max_bytes)):
+                return text
+        return await self._doors.database.read(store.last_log, self.endpoint_id, version, entity)
 
     async def run(self) -> None:
         """Works until the endpoint is deleted and nothing is left of it."""
@@ -412,6 +413,7 @@ class EndpointController:
             if known is ReplicaState.READY:
                 self._probing[replica_id] = self._spawn(self._probe(replica_id, handle))
             self.wake()
+        await self._keep_log(replica_id, handle)
 
     def _seconds_to_load(self, replica_id: str) -> float | None:
         """For how long a replica may go on loading its model; None when it does not, or is being stopped anyway."""
@@ -511,13 +513,28 @@ class EndpointController:
         if handle is not None:
             if self._replicas[replica_id].phase is Phase.READY:
                 await self._doors.routes.drained(replica_id, timeout=drain)
-            await self._end(handle, dismiss=not keep_log)
+            await self._end(handle, dismiss=False)
+            await self._keep_log(replica_id, handle)
+            if not keep_log:
+                await self._end(handle, dismiss=True)
         if keep_log:
             self._doors.launches.ended(replica_id)
             self._change(replica_id, phase=Phase.ENDED, is_stopping=False)
         else:
             await self._forget(replica_id)
         self.wake()
+
+    async def _keep_log(self, replica_id: str, handle: ReplicaHandle) -> None:
+        """Records what a replica that has ended had printed; not being able to costs the log and nothing else."""
+        replica = self._replicas.get(replica_id)
+        if replica is None:
+            return  # whoever stopped it has done so
+        try:
+            if text := await handle.logs(KEPT_LOG_BYTES):
+                write = self._doors.database.write
+                await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, text)
+        except (ReplicaGoneError, TimeoutError, OSError, RuntimeError, sqlite3.Error):
+            log.warning("log of a replica that has ended cannot be kept", extra={"replica": replica_id})
 
     async def _end(self, handle: ReplicaHandle, *, dismiss: bool) -> None:
         while True:

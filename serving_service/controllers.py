@@ -108,7 +108,9 @@ class Controllers:
     async def logs(self, endpoint_id: str, version: int, entity: str, max_bytes: int) -> str:
         """The latest output of an entity."""
         controller = self._controllers.get(endpoint_id)
-        return await controller.logs(version, entity, max_bytes) if controller is not None else ""
+        if controller is None:  # the service has just started
+            return await self._doors.database.read(store.last_log, endpoint_id, version, entity)
+        return await controller.logs(version, entity, max_bytes)
 
     async def _recover(self, orphans: asyncio.TaskGroup) -> None:
         database, routes = self._doors.database, self._doors.routes

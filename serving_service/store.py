@@ -371,6 +371,23 @@ def minutes_of(
     return [_minute(endpoint_id, *row) for row in rows]
 
 
+def keep_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str, text: str) -> None:
+    """Keeps what a replica that has ended had printed, while there is the configuration that it ran."""
+    connection.execute(
+        "INSERT OR REPLACE INTO last_logs (endpoint_id, version, entity, log)"
+        " SELECT endpoint_id, version, ?3, ?4 FROM configs WHERE endpoint_id = ?1 AND version = ?2",
+        (endpoint_id, version, entity, text),
+    )
+
+
+def last_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str) -> str:
+    """What the last replica that has ended had printed; empty when none has."""
+    row = connection.execute(
+        "SELECT log FROM last_logs WHERE endpoint_id = ? AND version = ? AND entity = ?", (endpoint_id, version, entity)
+    ).fetchone()
+    return str(row[0]) if row else ""
+
+
 def to_tell(connection: sqlite3.Connection, endpoint_id: str, event: str) -> list[str]:
     """The addresses to tell of an event of an endpoint (`on_update_failure`, `on_update_success`)."""
     row = connection.execute("SELECT email_notifications FROM endpoints WHERE id = ?", (endpoint_id,)).fetchone()

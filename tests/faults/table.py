@@ -581,6 +581,18 @@ FAULTS = (
             "tests/e2e/test_warm.py::test_a_variable_that_is_read_at_the_start_is_honoured_by_a_start",
         ),
     ),
+    # --- logs ---
+    Fault(
+        name="log-goes-with-its-replica",
+        property="contract 5.14",
+        file="serving_service/store.py",
+        old="?3, ?4 FROM configs WHERE endpoint_id = ?1 AND version = ?2",
+        new="?3, ?4 FROM configs WHERE endpoint_id = ?1 AND version = -?2",
+        tests=(
+            "tests/service/test_lifecycle.py"
+            "::test_what_the_last_replica_printed_can_be_read_when_nothing_is_left_of_it",
+        ),
+    ),
     # --- notices ---
     Fault(
         name="end-without-notice",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -249,6 +251,45 @@ async def test_logs_can_be_read_while_an_endpoint_is_stopped(platform: Platform)
     await platform.admin.stop("demo")
     await platform.until_replicas(0)
     assert await platform.admin.logs("demo", "speaking-1") == "some words\n"
+
+
+def kept_logs(platform: Platform) -> list[tuple[int, str]]:
+    """The logs of replicas that have ended which Serving has recorded, with their versions."""
+    database = platform.directory / "serving" / "serving.db"
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return connection.execute("SELECT version, log FROM last_logs ORDER BY version").fetchall()
+
+
+@pytest.mark.parametrize("manner", ["speaking", "dying"])
+async def test_what_the_last_replica_printed_can_be_read_when_nothing_is_left_of_it(
+    platform: Platform, manner: str
+) -> None:
+    said = "about to die\n" if manner == "dying" else "some words\n"
+    await platform.admin.create("demo", manner, environment={"PIECES": '["some words\\n"]'})
+    await platform.admin.settled("demo")
+    if manner == "speaking":
+        await platform.admin.stop("demo")
+    await eventually(lambda: kept_logs(platform) == [(1, said)], what="the log is recorded")
+    await platform.stop()
+    for handle in (await platform.serving.launcher.adopt()).values():
+        await handle.stop(0)
+    await platform.start()
+    assert await platform.serving.launcher.adopt() == {}
+    assert await platform.admin.logs("demo", f"{manner}-1") == said
+
+
+async def test_a_log_is_kept_as_long_as_its_configuration(platform: Platform) -> None:
+    await platform.admin.create("demo", "speaking", environment={"PIECES": '["first\\n"]'})
+    await platform.admin.settled("demo")
+    await platform.admin.stop("demo")
+    await eventually(lambda: kept_logs(platform) == [(1, "first\n")], what="the log is recorded")
+    await platform.admin.start("demo")
+    await platform.admin.settled("demo")
+    assert kept_logs(platform) == []
+    await platform.admin.stop("demo")
+    await eventually(lambda: kept_logs(platform) == [(2, "first\n")], what="the log is recorded")
+    await platform.admin.delete("demo")
+    await eventually(lambda: kept_logs(platform) == [], what="nothing is left")
 
 
 async def test_stopped_endpoint_stays_so_after_a_restart_and_can_be_started(platform: Platform) -> None:
