@@ -705,6 +705,31 @@ FAULTS = (
             "::test_restarts_come_at_once_then_later_and_later_and_at_once_again_after_good_minutes",
         ),
     ),
+    # --- what is measured ---
+    Fault(
+        name="report-counted-twice",
+        property="contract 5.15",
+        file="serving_service/meters.py",
+        old="        if report.sequence == expected:",
+        new="        if report.sequence:",
+        tests=("tests/service/test_metrics.py::test_report_is_counted_once_whatever_is_lost_or_killed",),
+    ),
+    Fault(
+        name="report-forgotten-too-early",
+        property="contract 5.15",
+        file="serving_service/meters.py",
+        old="stored_sequence=gateway.stored)",
+        new="stored_sequence=gateway.received)",
+        tests=("tests/service/test_metrics.py::test_report_is_counted_once_whatever_is_lost_or_killed",),
+    ),
+    Fault(
+        name="path-is-a-label",
+        property="S1",
+        file="gateway/app.py",
+        old="self._calls.ended(request.route or NO_ROUTE,",
+        new="self._calls.ended(request.route or request.path,",
+        tests=("tests/service/test_own_metrics.py::test_gateway_tells_routes_and_no_paths",),
+    ),
     # --- hostile text ---
     Fault(
         name="filter-text-in-sql",
