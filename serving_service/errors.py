@@ -110,6 +110,16 @@ class ModelNotFound(errors.NotFound):
         super().__init__(f"Version {version} of model '{name}' is not in the model registry. Register it first.")
 
 
+class ModelBroken(errors.BadRequest):
+    """What is registered as this model version is no model."""
+
+    def __init__(self, name: str, version: str, problem: str) -> None:
+        super().__init__(
+            f"Version {version} of model '{name}' cannot be used: {problem}. Register the model again, and update the"
+            " endpoint to that version."
+        )
+
+
 class RegistryUnusable(errors.BadRequest):
     """The registry cannot be used as configured; a retry does not help."""
 

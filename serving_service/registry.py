@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from servicekit.errors import ServiceError, Unavailable
-from serving_service.errors import ModelNotFound, RegistryUnusable
+from serving_service.errors import ModelBroken, ModelNotFound, RegistryUnusable
 from serving_service.model import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Registry(Protocol):
         """The registered version; raises ModelNotFound, RegistryUnusable, or Unavailable where a retry helps."""
 
     async def fetch(self, model: ModelVersion) -> Path:
-        """The folder with the version's files; raises as `describe` does."""
+        """The folder with the version's files; raises as `describe` does, and ModelBroken."""
 
     async def run(self) -> None:
         """Keeps the registry at hand until cancelled."""
@@ -155,6 +155,8 @@ class MlflowRegistry:
         match answer["error"]:
             case "missing":
                 return ModelNotFound(request["name"], request["version"])
+            case "broken":
+                return ModelBroken(request["name"], request["version"], answer["message"].partition(": ")[2])
             case "unreachable":
                 return Unavailable("The model registry cannot be reached just now. Try again.", retry_after=1)
             case _:

@@ -7,8 +7,8 @@ done; `id` pairs them. It ends when its input closes, whatever is still under wa
     {"id": 2, "op": "fetch", "name": ..., "version": ..., "destination": <an empty folder>}
 
 Answers are `{"id", "source", "created_at"}`, for a fetch with `path`, the model's folder within the destination; or
-`{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `unusable` (the registry's
-address or state is wrong) or `unreachable` (a retry may help).
+`{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `broken` (its files are
+no model), `unusable` (the registry's address or state is wrong) or `unreachable` (a retry may help).
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ _TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXH
 
 class Missing(Exception):
     """There is no such model version."""
+
+
+class Broken(Exception):
+    """There is such a model version, and its files are no model."""
 
 
 class Unusable(Exception):
@@ -73,10 +77,10 @@ class Registry:
         location = self._opened().get_model_version_download_uri(name, version)
         path = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
         if not Path(path).is_relative_to(destination):
-            raise Unusable(f"version {version} of model '{name}' was not copied but found at another place")
+            raise Broken("its files were not copied but found at another place")
         # Whoever registers a version says where it lies, maybe in this platform's own data: that must not be kept.
         if not (Path(path) / "MLmodel").is_file():
-            raise Unusable(f"version {version} of model '{name}' is registered at a place without an MLmodel file")
+            raise Broken("it is registered at a place without an MLmodel file")
         return {**described, "path": str(path)}
 
     def _opened(self) -> Any:
@@ -125,9 +129,11 @@ def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(error: Exception) -> str:
-    """What a failure means to the service: `missing`, `unusable` or `unreachable`."""
+    """What a failure means to the service: `missing`, `broken`, `unusable` or `unreachable`."""
     if isinstance(error, Missing):
         return "missing"
+    if isinstance(error, Broken):
+        return "broken"
     if isinstance(error, Unusable):
         return "unusable"
     code = getattr(error, "error_code", None)  # of MLflow's own exceptions

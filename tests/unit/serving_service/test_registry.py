@@ -16,7 +16,7 @@ import pytest
 
 from servicekit.errors import Unavailable
 from serving_service import registry as module
-from serving_service.errors import ModelNotFound, RegistryUnusable
+from serving_service.errors import ModelBroken, ModelNotFound, RegistryUnusable
 from serving_service.model import ModelVersion
 from serving_service.registry import MlflowRegistry, helper_environment, shown
 from tests.support.eventually import eventually
@@ -98,7 +98,7 @@ async def test_a_version_that_is_registered_at_a_place_without_a_model_is_not_ke
         where = str(folder / place)
         connection.execute("UPDATE model_versions SET source = ?, storage_location = ?", (where, where))
     async with running_registry(f"sqlite:///{registered}", folder) as registry:
-        with pytest.raises(RegistryUnusable, match="MLmodel"):
+        with pytest.raises(ModelBroken, match=r"Version 1 of model .* without an MLmodel file\. Register"):
             await registry.fetch(await registry.describe(MODEL, GOOD))
         assert list((folder / "models").iterdir()) == []
 
