@@ -24,6 +24,8 @@ STARTING, READY, FAILED, STOPPED = "STARTING", "READY", "FAILED", "STOPPED"
 _LISTEN_FD, _REPORT_FD = 3, 4
 _REPORT_BYTES = 65_536
 _CAUSE_BYTES = 4_096
+_SILENCE_SECONDS = 2.0
+"""How long after its report was closed a program that was not ready goes on before that counts as a failure."""
 
 Become = Callable[[list[str], dict[bytes, bytes]], None]
 """How a process that is confined already becomes the program of a command, with just these variables.
@@ -139,6 +141,13 @@ class Replica:
                 # Numbers beyond a float and brackets beyond the stack are among what a hostile writer can send.
                 with contextlib.suppress(ValueError, OverflowError, RecursionError):
                     self._take(json.loads(line))
+        with self._changed:
+            # A program that ends closes it too, and how it ended says more.
+            is_over = self._changed.wait_for(
+                lambda: self._state != STARTING or self._exit_code is not None, timeout=_SILENCE_SECONDS
+            )
+            if not is_over and not self._stopping:
+                self._become(FAILED, "the model server closed its report without saying that it is ready")
 
     def _take(self, report: Any) -> None:
         match report:
