@@ -341,6 +341,10 @@ class EndpointController:
         except LaunchError as error:
             cause = phases.failed(LaunchPhase.START, str(error))
             await self._not_started(endpoint, replica, LaunchPhase.START, cause, is_final=False)
+        except OSError as error:
+            cause = phases.failed(LaunchPhase.START, f"The replica's files cannot be made: {error.strerror}")
+            log.warning("replica has no files", extra={"replica": replica.id, "path": error.filename})
+            await self._not_started(endpoint, replica, LaunchPhase.START, cause, is_final=False)
         except Exception as error:
             kind = (type(error), error, error.__traceback__)
             log.error("replica could not be started", extra={"replica": replica.id}, exc_info=kind)
