@@ -141,7 +141,10 @@ class ValuesTooLong(LimitExceeded):
     """The values for one launch do not fit into an environment."""
 
     def __init__(self, limit: int) -> None:
-        super().__init__(f"The values for this launch are longer than {limit} bytes together, which is the limit.")
+        super().__init__(
+            f"The secret values for this launch are longer than {limit} bytes together, which is the limit."
+            " Use shorter values, or fewer."
+        )
 
 
 class UnknownPrincipal(InvalidParameter):

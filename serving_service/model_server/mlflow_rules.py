@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mlflow.environment_variables import _MLFLOW_IS_IN_SERVING_ENVIRONMENT
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 
 from serving_service.model_server.timing import model_at_work
 
@@ -62,11 +62,22 @@ class Other(NamedTuple):
 def load(path: str) -> Any:
     """The model of a folder. Raises whatever the loading of the model raises."""
     os.environ[_MLFLOW_IS_IN_SERVING_ENVIRONMENT.name] = "true"
+    _check_description(path)
     model = _server.load_model_with_mlflow_config(path)
     # What they say of a request repeats parts of it, and says it for every request.
     for name in ("mlflow.models.utils", "mlflow.pyfunc", "mlflow.pyfunc.model", _server.__name__):
         logging.getLogger(name).setLevel(logging.ERROR)
     return model
+
+
+def _check_description(path: str) -> None:
+    """Names the file when what the model says of itself is cut off or wrong; MLflow's errors are about what it did."""
+    try:
+        flavor = Model.load(path).flavors.get("python_function", {})
+        if not isinstance(flavor, dict):
+            raise TypeError(f"python_function is {flavor!r}")
+    except Exception as error:
+        raise ValueError(f"The model's file MLmodel cannot be read: {type(error).__name__}: {error}") from error
 
 
 def learn_packages() -> None:
