@@ -26,6 +26,8 @@ _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_chan
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
 
+_CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
+
 FAULTS = (
     # --- who may do what ---
     Fault(
@@ -750,6 +752,23 @@ FAULTS = (
         old="""connection.execute("UPDATE tokens SET comment = ? WHERE id = ?", (comment, token_id))""",
         new="""connection.execute(f"UPDATE tokens SET comment = '{comment}' WHERE id = ?", (token_id,))""",
         tests=("tests/service/test_injection.py::test_hostile_text_is_text",),
+    ),
+    # --- causes ---
+    Fault(
+        name="silence-not-noticed",
+        property="R9",
+        file="serving_service/shim/replica.py",
+        old="if not is_over and not self._stopping:",
+        new="if is_over and not self._stopping:",
+        tests=(_CAUSES,),
+    ),
+    Fault(
+        name="cause-without-its-phase",
+        property="R9",
+        file="serving_service/launches.py",
+        old="super().__init__(phases.failed(phase, problem))",
+        new="super().__init__(problem)",
+        tests=(_CAUSES,),
     ),
 )
 

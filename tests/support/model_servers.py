@@ -101,6 +101,14 @@ def _write_taken(fd: int, data: bytes) -> None:
         os.sched_yield()
 
 
+def _flood(mebibytes: int) -> None:
+    """Prints so much, all of it secret."""
+    line = os.environ["KEY"].encode().ljust(1_023, b"x") + b"\n"
+    for _ in range(mebibytes):
+        sys.stdout.buffer.write(line * 1_024)
+    sys.stdout.flush()
+
+
 def _daemon() -> int:
     """Starts a process that has left our session and group, and that TERM does not end; returns its number."""
     reading, writing = os.pipe()
@@ -144,6 +152,13 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
     if manner == "failing":
         _say(report_fd, {"event": "failed", "cause": f"KeyError: {os.environ['SAID']}"})
         sys.exit(1)
+    if manner == "crashing":
+        os.abort()
+    if manner == "silent":
+        os.close(report_fd)
+    if manner == "flooding":
+        _flood(int(os.environ["MEBIBYTES"]))
+        os._exit(4)
     if manner == "babbling":
         os.write(report_fd, b'nothing\n[]\n{"event":1}\n' + b"[" * 30_000 + b'\n{"event":"failed","cause":1}\n')
     if manner == "speaking":
@@ -155,7 +170,7 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
         surroundings["daemon"] = _daemon()
     if manner == "drawing":
         surroundings["drawn"] = _drawn()
-    if manner != "slow":
+    if manner not in ("slow", "silent"):
         _say(report_fd, {"event": "ready", "load_seconds": 0.25})
     if manner == "mute":
         signal.pause()
