@@ -48,6 +48,9 @@ LONGEST_SECONDS = 0.3
 AGAIN = 0.3
 """How often the successor is killed too."""
 
+UNITS = 4
+"""Of concurrency, in one replica."""
+
 NAME = "demo"
 CAUSE = "the weights are gone"
 
@@ -117,6 +120,12 @@ async def _update(platform: Platform, caller: ServingCaller) -> None:
     await caller.update(NAME, platform.version("2"))
 
 
+async def _update_to_two_replicas(platform: Platform, caller: ServingCaller) -> None:
+    entity = platform.version("2")
+    entity.min_provisioned_concurrency = entity.max_provisioned_concurrency = 2 * UNITS
+    await caller.update(NAME, entity)
+
+
 async def _update_that_fails(platform: Platform, caller: ServingCaller) -> None:
     await caller.update(NAME, platform.version("2", FAILS=CAUSE))
 
@@ -153,6 +162,7 @@ class Change:
 CHANGES = {
     "create": Change(_create),
     "update": Change(_update, (_create,), surge=2),
+    "update to two replicas": Change(_update_to_two_replicas, (_create,), running=2, folders=2, surge=3),
     "rollback": Change(_update_that_fails, (_create,), folders=2, surge=2),
     "stop": Change(_stop, (_create,), running=0),
     "start": Change(_start, (_create, _stop)),
@@ -364,7 +374,11 @@ async def _all_proved(platforms: Sequence[Platform], cases: Iterable[Case], ends
             workers.create_task(work(platform))
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    # What the simple update passes, that to two replicas passes too.
+    [pytest.param(name, marks=pytest.mark.long) if name == "update" else name for name in CHANGES],
+)
 async def test_a_kill_at_any_point_of_a_change_comes_to_the_same_end(platforms: list[Platform], name: str) -> None:
     points, end = await _points_of(platforms[0], CHANGES[name])
     assert points
