@@ -29,6 +29,7 @@ _MESSAGE_BYTES = 64
 
 
 def main() -> int:
+    life.limited()
     control = socket.socket(fileno=0)
     try:
         read = memory.fill()
@@ -62,7 +63,6 @@ def _live(forked: Forked, lock: int, document: int, told: int) -> NoReturn:
     try:
         os.dup2(os.open(os.devnull, os.O_RDWR), 0)  # in the place of the control socket
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        life.limited()
         try:
             with os.fdopen(document, "rb") as pipe:
                 spec = replace(read_spec(pipe), lock_fd=lock)

@@ -204,6 +204,22 @@ async def test_what_a_model_forked_away_ends_with_it(launcher: LocalLauncher, pr
     assert not psutil.pid_exists(daemon)
 
 
+async def test_many_at_once_are_themselves_and_leave_nothing_with_the_template(
+    launcher: LocalLauncher, directory: Path, programs: Path, template: Template
+) -> None:
+    names = [f"r{number}" for number in range(12)]
+    replicas = await asyncio.gather(*(launcher.start(a_launch(programs, "ready", name, NAME=name)) for name in names))
+    await asyncio.gather(*map(ready, replicas))
+    assert all([await is_forked(directory / "replicas" / name) for name in names])
+    found = await asyncio.gather(*(found_by(replica.address) for replica in replicas))
+    assert [each["environment"]["NAME"] for each in found] == names
+    await asyncio.gather(*(replica.stop(5) for replica in replicas))
+    process = psutil.Process(pid_of(template))
+    assert (process.children(recursive=True), process.num_fds(), process.num_threads()) == ([], 3, 1)
+    assert process.rlimit(psutil.RLIMIT_CORE) == (1, 1)
+    assert list((directory / "replicas").iterdir()) == []
+
+
 # --- the template comes and goes ------------------------------------------------------------------------------------
 
 
