@@ -17,6 +17,7 @@ import orjson
 import uvicorn
 
 from gateway import errors
+from gateway.admission import Admission
 from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, Send, answer, read_body
 from gateway.http_protocol import BoundedProtocol
 from gateway.http_rules import RouteTable, bindings
@@ -94,7 +95,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         ledger = Ledger()
-        table = RoutingTable(ledger)
+        table = RoutingTable(ledger, queue_length=settings.queue_length)
         metrics = ServiceMetrics()
         measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
@@ -111,6 +112,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             exchange=exchange,
             invocations=Invocations(
                 table,
+                Admission(table, seconds=settings.queue_seconds),
                 access,
                 pool,
                 ledger,

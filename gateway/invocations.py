@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator
 import grpc
 import orjson
 
+from gateway.admission import Admission, EndpointNotFound
 from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
-from gateway.routes import Endpoint, Entity, RoutingTable
+from gateway.routes import Endpoint, RoutingTable
 from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, current_decision
-from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, NotFound, ServiceError, Unavailable
+from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from servicekit.measures import TIMING, Invocation, Measures
 from servicekit.rate_limits import Charge, Ledger
@@ -44,18 +45,6 @@ WATCH_AFTER_SECONDS = 0.05
 """When a request has taken this long, its caller is watched, so that the model is spared work nobody waits for."""
 
 
-class EndpointNotFound(NotFound):
-    """No such endpoint or entity on the data plane, or none that this caller may know of (contract 6.7)."""
-
-    reason = "ENDPOINT_NOT_FOUND"
-
-    def __init__(self) -> None:
-        super().__init__(
-            "The given endpoint does not exist, please retry after checking the specified model and version deployment"
-            " exists."
-        )
-
-
 class ModelServerFailed(ServiceError):
     """The model server ended or spoke nonsense in the middle of a request."""
 
@@ -71,6 +60,7 @@ class Invocations:
     def __init__(
         self,
         table: RoutingTable,
+        admission: Admission,
         access: AccessTable,
         pool: HttpPool,
         ledger: Ledger,
@@ -80,6 +70,7 @@ class Invocations:
         body_limit: int,
     ) -> None:
         self._table = table
+        self._admission = admission
         self._access = access
         self._pool = pool
         self._ledger = ledger
@@ -152,21 +143,6 @@ class Invocations:
                 "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
             ) from None
 
-    def _entity(self, endpoint: Endpoint, name: str | None) -> Entity:
-        if endpoint.is_stopped:
-            raise BadRequest(f"Endpoint {endpoint.name} is stopped. Start it, then ask again.")
-        entity = endpoint.chosen() if name is None else endpoint.entity(name)
-        if name is not None and entity is None:
-            raise EndpointNotFound
-        if entity is None or not entity.replicas:
-            idle = [one.name for one in endpoint.entities if not one.replicas and name in (None, one.name)]
-            self._table.ask_for(endpoint, idle)
-            raise BadRequest(
-                f"Endpoint {endpoint.name} is not ready: {', '.join(idle)} has no running replica just now. The"
-                " endpoint's state and logs say why."
-            )
-        return entity
-
     async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
         size = len(first)
         yield first
@@ -192,34 +168,27 @@ class Invocations:
         charge: Charge,
         measured: Invocation,
     ) -> None:
-        entity = self._entity(endpoint, entity_name)
-        measured.chosen(entity.name, entity.version)
-        sent_headers = _to_model(request, endpoint, entity)
+        sent_headers = _to_model(request, endpoint)
         if not isinstance(body, bytes) and (length := request.headers.get(b"content-length")) is not None:
             sent_headers.append((b"content-length", length))
-        untried = list(entity.replicas)
+        place = self._admission.place(endpoint, entity_name, measured)
         while True:
-            replica = self._table.begin(untried)
-            measured.sent()
             try:
                 async with (
                     _CallerWatch(request, is_body_read=isinstance(body, bytes)),
+                    place as replica,
                     await self._pool.send(
                         replica.address, "POST", "/invocations", sent_headers, body, timeout=self._deadline
                     ) as response,
                 ):
-                    headers = [*headers, (b"served-model-name", entity.name.encode())]
+                    headers = [*headers, (b"served-model-name", place.entity.name.encode())]
                     measured.answered(response.status, response.header(TIMING))
                     await _pass_on(response, send, headers, charge, measured)
                     return
             except ConnectFailed:
                 # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
-                untried.remove(replica)
+                place.avoid(replica)
                 self._pool.forget(replica.address)
-                if not untried:
-                    raise BadRequest(
-                        f"Endpoint {endpoint.name} is not ready: {entity.name} is being started again."
-                    ) from None
             except HttpTimeout:
                 raise DeadlineExceeded(f"The model did not answer within {self._deadline:g} s.") from None
             except HttpError as error:
@@ -227,16 +196,13 @@ class Invocations:
                     "model server failed",
                     extra={"endpoint": endpoint.name, "replica": replica.id, "problem": type(error).__name__},
                 )
-                raise ModelServerFailed(entity.name) from None
-            finally:
-                self._table.end(replica)
+                raise ModelServerFailed(place.entity.name) from None
 
 
-def _to_model(request: Request, endpoint: Endpoint, entity: Entity) -> Headers:
+def _to_model(request: Request, endpoint: Endpoint) -> Headers:
     """The headers that the model sees."""
     span = tracing.current()
     span.set("tessera.endpoint", endpoint.name)
-    span.set("tessera.entity", entity.name)
     own = [(name.encode(), value.encode("latin-1")) for name, value in span.headers()]
     without = TRACE if own else ()
     return own + [(name, request.headers[name]) for name in TO_MODEL if name in request.headers and name not in without]

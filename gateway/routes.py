@@ -2,44 +2,48 @@
 
 The last table stays in force while Serving is gone, so inference needs no service but this one. A replica that leaves
 the table gets no new request; how many it is still answering is reported until there are none, which is what Serving
-waits for before it stops the process.
+waits for before it stops the process. So is the load of each entity, by which Serving scales it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import grpc
 
 from servicekit import channels, followed
+from servicekit.admission import Offer, Queue, Queues, Server
 from servicekit.rate_limits import SHARE_SECONDS, Feed, Ledger, Limits
 from tessera.serving.v1 import serving_pb2 as pb
 from tessera.serving.v1 import serving_pb2_grpc as rpc
 
 
-@dataclass(slots=True, eq=False)
-class Replica:
-    """One replica, with the number of requests that this gateway has in flight on it."""
-
-    id: str
-    address: str
-    in_flight: int = 0
-    is_retired: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class Entity:
-    """A served entity and the replicas that are ready."""
+    """A served entity, and the queue in front of its replicas that are ready."""
 
     name: str
     version: str
     """That of its model."""
     traffic_percentage: int
-    replicas: tuple[Replica, ...]
+    queue: Queue
+    is_asleep: bool
+    """Whether it has no replica, but gets one when a request waits."""
+    problem: str
+    """Why it cannot be woken just now."""
+
+    @property
+    def replicas(self) -> tuple[Server, ...]:
+        return self.queue.servers
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether it makes sense to wait for it."""
+        return bool(self.queue.servers) or self.is_asleep
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +63,12 @@ class Endpoint:
         return next((entity for entity in self.entities if entity.name == name), None)
 
     def chosen(self) -> Entity | None:
-        """An entity drawn by the traffic split among those that have a replica; None when none of them can answer."""
-        able = [entity for entity in self.entities if entity.replicas and entity.traffic_percentage]
+        """An entity drawn by the traffic split among those that can answer; None when none of them can."""
+        able = [entity for entity in self.entities if entity.can_answer and entity.traffic_percentage]
         if len(able) == 1:
             return able[0]
         weights = [entity.traffic_percentage for entity in able]
         return random.choices(able, weights)[0] if able else None  # noqa: S311 (a split, not a secret)
-
-
-@dataclass(slots=True)
-class _Report:
-    """What Serving has not been told yet."""
-
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    demand: set[tuple[str, str]] = field(default_factory=set)
 
 
 class RoutingTable:
@@ -81,14 +77,16 @@ class RoutingTable:
     What is used of rate limits is told to Serving, and heard from it, by the same stream.
     """
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, queue_length: int) -> None:
+        """`queue_length`: how many requests may wait for one entity."""
         self._ledger = ledger
         self.known = asyncio.Event()
         self._by_name: dict[str, Endpoint] = {}
         self._by_id: dict[str, Endpoint] = {}
-        self._replicas: dict[str, Replica] = {}
         self._revision = 0
-        self._report = _Report()
+        self._changed = asyncio.Event()
+        """Whether there is something that Serving has to be told at once."""
+        self._queues = Queues(length=queue_length, changed=self._changed)
 
     def endpoint(self, name: str) -> Endpoint | None:
         """The endpoint called `name`, if there is one."""
@@ -100,25 +98,7 @@ class RoutingTable:
 
     def in_flight(self) -> int:
         """How many requests replicas are answering, here."""
-        return sum(replica.in_flight for replica in self._replicas.values())
-
-    def begin(self, replicas: Sequence[Replica]) -> Replica:
-        """Takes the least busy of the replicas for one request; `end` gives it back."""
-        replica = min(replicas, key=lambda one: one.in_flight)
-        replica.in_flight += 1
-        return replica
-
-    def end(self, replica: Replica) -> None:
-        """The request that `begin` took the replica for is over."""
-        replica.in_flight -= 1
-        if replica.is_retired and replica.in_flight == 0:
-            self._replicas.pop(replica.id, None)
-            self._report.changed.set()
-
-    def ask_for(self, endpoint: Endpoint, entity_names: Sequence[str]) -> None:
-        """Tells Serving that these entities were asked for and have no replica."""
-        self._report.demand.update((endpoint.id, name) for name in entity_names)
-        self._report.changed.set()
+        return self._queues.in_flight
 
     def apply(self, table: pb.RouteTable) -> None:
         """Follows a message of the stream: new requests go by it from here on."""
@@ -132,24 +112,15 @@ class RoutingTable:
             gone = list(table.removed_endpoint_ids)
         for endpoint_id in gone:
             self._remove(endpoint_id)
+            self._queues.serve(endpoint_id, {})
         for routes in table.endpoints:
             # A name can pass to a new endpoint in the same message that removes the old one.
             self._remove(routes.endpoint_id)
             endpoint = self._endpoint(routes)
             self._by_id[endpoint.id] = self._by_name[endpoint.name] = endpoint
-        current = {
-            replica.id
-            for endpoint in self._by_id.values()
-            for entity in endpoint.entities
-            for replica in entity.replicas
-        }
-        for replica in list(self._replicas.values()):
-            replica.is_retired = replica.id not in current
-            if replica.is_retired and replica.in_flight == 0:
-                del self._replicas[replica.id]
         self._revision = table.revision
         self.known.set()
-        self._report.changed.set()
+        self._changed.set()
 
     def _remove(self, endpoint_id: str) -> None:
         endpoint = self._by_id.pop(endpoint_id, None)
@@ -157,25 +128,23 @@ class RoutingTable:
             del self._by_name[endpoint.name]
 
     def _endpoint(self, routes: pb.EndpointRoutes) -> Endpoint:
+        # Whoever is told to look again does so when all of the message has been applied.
+        queues = self._queues.serve(routes.endpoint_id, {entity.name: _offer(entity) for entity in routes.entities})
         entities = [
             Entity(
-                entity.name,
-                entity.entity_version,
-                entity.traffic_percentage,
-                tuple(self._replica(route) for route in entity.replicas),
+                each.name,
+                each.entity_version,
+                each.traffic_percentage,
+                queues[each.name],
+                each.is_asleep,
+                each.problem,
             )
-            for entity in routes.entities
+            for each in routes.entities
         ]
         limits = Limits(routes.endpoint_id, tuple(routes.rate_limits))
         return Endpoint(
             routes.endpoint_id, routes.name, tuple(entities), limits, routes.is_stopped, routes.is_usage_tracked
         )
-
-    def _replica(self, route: pb.ReplicaRoute) -> Replica:
-        replica = self._replicas.get(route.replica_id)
-        if replica is None:
-            replica = self._replicas[route.replica_id] = Replica(route.replica_id, route.address)
-        return replica
 
     async def follow(self, channel: grpc.aio.Channel) -> None:
         """Keeps the table up to date until cancelled; comes back by itself when Serving was gone."""
@@ -183,9 +152,9 @@ class RoutingTable:
 
     async def _follow_once(self, channel: grpc.aio.Channel) -> None:
         self._revision = 0
-        self._report.changed.set()
+        self._changed.set()
         stream = rpc.RoutesStub(channel).Watch(metadata=channels.outgoing_metadata())
-        share_soon = partial(asyncio.get_running_loop().call_later, SHARE_SECONDS, self._report.changed.set)
+        share_soon = partial(asyncio.get_running_loop().call_later, SHARE_SECONDS, self._changed.set)
         with self._ledger.feed(share_soon, own_only=True) as uses:
             writer = asyncio.create_task(self._write_reports(stream, uses), name="route reports")
             try:
@@ -200,18 +169,28 @@ class RoutingTable:
         self, stream: grpc.aio.StreamStreamCall[pb.RouteReport, pb.RouteTable], uses: Feed
     ) -> None:
         while True:
-            await self._report.changed.wait()
-            self._report.changed.clear()
-            demand, self._report.demand = self._report.demand, set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._queues.seconds):
+                    await self._changed.wait()
+            self._changed.clear()
             await stream.write(
                 pb.RouteReport(
                     acknowledged_revision=self._revision,
                     retired=[
-                        pb.ReplicaLoad(replica_id=replica.id, in_flight=replica.in_flight)
-                        for replica in self._replicas.values()
-                        if replica.is_retired
+                        pb.ReplicaLoad(replica_id=replica.id, in_flight=replica.busy)
+                        for replica in self._queues.retired
                     ],
-                    demand=[pb.EntityDemand(endpoint_id=one, served_entity_name=name) for one, name in sorted(demand)],
+                    loads=[
+                        pb.EntityLoad(
+                            endpoint_id=endpoint_id, served_entity_name=name, in_flight=in_flight, waiting=waiting
+                        )
+                        for (endpoint_id, name), (in_flight, waiting) in self._queues.loads().items()
+                    ],
                     uses=uses.take(),
                 )
             )
+
+
+def _offer(routes: pb.EntityRoutes) -> Offer:
+    replicas = tuple((each.replica_id, each.address, each.concurrency) for each in routes.replicas)
+    return Offer(replicas, is_awaited=routes.is_asleep)

@@ -33,6 +33,18 @@ class GatewaySettings(ServiceSettings):
         default=16 * 1024 * 1024,
         help="Bytes that the body of an inference may have.",
     )
+    queue_length: int = setting(
+        "TESSERA_QUEUE_LENGTH",
+        count,
+        default=100,
+        help="How many requests may wait for one served entity whose replicas are busy or not up yet.",
+    )
+    queue_seconds: float = setting(
+        "TESSERA_QUEUE_SECONDS",
+        seconds,
+        default=50.0,
+        help="Seconds that a request may wait for a replica; most clients give up after 60.",
+    )
     stale_identity_seconds: float = setting(
         "TESSERA_STALE_IDENTITY_SECONDS",
         seconds,

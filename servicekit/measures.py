@@ -114,7 +114,9 @@ class Invocation:
         """The HTTP status of the answer."""
 
     def chosen(self, entity: str, entity_version: str) -> None:
-        """Says which served entity is to answer; once."""
+        """Says which served entity is to answer; again when it is to be another one."""
+        if self._key.entity:
+            self._measures.leave(self._key)
         self._key = Key(self._key.endpoint_id, entity, entity_version)
         self._measures.enter(self._key)
 

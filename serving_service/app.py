@@ -37,9 +37,11 @@ from serving_service.probes import Probes
 from serving_service.query import Queries
 from serving_service.registry import MlflowRegistry, Registry
 from serving_service.routes import RouteTable
+from serving_service.scaling import Patience
 from serving_service.servicer import MeteringServicer, RoutesServicer, ServingEndpointsServicer
 from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
+from serving_service.slots import LaunchSlots
 from serving_service.template import Template
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
@@ -109,7 +111,7 @@ async def running(
         ledger = Ledger()
         outbox = Outbox(opened, *couriers.configured(settings))
         metrics = ServiceMetrics()
-        routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds)
+        routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds, queue_length=settings.queue_length)
         controllers = Controllers(
             Doors(
                 database=opened,
@@ -130,6 +132,8 @@ async def running(
                 outbox=outbox,
                 inference_deadline=settings.inference_deadline,
                 deploy_deadline=settings.deploy_deadline,
+                patience=Patience(quiet=settings.quiet_seconds, idle=settings.idle_seconds),
+                slots=LaunchSlots(settings.parallel_launches),
                 load_deadline=settings.load_deadline,
             )
         )
@@ -149,7 +153,15 @@ async def running(
             public_url=settings.public_url,
             can_notify=outbox.is_open,
         )
-        queries = Queries(routes, access, pool, ledger, own_measures, deadline=settings.inference_deadline)
+        queries = Queries(
+            routes,
+            access,
+            pool,
+            ledger,
+            own_measures,
+            deadline=settings.inference_deadline,
+            queue_seconds=settings.queue_seconds,
+        )
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
@@ -184,6 +196,7 @@ async def running(
                     "consumption": consumption.run,
                     **({"template": template.run} if template else {}),
                     "notices": outbox.run,
+                    "loads": routes.loads.run,
                     "routes": routes.run,
                 },
                 message_limit=MESSAGE_LIMIT,

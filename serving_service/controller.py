@@ -37,6 +37,8 @@ from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
 from serving_service.probes import READINESS_SECONDS, Probes
 from serving_service.reconcile import Phase, Replica
 from serving_service.routes import EndpointRoutes, EntityRoutes, ReplicaAddress, RouteTable
+from serving_service.scaling import Patience, Scaling
+from serving_service.slots import LaunchSlots
 from serving_service.timeline import Timeline
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ class Doors:
     inference_deadline: float
     deploy_deadline: float
     load_deadline: float
+    patience: Patience
+    slots: LaunchSlots
 
 
 class EndpointController:
@@ -92,6 +96,9 @@ class EndpointController:
         self._condemned: dict[str, str] = {}
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
         self._deadlines: dict[int, float] = {}
+        self._scaling = Scaling(doors.patience)
+        self._counts: Mapping[str, int] = {}
+        """How many replicas each entity of the active version was found to need."""
         self._preparing: set[str] = set()
         self._launching: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -103,6 +110,13 @@ class EndpointController:
     def wake(self) -> None:
         """Has the worker look again."""
         self._woken.set()
+
+    def load_changed(self) -> None:
+        """Takes the load of the entities into account."""
+        now = time.monotonic()
+        self._hear_loads(now)
+        if not self._is_deleted and self._needed(now) != self._counts:
+            self.wake()
 
     def deleted(self) -> None:
         """Takes the routes away at once; the worker does the rest."""
@@ -125,9 +139,11 @@ class EndpointController:
     def publish(self, endpoint: Endpoint, config: EndpointConfig | None) -> None:
         """Puts the ready replicas of a configuration into the table of routes."""
         if not self._is_deleted:
+            if config is not None and config is endpoint.active:
+                self._follow(config)
             entities = self._entity_routes(config) if config else ()
             if endpoint.is_stopped and config is endpoint.active:
-                entities = tuple(replace(entity, replicas=()) for entity in entities)
+                entities = tuple(replace(each, replicas=(), is_asleep=False, problem="") for each in entities)
             self._doors.routes.publish(
                 EndpointRoutes(
                     endpoint_id=endpoint.id,
@@ -141,19 +157,27 @@ class EndpointController:
 
     def state_of(self, endpoint: Endpoint, config: EndpointConfig, entity: str) -> EntityState:
         """How an entity of the active or the pending configuration is."""
-        wanted = _wanted(config)
-        ready, count = self._observed().ready(config.version, entity), wanted.replicas[entity]
         if endpoint.active is not None and config.version == endpoint.active.version:
-            if ready:
-                return EntityState(Deployment.READY, _sentences(_shortage(ready, count), self._doors.notice))
-            return EntityState(Deployment.RECOVERING, self._doing(config.version, entity))
+            return self._active_state(config.version, entity, self._counts.get(entity, 1))
         if not endpoint.is_updating:
             return endpoint.failures.get(entity, EntityState(Deployment.FAILED, ""))
+        ready, count = self._observed().ready(config.version, entity), _first(config).replicas[entity]
         if ready >= count:
             return EntityState(Deployment.READY, "Ready. The update ends when every served entity is.")
-        return EntityState(
-            Deployment.CREATING, _sentences(_shortage(ready, count), self._doing(config.version, entity))
-        )
+        return EntityState(Deployment.CREATING, self._progress(config.version, entity, count))
+
+    def _active_state(self, version: int, entity: str, count: int) -> EntityState:
+        if self._observed().ready(version, entity):
+            progress = self._progress(version, entity, count)
+            return EntityState(Deployment.READY, " ".join(filter(None, (progress, self._doors.notice))))
+        doing = self._doing(version, entity)
+        if not self._is_asleep(version, entity):
+            return EntityState(Deployment.RECOVERING, doing)
+        if self._observed().live(version, entity) or (count and not self._hindrance(version, entity)):
+            return EntityState(Deployment.CREATING, f"Scaling from zero... {doing}")
+        if problem := self._scaling.problem(entity):
+            return EntityState(Deployment.RECOVERING, f"{problem} It is going to be tried again when it is asked for.")
+        return EntityState(Deployment.READY, "Scaled to zero")
 
     def events(self) -> list[LaunchEvent]:
         """The phases of launches that are not stored: those that go on, and those that ended a moment ago."""
@@ -219,13 +243,22 @@ class EndpointController:
             if not self._replicas:
                 await self._doors.database.write(store.purge, endpoint.id)
                 return False
-        else:
-            self.publish(endpoint, endpoint.active)
         desired = self._desired(endpoint)
+        if not endpoint.is_deleted:
+            self.publish(endpoint, endpoint.active)
         for action in reconcile.plan(desired, self._observed(), time.monotonic()):
             await self._carry_out(endpoint, action)
-        self._next_look = reconcile.next_look(desired, self._observed(), time.monotonic())
+        self._next_look = self._look_after(desired, time.monotonic())
         return True
+
+    def _look_after(self, desired: reconcile.Desired, now: float) -> float | None:
+        """When time alone makes another plan."""
+        is_scaled = bool(self._counts) and not (desired.is_deleted or desired.is_stopped)
+        looks = (
+            reconcile.next_look(desired, self._observed(), now),
+            self._scaling.next_change(now) if is_scaled else None,
+        )
+        return min((look for look in looks if look is not None), default=None)
 
     def _withdraw(self) -> None:
         self._is_deleted = True  # a pass that began before must not publish any more
@@ -245,11 +278,49 @@ class EndpointController:
         return reconcile.Desired(
             is_deleted=endpoint.is_deleted,
             is_updating=endpoint.is_updating,
-            active=_wanted(endpoint.active) if endpoint.active else None,
-            pending=_wanted(endpoint.pending) if endpoint.pending else None,
+            active=self._wanted(endpoint),
+            pending=_first(endpoint.pending) if endpoint.pending else None,
             is_stopped=endpoint.is_stopped,
             deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
         )
+
+    def _wanted(self, endpoint: Endpoint) -> reconcile.Wanted | None:
+        """What is to run of the active version, as the load asks for just now."""
+        config = endpoint.active
+        if config is None or endpoint.is_deleted:
+            return None
+        self._follow(config)
+        now = time.monotonic()
+        self._hear_loads(now)
+        self._counts = self._needed(now)
+        return reconcile.Wanted(config.version, self._counts)
+
+    def _follow(self, config: EndpointConfig) -> None:
+        """Turns to the entities of the active version, in case they are other ones than before."""
+        ready = {entity.name: self._observed().ready(config.version, entity.name) for entity in config.entities}
+        self._scaling.follow(config, ready, time.monotonic())
+
+    def _hear_loads(self, now: float) -> None:
+        for entity in self._scaling.entities:
+            self._scaling.loaded(entity, self._doors.routes.loads.of(self.endpoint_id, entity), now)
+
+    def _needed(self, now: float) -> Mapping[str, int]:
+        version, observed = self._scaling.version, self._observed()
+        return {
+            entity: self._scaling.wanted(
+                entity, ready=observed.ready(version, entity), live=observed.live(version, entity), now=now
+            )
+            for entity in self._scaling.entities
+        }
+
+    def _is_asleep(self, version: int, entity: str) -> bool:
+        return version == self._scaling.version and self._scaling.is_asleep(entity)
+
+    def _hindrance(self, version: int, entity: str) -> str:
+        """Why an entity that is asleep is not woken just now, whoever asks; empty when it is."""
+        retry = self._retries.get((version, entity))
+        has_failed = retry is not None and not retry.waits and time.monotonic() < retry.not_before
+        return retry.message if retry is not None and has_failed else ""
 
     def _observed(self) -> reconcile.Observed:
         return reconcile.Observed(replicas=tuple(self._replicas.values()), retries=self._retries)
@@ -287,7 +358,7 @@ class EndpointController:
         self.publish(endpoint, config)
         await self._doors.routes.acknowledged()
         # A replica may have died while the gateways were told; then the old ones go on and this version is not done.
-        is_ready = self._observed().is_ready(_wanted(config))
+        is_ready = self._observed().is_ready(_first(config))
         if is_ready and await self._ended_update(endpoint, config, {}):
             log.info("configuration activated", extra={"endpoint": endpoint.name, "version": version})
             if endpoint.active is not None:
@@ -329,6 +400,7 @@ class EndpointController:
 
     async def _launch(self, endpoint: Endpoint, entity: ServedEntity, replica: Replica) -> None:
         try:
+            await self._doors.slots.take(replica.id)
             launch = await self._doors.launches.prepare(
                 endpoint, replica.version, entity, replica.id, partial(self._enter, replica)
             )
@@ -358,6 +430,8 @@ class EndpointController:
         finally:
             self._preparing.discard(replica.id)
             del self._launching[replica.id]
+            if replica.id not in self._handles:
+                self._doors.slots.give_back(replica.id)
             self.wake()
 
     async def _started(self, launch: Launch) -> ReplicaHandle:
@@ -380,9 +454,7 @@ class EndpointController:
         log.info("replica not started", extra={"endpoint": endpoint.name, "replica": replica.id, "cause": message})
         self._timeline.end(replica.id, Outcome.FAILED, message=message, failed_at=phase)
         if is_final:
-            self._retries[key] = reconcile.after_end(
-                self._retries.get(key), ready_seconds=0, message=message, now=time.monotonic()
-            )
+            self._retry(replica, message, ready_seconds=0, is_final=True)
             if endpoint.pending is not None and endpoint.pending.version == replica.version:
                 self._doors.launches.ended(replica.id)
                 self._change(replica.id, phase=Phase.ENDED, message=message, is_final=True)
@@ -473,6 +545,7 @@ class EndpointController:
         if replica is None or replica.phase is not Phase.STARTING:
             return
         self._timeline.end(replica_id, Outcome.SUCCEEDED)
+        self._doors.slots.give_back(replica_id)
         self._ready_since[replica_id] = time.monotonic()
         self._change(replica_id, phase=Phase.READY, message="")
         log.info("replica ready", extra={"endpoint": self.endpoint_id, "replica": replica_id, "entity": replica.entity})
@@ -490,6 +563,7 @@ class EndpointController:
     def _ended(self, replica_id: str, message: str, *, is_final: bool) -> None:
         replica = self._replicas[replica_id]
         self._stop_probing(replica_id)
+        self._doors.slots.give_back(replica_id)
         if replica.is_stopping:
             self._timeline.end(replica_id, Outcome.ABANDONED)
         else:
@@ -497,13 +571,24 @@ class EndpointController:
         now = time.monotonic()
         ready_seconds = now - self._ready_since.pop(replica_id, now)
         self.processes.pop(replica_id, None)
-        if not replica.is_stopping:
-            key = (replica.version, replica.entity)
-            self._retries[key] = reconcile.after_end(
-                self._retries.get(key), ready_seconds=ready_seconds, message=message, now=now
-            )
+        if not replica.is_stopping and message:  # it did not end because it was asked to
+            self._retry(replica, message, ready_seconds=ready_seconds, is_final=is_final)
         self._change(replica_id, phase=Phase.ENDED, message=message, is_final=is_final)
         self._doors.launches.ended(replica_id)
+
+    def _retry(self, replica: Replica, message: str, *, ready_seconds: float, is_final: bool) -> None:
+        """Has an entity whose replica ended tried again; one that could not be woken, when somebody asks for it."""
+        key = (replica.version, replica.entity)
+        is_patient = is_final and self._is_asleep(*key)
+        if is_patient:
+            self._scaling.not_woken(replica.entity, message)
+        self._retries[key] = reconcile.after_end(
+            self._retries.get(key),
+            ready_seconds=ready_seconds,
+            message=message,
+            now=time.monotonic(),
+            is_patient=is_patient,
+        )
 
     async def _stop(self, replica_id: str, *, drain: float, keep_log: bool) -> None:
         launching = self._launching.get(replica_id)
@@ -566,26 +651,36 @@ class EndpointController:
 
     def _entity_routes(self, config: EndpointConfig) -> tuple[EntityRoutes, ...]:
         shares: Mapping[str, int] = {route.entity: route.percentage for route in config.routes}
-        return tuple(
-            EntityRoutes(
-                entity.name,
-                entity.model.version,
-                shares[entity.name],
-                tuple(
-                    ReplicaAddress(replica.id, self._handles[replica.id].address)
-                    for replica in self._observed().of(config.version, entity.name)
-                    if replica.phase is Phase.READY
-                ),
-            )
-            for entity in config.entities
+        return tuple(self._routes_of(config.version, entity, shares[entity.name]) for entity in config.entities)
+
+    def _routes_of(self, version: int, entity: ServedEntity, share: int) -> EntityRoutes:
+        replicas = [each for each in self._observed().of(version, entity.name) if each.phase is Phase.READY]
+        is_asleep = not replicas and self._is_asleep(version, entity.name)
+        problem = self._hindrance(version, entity.name) if is_asleep else ""
+        return EntityRoutes(
+            entity.name,
+            entity.model.version,
+            share,
+            tuple(ReplicaAddress(replica.id, self._handles[replica.id].address) for replica in replicas),
+            is_asleep=is_asleep and not problem,
+            problem=problem,
         )
 
+    def _progress(self, version: int, entity: str, count: int) -> str:
+        """What goes on with an entity that has fewer replicas than it is to have; empty when it has not."""
+        ready = self._observed().ready(version, entity)
+        if ready >= count:
+            return ""
+        doing = self._doing(version, entity)
+        return f"{ready} of {count} replicas are ready. {doing}" if ready else doing
+
     def _doing(self, version: int, entity: str) -> str:
-        """What goes on with an entity that is not ready, or what it waits for."""
-        live = [replica for replica in self._observed().of(version, entity) if replica.is_live]
+        """What goes on with replicas that are not ready, or what they wait for."""
+        replicas = self._observed().of(version, entity)
+        starting = [replica for replica in replicas if replica.is_live and replica.phase is not Phase.READY]
         retry = self._retries.get((version, entity))
-        if live:
-            message = self._timeline.message(live[-1].id) or live[-1].message
+        if starting:
+            message = self._timeline.message(starting[-1].id) or starting[-1].message
             return message if retry is None else f"{message} Before: {retry.message}"
         if retry is not None:
             return f"{retry.message} It is going to be tried again."
@@ -608,13 +703,6 @@ class EndpointController:
             log.error("endpoint controller failed", extra={"endpoint": self.endpoint_id}, exc_info=kind)
 
 
-def _wanted(config: EndpointConfig) -> reconcile.Wanted:
+def _first(config: EndpointConfig) -> reconcile.Wanted:
+    """What a version is to have before it is activated."""
     return reconcile.Wanted(config.version, {each.name: scaling.bounds(each).first for each in config.entities})
-
-
-def _shortage(ready: int, count: int) -> str:
-    return f"{ready} of {count} replicas are ready." if 0 < ready < count else ""
-
-
-def _sentences(*sentences: str) -> str:
-    return " ".join(filter(None, sentences))

@@ -38,7 +38,7 @@ class Controllers:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._created: set[str] = set()
         self._is_recovered = False
-        doors.routes.on_demand = self.wake
+        doors.routes.loads.on_change = self.load_changed
 
     async def run(self) -> None:
         """Finds again what there is, then works until cancelled. Replicas go on without us."""
@@ -55,6 +55,11 @@ class Controllers:
         """Has an endpoint's controller look again."""
         if endpoint_id in self._controllers:
             self._controllers[endpoint_id].wake()
+
+    def load_changed(self, endpoint_id: str) -> None:
+        """Has an endpoint's controller take its load into account."""
+        if endpoint_id in self._controllers:
+            self._controllers[endpoint_id].load_changed()
 
     def created(self, endpoint_id: str) -> None:
         """Gives a new endpoint its controller."""

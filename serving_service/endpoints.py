@@ -75,9 +75,9 @@ class View:
 
     @property
     def is_ready(self) -> bool:
-        """Whether all of its active configuration answers; what has been scaled to zero counts too."""
+        """Whether all of its active configuration answers; what is at zero, or comes up from there, counts too."""
         return self.endpoint.active is not None and all(
-            state.deployment is Deployment.READY for state in self.active.values()
+            state.deployment in (Deployment.READY, Deployment.CREATING) for state in self.active.values()
         )
 
 

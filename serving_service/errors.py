@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from servicekit import errors
 
@@ -134,12 +134,31 @@ class NotDeployed(errors.NotFound):
 
 
 class NotReady(errors.BadRequest):
-    """The entity is not running just now."""
+    """The entity is not running just now, and waiting does not help."""
 
-    def __init__(self, endpoint: str, entities: Sequence[str]) -> None:
-        names = ", ".join(f"'{entity}'" for entity in entities)
+    def __init__(self, endpoint: str, problems: Mapping[str, str]) -> None:
+        """`problems` has a sentence for each entity, which may be empty."""
+        names = ", ".join(f"'{entity}'" for entity in problems)
+        why = " ".join(filter(None, problems.values())) or "Its state and logs say why."
+        super().__init__(f"Endpoint '{endpoint}' is not ready: {names} has no running replica just now. {why}")
+
+
+class NotUpYet(errors.Unavailable):
+    """The entity is on its way up from zero, and the query has waited for it as long as it may."""
+
+    def __init__(self, entity: str) -> None:
         super().__init__(
-            f"Endpoint '{endpoint}' is not ready: {names} has no running replica just now. Its state and logs say why."
+            f"'{entity}' is scaling from zero and was not up in time. Try again in a moment.", retry_after=5
+        )
+
+
+class TooBusy(errors.TooManyRequests):
+    """All replicas are busy, and as many queries wait as may, or this one has waited as long as it may."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Too many concurrent requests. Consider increasing the provisioned concurrency of the served entity.",
+            retry_after=1,
         )
 
 

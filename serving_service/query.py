@@ -1,21 +1,24 @@
 """Queries over gRPC: pick an entity by its share, send the body to its replica, stream the answer back.
 
-The same way that requests take through a gateway. Bodies are passed on as they are; nothing of them is logged.
+The same way that requests take through a gateway, with the same limits and the same waiting. Bodies are passed on as
+they are; nothing of them is logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
 from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
+from servicekit.admission import Queue, QueueFull, Server, Turn
 from servicekit.context import Principal, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from servicekit.measures import TIMING, Invocation, Measures
 from servicekit.rate_limits import Charge, Ledger
-from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, Stopped
+from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, NotUpYet, Stopped, TooBusy
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
 from tessera import policy
 
@@ -47,7 +50,9 @@ class Queries:
         measures: Measures,
         *,
         deadline: float,
+        queue_seconds: float,
     ) -> None:
+        self._queue_seconds = queue_seconds
         self._routes = routes
         self._access = access
         self._pool = pool
@@ -61,8 +66,8 @@ class Queries:
         """The answer of a model: its head, then its body as it comes.
 
         `entity_name` is empty for the traffic split; `timeout` is in seconds. Raises NotDeployed,
-        EndpointPermissionDenied, RateLimited, Stopped, NotReady, ModelServerFailed, DeadlineExceeded, and BadRequest
-        for a body that cannot be sent.
+        EndpointPermissionDenied, RateLimited, Stopped, NotReady, TooBusy, NotUpYet, ModelServerFailed,
+        DeadlineExceeded, and BadRequest for a body that cannot be sent.
         """
         if len(body) > MAX_BODY_BYTES:
             raise BadRequest(f"The body has {len(body)} bytes, more than the limit of {MAX_BODY_BYTES}. Send less.")
@@ -83,49 +88,48 @@ class Queries:
         charge: Charge,
         measured: Invocation,
     ) -> AsyncIterator[AnswerHead | bytes]:
-        if routes.is_stopped:
-            raise Stopped(routes.name)
-        entity = _chosen(routes, entity_name)
-        if entity is None:
-            raise NotReady(routes.name, [each.name for each in routes.entities if each.percentage])
-        measured.chosen(entity.name, entity.version)
         timeout = self._deadline if timeout is None else min(timeout, self._deadline)
+        until = asyncio.get_running_loop().time() + timeout
         headers = [(b"content-type", (content_type or DEFAULT_CONTENT_TYPE).encode())]
         span = tracing.current()
         span.set("tessera.endpoint", routes.name)
-        span.set("tessera.entity", entity.name)
         headers += [(name.encode(), value.encode("latin-1")) for name, value in span.headers()]
-        for replica in entity.replicas:
-            with self._routes.using(replica.replica_id):
-                measured.sent()
-                try:
-                    response = await self._pool.send(
-                        replica.address, "POST", "/invocations", headers, body, timeout=timeout
-                    )
-                    async with response:
-                        measured.answered(response.status, response.header(TIMING))
-                        yield AnswerHead(response.status, _content_type(response), entity.name)
-                        wants_tokens = charge.wants_tokens or measured.wants_tokens
-                        usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
-                        try:
-                            async for piece in response:
-                                if usage is not None:
-                                    usage.feed(piece)
-                                yield piece
-                        finally:
+        place = _Place(self._routes, routes, entity_name, measured, seconds=min(self._queue_seconds, timeout))
+        while True:
+            try:
+                async with (
+                    place as replica,
+                    await self._pool.send(
+                        replica.address,
+                        "POST",
+                        "/invocations",
+                        headers,
+                        body,
+                        timeout=until - asyncio.get_running_loop().time(),
+                    ) as response,
+                ):
+                    measured.answered(response.status, response.header(TIMING))
+                    yield AnswerHead(response.status, _content_type(response), place.entity.name)
+                    wants_tokens = charge.wants_tokens or measured.wants_tokens
+                    usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
+                    try:
+                        async for piece in response:
                             if usage is not None:
-                                charge.tokens(usage.total())
-                                measured.used(usage.usage())
-                except ConnectFailed:
-                    continue  # nothing was sent
-                except HttpTimeout:
-                    raise DeadlineExceeded(f"Served entity '{entity.name}' did not answer in time.") from None
-                except HttpError:
-                    raise ModelServerFailed(entity.name) from None
-                except ValueError:
-                    raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
-            return
-        raise NotReady(routes.name, [entity.name])
+                                usage.feed(piece)
+                            yield piece
+                    finally:
+                        if usage is not None:
+                            charge.tokens(usage.total())
+                            measured.used(usage.usage())
+                    return
+            except ConnectFailed:
+                place.avoid(replica)  # nothing was sent
+            except HttpTimeout:
+                raise DeadlineExceeded(f"Served entity '{place.entity.name}' did not answer in time.") from None
+            except HttpError:
+                raise ModelServerFailed(place.entity.name) from None
+            except ValueError:
+                raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
 
     async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
         """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
@@ -136,6 +140,48 @@ class Queries:
         if routes is None or level is None:
             raise NotDeployed
         return routes
+
+
+class _Place(Turn):
+    """A query's place on a replica, by the routes as they are when it looks."""
+
+    def __init__(
+        self, table: RouteTable, routes: EndpointRoutes, entity_name: str, measured: Invocation, *, seconds: float
+    ) -> None:
+        super().__init__(self._find, seconds=seconds)
+        self._table = table
+        self._endpoint_id = routes.endpoint_id
+        self._entity_name = entity_name
+        self._measured = measured
+        self.entity: EntityRoutes
+
+    async def __aenter__(self) -> Server:
+        try:
+            server = await super().__aenter__()
+        except QueueFull:
+            raise TooBusy from None
+        except TimeoutError:
+            raise (TooBusy() if self.queue.servers else NotUpYet(self.entity.name)) from None
+        self._measured.sent()
+        return server
+
+    def _find(self, avoided: Collection[Server]) -> Queue:
+        routes = self._table.now(self._endpoint_id)
+        if routes is None:
+            raise NotDeployed
+        if routes.is_stopped:
+            raise Stopped(routes.name)
+        entity = _chosen(routes, self._entity_name)
+        if entity is None or not entity.can_answer:
+            asked = [each for each in routes.entities if self._entity_name in ("", each.name)]
+            raise NotReady(routes.name, {each.name: each.problem for each in asked if not each.can_answer})
+        queue = self._table.loads.queues.of(routes.endpoint_id, entity.name)
+        if queue.servers and all(server in avoided for server in queue.servers):
+            raise NotReady(routes.name, {entity.name: ""})
+        self.entity = entity
+        self._measured.chosen(entity.name, entity.version)
+        tracing.current().set("tessera.entity", entity.name)
+        return queue
 
 
 def _chosen(routes: EndpointRoutes, entity_name: str) -> EntityRoutes | None:

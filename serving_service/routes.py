@@ -4,6 +4,8 @@ A change reaches every stream; a gateway that does not follow it in time is cut 
 starts again from a whole table. A replica that left the table is drained when every gateway follows a table without it
 and reports no more requests on it. A gateway that went away, and every gateway when we have just started, gets the same
 time to come back and report before its silence counts as "none".
+
+Our own queries take places on replicas as gateways do, and are counted likewise (`loads.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 from servicekit import followed
+from servicekit.admission import Offer
 from servicekit.errors import Unavailable
 from servicekit.followed import Follower
 from servicekit.rate_limits import SHARE_SECONDS, Feed, Ledger, Limits
+from serving_service.loads import Loads
+from serving_service.scaling import REPLICA_CONCURRENCY
 from tessera.serving.v1 import serving_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,15 @@ class EntityRoutes:
     version: str
     percentage: int
     replicas: tuple[ReplicaAddress, ...]
+    is_asleep: bool = False
+    """Whether it is at zero or on its way up from there, so that requests wait for it."""
+    problem: str = ""
+    """Why it cannot be woken just now."""
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether it makes sense to wait for it."""
+        return bool(self.replicas) or self.is_asleep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +77,7 @@ class EndpointRoutes:
 
     def pick(self) -> EntityRoutes | None:
         """An entity by its share of the requests, among those that can answer; None when there is none."""
-        able = [entity for entity in self.entities if entity.replicas and entity.percentage]
+        able = [entity for entity in self.entities if entity.can_answer and entity.percentage]
         weights = [entity.percentage for entity in able]
         return random.choices(able, weights)[0] if able else None  # noqa: S311 (a split, not a secret)
 
@@ -85,7 +98,8 @@ class RouteTable:
     What is used of rate limits, here and at each gateway, is told to all others by the same streams.
     """
 
-    def __init__(self, ledger: Ledger, *, ack_seconds: float) -> None:
+    def __init__(self, ledger: Ledger, *, ack_seconds: float, queue_length: int) -> None:
+        """`queue_length`: how many of our own queries may wait for one entity."""
         self._ledger = ledger
         self._ack_seconds = ack_seconds
         self._endpoints: dict[str, EndpointRoutes] = {}
@@ -94,11 +108,10 @@ class RouteTable:
         self._left: dict[str, int] = {}
         self._streams: set[_Stream] = set()
         self._absent: set[object] = set()
-        self._in_flight: Counter[str] = Counter()
         self._waiters: set[asyncio.Future[None]] = set()
         self._loaded = asyncio.Event()
-        self.on_demand: Callable[[str], None] = lambda endpoint_id: None
-        """Called with an endpoint's id when a gateway asks for an entity without a replica."""
+        self.loads = Loads(queue_length=queue_length)
+        self.loads.on_unused = self._notify
 
     async def run(self) -> None:
         """Ends every stream when cancelled."""
@@ -145,17 +158,9 @@ class RouteTable:
             raise Unavailable("The Serving service is still starting. Try again.", retry_after=1) from None
         return self._by_name.get(name)
 
-    @contextlib.contextmanager
-    def using(self, replica_id: str) -> Iterator[None]:
-        """Counts a request of our own that is in flight on a replica."""
-        self._in_flight[replica_id] += 1
-        try:
-            yield
-        finally:
-            self._in_flight[replica_id] -= 1
-            if not self._in_flight[replica_id]:
-                del self._in_flight[replica_id]
-                self._notify()
+    def now(self, endpoint_id: str) -> EndpointRoutes | None:
+        """The routes of an endpoint as they are now."""
+        return self._endpoints.get(endpoint_id)
 
     async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncGenerator[pb.RouteTable, None]:
         """Serves one gateway: tables out, reports in, until either side ends."""
@@ -187,10 +192,10 @@ class RouteTable:
                 if report.uses:
                     stream.uses.without = report.uses[0].source
                     self._ledger.learn(report.uses)
-                for demand in report.demand:
-                    self.on_demand(demand.endpoint_id)
+                self.loads.report(stream, report.loads)
                 self._notify()
         finally:
+            self.loads.report(stream, ())
             stream.end()
 
     def _change(self, endpoint_id: str, routes: EndpointRoutes | None) -> None:
@@ -200,6 +205,8 @@ class RouteTable:
             del self._by_name[before.name]
         if routes is not None:
             self._endpoints[endpoint_id] = self._by_name[routes.name] = routes
+        offers = {entity.name: _offer(entity) for entity in routes.entities} if routes else {}
+        self.loads.queues.serve(endpoint_id, offers)
         left = (before.replica_ids if before else frozenset()) - (routes.replica_ids if routes else frozenset())
         self._left.update(dict.fromkeys(left, self._revision))
         for stream in self._streams:
@@ -245,7 +252,7 @@ class RouteTable:
         revision = self._left.get(replica_id, 1)
         return (
             not self._absent
-            and not self._in_flight[replica_id]
+            and all(server.id != replica_id for server in self.loads.queues.retired)
             and all(stream.acknowledged >= revision and not stream.retired.get(replica_id) for stream in self._streams)
         )
 
@@ -264,6 +271,11 @@ class RouteTable:
                 waiter.set_result(None)
 
 
+def _offer(routes: EntityRoutes) -> Offer:
+    replicas = tuple((each.replica_id, each.address, REPLICA_CONCURRENCY) for each in routes.replicas)
+    return Offer(replicas, is_awaited=routes.is_asleep)
+
+
 def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
     return pb.EndpointRoutes(
         endpoint_id=routes.endpoint_id,
@@ -277,8 +289,11 @@ def _message(routes: EndpointRoutes) -> pb.EndpointRoutes:
                 entity_version=entity.version,
                 traffic_percentage=entity.percentage,
                 replicas=[
-                    pb.ReplicaRoute(replica_id=each.replica_id, address=each.address) for each in entity.replicas
+                    pb.ReplicaRoute(replica_id=each.replica_id, address=each.address, concurrency=REPLICA_CONCURRENCY)
+                    for each in entity.replicas
                 ],
+                is_asleep=entity.is_asleep,
+                problem=entity.problem,
             )
             for entity in routes.entities
         ],

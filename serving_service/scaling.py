@@ -7,7 +7,7 @@ waits. What is asleep, at zero, is woken by a request and by nothing else: a res
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from serving_service.model import EndpointConfig, ServedEntity
@@ -90,6 +90,7 @@ class _Entity:
     bounds: Bounds
     need: Need
     is_asleep: bool
+    wanted: int = 0
     problem: str = ""
 
 
@@ -127,19 +128,21 @@ class Scaling:
     def wanted(self, entity: str, *, ready: int, live: int, now: float) -> int:
         """How many replicas the entity is to have, where `live` start or run and `ready` of them answer.
 
-        One of which none is wanted any more falls asleep, and one that has a replica which answers is awake.
+        One of which none is wanted any more is asleep from then on, until a replica that was wanted later answers.
         """
         known = self._entities[entity]
-        if ready == 0:
-            if known.is_asleep:
-                return 1 if known.need.now or live else 0
-            return known.bounds.first
-        if known.is_asleep:
-            known.is_asleep, known.problem = False, ""
-            known.need = Need(known.need.now, (now,) * max(known.need.now, 1))
-        count = min(max(known.need.kept(self.patience, now), known.bounds.lower), known.bounds.upper)
-        known.is_asleep = count == 0
-        return count
+        if ready:
+            if known.is_asleep and known.wanted:
+                known.is_asleep, known.problem = False, ""
+                known.need = Need(known.need.now, (now,) * max(known.need.now, 1))
+            kept = max(known.need.kept(self.patience, now), known.bounds.lower)
+            known.wanted = min(kept, known.bounds.upper)
+            known.is_asleep = known.wanted == 0
+        elif known.is_asleep:
+            known.wanted = 1 if known.need.now or live else 0
+        else:
+            known.wanted = known.bounds.first
+        return known.wanted
 
     def not_woken(self, entity: str, problem: str) -> None:
         """Remembers, until it is awake, why an entity that is asleep could not be woken."""
@@ -153,6 +156,11 @@ class Scaling:
     def problem(self, entity: str) -> str:
         """Why the entity could not be woken the last time; empty when it could."""
         return self._entities[entity].problem if entity in self._entities else ""
+
+    @property
+    def entities(self) -> Collection[str]:
+        """The names of the entities."""
+        return self._entities.keys()
 
     def next_change(self, now: float) -> float | None:
         """When time alone can change what is wanted; None: never."""

@@ -100,6 +100,36 @@ class ServingSettings(settings.ServiceSettings):
         default=5.0,
         help="Seconds that a gateway has for following a change of the routes before it is cut off.",
     )
+    queue_length: int = setting(
+        "TESSERA_QUEUE_LENGTH",
+        settings.count,
+        default=100,
+        help="How many queries may wait for one served entity whose replicas are busy or not up yet.",
+    )
+    queue_seconds: float = setting(
+        "TESSERA_QUEUE_SECONDS",
+        settings.seconds,
+        default=50.0,
+        help="Seconds that a query may wait for a replica; most clients give up after 60.",
+    )
+    quiet_seconds: float = setting(
+        "TESSERA_QUIET_SECONDS",
+        settings.seconds,
+        default=300.0,
+        help="Seconds for which a replica was not needed before it is stopped; an entity keeps its fewest.",
+    )
+    idle_seconds: float = setting(
+        "TESSERA_IDLE_SECONDS",
+        settings.seconds,
+        default=1800.0,
+        help="Seconds without a request after which a served entity that may be at zero goes there.",
+    )
+    parallel_launches: int = setting(
+        "TESSERA_PARALLEL_LAUNCHES",
+        settings.count,
+        default=8,
+        help="How many replicas are started at a time; one that takes long to load its model makes room for others.",
+    )
     stale_identity_seconds: float = setting(
         "TESSERA_STALE_IDENTITY_SECONDS",
         settings.seconds,

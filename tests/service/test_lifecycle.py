@@ -55,9 +55,9 @@ class Platform:
     def admin(self) -> ServingCaller:
         return self.serving.public(self.secrets.admin_token)
 
-    async def start(self) -> None:
+    async def start(self, **settings: Any) -> None:
         await self._stack.aclose()
-        running = running_serving(self.directory, route_ack_seconds=0.3)
+        running = running_serving(self.directory, route_ack_seconds=0.3, **settings)
         self.serving = await self._stack.enter_async_context(running)
 
     async def stop(self) -> None:

@@ -16,6 +16,8 @@ import socket
 import struct
 import sys
 import termios
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,40 @@ def _drawn() -> dict[str, Any]:
     }
 
 
+def _wait_for(variable: str) -> None:
+    """Returns when the file that the variable names is there; at once when there is no such variable."""
+    while variable in os.environ and not os.path.exists(os.environ[variable]):  # noqa: PTH110
+        time.sleep(0.01)
+
+
+def _answer_gated(listener: socket.socket) -> None:
+    """Answers any number of requests at a time, once the file of GATE is there, with how many there were at most.
+
+    Leaves a file of its process's number in the folder of SEEN when there is one.
+    """
+    now = most = 0
+    lock = threading.Lock()
+
+    def answer(connection: socket.socket) -> None:
+        nonlocal now, most
+        with connection:
+            if connection.recv(65_536).startswith(b"POST"):  # else it is asked whether it lives
+                if "SEEN" in os.environ:
+                    Path(os.environ["SEEN"], str(os.getpid())).touch()
+                with lock:
+                    now += 1
+                    most = max(most, now)
+                _wait_for("GATE")
+                with lock:
+                    now -= 1
+            body = json.dumps({"pid": os.getpid(), "most": most}).encode()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+
 def main(manner: str, listen_fd: int, report_fd: int) -> None:
     surroundings = _surroundings()
     if manner == "dying":
@@ -164,6 +200,11 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
     if manner == "speaking":
         for piece in json.loads(os.environ["PIECES"]):
             _write_taken(1, piece.encode())
+    if manner == "gated":
+        if os.path.exists(os.environ.get("BROKEN", "")):  # noqa: PTH110
+            _say(report_fd, {"event": "failed", "cause": "the weights are gone"})
+            sys.exit(1)
+        _wait_for("START_GATE")
     if manner == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if manner == "forking":
@@ -175,6 +216,8 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
     if manner == "mute":
         signal.pause()
     with socket.socket(fileno=listen_fd) as listener:
+        if manner == "gated":
+            _answer_gated(listener)
         while True:
             connection, _ = listener.accept()
             with connection:

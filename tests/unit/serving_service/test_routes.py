@@ -72,7 +72,7 @@ class Gateway:
 
 
 def a_table(*, ack_seconds: float = LONG) -> RouteTable:
-    table = RouteTable(Ledger(), ack_seconds=ack_seconds)
+    table = RouteTable(Ledger(), ack_seconds=ack_seconds, queue_length=10)
     table.loaded()
     return table
 
@@ -110,7 +110,7 @@ async def test_a_gateway_is_told_the_whole_table_first_and_then_what_changed() -
 
 
 async def test_nothing_is_told_before_the_table_is_whole() -> None:
-    table = RouteTable(Ledger(), ack_seconds=LONG)
+    table = RouteTable(Ledger(), ack_seconds=LONG, queue_length=10)
     table.publish(routes_of("one"))
     gateway = Gateway(table)
     told = asyncio.create_task(gateway.told())
@@ -126,7 +126,7 @@ async def test_nothing_is_told_before_the_table_is_whole() -> None:
 async def test_a_query_before_the_table_is_whole_waits_and_is_then_told_to_come_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    table = RouteTable(Ledger(), ack_seconds=LONG)
+    table = RouteTable(Ledger(), ack_seconds=LONG, queue_length=10)
     monkeypatch.setattr(module, "LOAD_SECONDS", SHORT)
     with pytest.raises(Unavailable):
         await table.find("one")
@@ -222,18 +222,24 @@ async def test_a_replica_is_unused_when_every_gateway_follows_and_reports_nothin
 
 async def test_our_own_requests_in_flight_keep_a_replica() -> None:
     table = a_table()
+    counting = asyncio.create_task(table.loads.run())
     table.publish(routes_of("one", "old"))
-    with table.using("old"):
-        table.remove("one")
-        draining = asyncio.create_task(table.drained("old", timeout=LONG))
-        assert await is_pending(draining)
+    server = table.loads.queues.of("one", "churn").take()
+    assert server is not None
+    table.remove("one")
+    draining = asyncio.create_task(table.drained("old", timeout=LONG))
+    assert await is_pending(draining)
+    server.queue.give_back(server)
     await finished(draining)
+    counting.cancel()
 
 
 async def test_a_drain_ends_with_its_time() -> None:
     table = a_table()
-    with table.using("old"):
-        await finished(asyncio.create_task(table.drained("old", timeout=SHORT)))
+    table.publish(routes_of("one", "old"))
+    assert table.loads.queues.of("one", "churn").take() is not None
+    table.remove("one")
+    await finished(asyncio.create_task(table.drained("old", timeout=SHORT)))
 
 
 async def test_a_gateway_that_went_away_gets_time_to_come_back_and_report() -> None:
@@ -274,15 +280,39 @@ async def test_streams_end_when_the_service_stops() -> None:
     assert await gateway.told() is None
 
 
-async def test_demand_reaches_the_endpoint_that_it_is_for() -> None:
+async def test_the_load_of_an_entity_is_what_all_report_who_are_there() -> None:
     table = a_table()
-    demanded: asyncio.Queue[str] = asyncio.Queue()
-    table.on_demand = demanded.put_nowait
+    counting = asyncio.create_task(table.loads.run())
+    table.publish(routes_of("one", "r1"))
+    changed: asyncio.Queue[str] = asyncio.Queue()
+    table.loads.on_change = changed.put_nowait
+    gateways = [Gateway(table), Gateway(table)]
+    for gateway in gateways:
+        await gateway.follows()
+        gateway._reports.put_nowait(
+            pb.RouteReport(loads=[pb.EntityLoad(endpoint_id="one", served_entity_name="churn", in_flight=4, waiting=3)])
+        )
+    await eventually(lambda: table.loads.of("one", "churn") == 14)
+    assert table.loads.queues.of("one", "churn").take() is not None
+    await eventually(lambda: table.loads.of("one", "churn") == 15)
+    assert table.loads.of("one", "other") == 0
+    await gateways[0].leave()
+    await eventually(lambda: table.loads.of("one", "churn") == 8)
+    assert [changed.get_nowait() for _ in range(changed.qsize())] == ["one"] * 4
+    await gateways[1].leave()
+    counting.cancel()
+
+
+async def test_gateways_are_told_how_much_a_replica_takes_and_what_may_be_waited_for() -> None:
+    table = a_table()
+    asleep = EntityRoutes("asleep", "1", 40, (), is_asleep=True)
+    broken = EntityRoutes("broken", "1", 60, (), problem="no key")
+    entities = (*routes_of("one", "r1").entities, asleep, broken)
+    table.publish(EndpointRoutes(endpoint_id="one", name="one", entities=entities, limits=Limits("one")))
     gateway = Gateway(table)
-    await gateway.follows()
-    gateway._reports.put_nowait(pb.RouteReport(demand=[pb.EntityDemand(endpoint_id="one", served_entity_name="churn")]))
-    async with asyncio.timeout(LONG):
-        assert await demanded.get() == "one"
+    awake, *others = (await gateway.follows()).endpoints[0].entities
+    assert [replica.concurrency for replica in awake.replicas] == [4]
+    assert [(each.is_asleep, each.problem) for each in (awake, *others)] == [(False, ""), (True, ""), (False, "no key")]
     await gateway.leave()
 
 

@@ -109,8 +109,20 @@ def test_what_cannot_be_woken_is_not_tried_again_for_nobody() -> None:
     sleepy.loaded("churn", 0, 2.0)
     assert wanted(sleepy, 3.0, ready=0) == 0
     assert sleepy.problem("churn") == "no key"
-    wanted(sleepy, 60.0, ready=1)
+    sleepy.loaded("churn", 1, 50.0)
+    assert wanted(sleepy, 50.0, ready=0) == 1
+    assert sleepy.problem("churn") == "no key"
+    assert wanted(sleepy, 60.0, ready=1) == 1
     assert sleepy.problem("churn") == ""
+
+
+def test_one_that_was_about_to_go_to_zero_stays_when_somebody_asks() -> None:
+    sleepy = scaling(1, **SLEEPY)
+    assert wanted(sleepy, IDLE, ready=1) == 0
+    assert wanted(sleepy, IDLE + 1, ready=1) == 0, "it is not its own predecessor that wakes it"
+    sleepy.loaded("churn", 1, IDLE + 2)
+    assert wanted(sleepy, IDLE + 2, ready=1) == 1
+    assert not sleepy.is_asleep("churn")
 
 
 def test_what_was_awake_and_lost_its_replicas_is_started_again_without_a_caller() -> None:
