@@ -770,6 +770,32 @@ FAULTS = (
         new="super().__init__(problem)",
         tests=(_CAUSES,),
     ),
+    Fault(
+        name="place-not-given-back",
+        property="R10",
+        file="servicekit/admission.py",
+        old="if waiter.turn.done() and not waiter.turn.cancelled() and (server := waiter.turn.result()) is not None:",
+        new="if waiter.turn.done() and waiter.turn.cancelled() and (server := waiter.turn.result()) is not None:",
+        tests=(
+            "tests/unit/servicekit/test_admission.py::test_a_place_is_not_lost_when_its_waiter_leaves_in_the_same_moment",
+        ),
+    ),
+    Fault(
+        name="answering-replicas-stopped-first",
+        property="R8",
+        file="serving_service/reconcile.py",
+        old="return by_merit[count:][::-1]",
+        new="return by_merit[: len(by_merit) - count]",
+        tests=("tests/unit/serving_service/test_reconcile.py::test_plan",),
+    ),
+    Fault(
+        name="woken-without-a-caller",
+        property="R10",
+        file="serving_service/scaling.py",
+        old="known.wanted = 1 if known.need.now or live else 0",
+        new="known.wanted = 1",
+        tests=("tests/unit/serving_service/test_scaling.py::test_what_cannot_be_woken_is_not_tried_again_for_nobody",),
+    ),
 )
 
 
