@@ -21,21 +21,25 @@ from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from serving_service import cgroups, couriers, store
+from serving_service.build_logs import BuildLogs
+from serving_service.caches import FolderCache
 from serving_service.consumption import Consumption
 from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
+from serving_service.helper_variables import HelperVariables
 from serving_service.isolation import Isolation, ModelUsers, probed
 from serving_service.launch_metrics import LaunchMetrics
 from serving_service.launcher import Launcher, LocalLauncher, model_environment
 from serving_service.launches import Launches
 from serving_service.meters import Meters
+from serving_service.model_environments import ModelEnvironments, Places
 from serving_service.monitoring import Monitoring
 from serving_service.notices import Outbox
 from serving_service.probes import Probes
 from serving_service.query import Queries
-from serving_service.registry import MlflowRegistry, Registry
+from serving_service.registry import MODEL_FOLDER, MlflowRegistry, Registry
 from serving_service.routes import RouteTable
 from serving_service.scaling import Patience
 from serving_service.servicer import MeteringServicer, RoutesServicer, ServingEndpointsServicer
@@ -87,9 +91,14 @@ async def running(
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         settlement = Settlement(secrets, opened)
         references = SecretReferences(secrets, settlement)
-        registry = registry or MlflowRegistry(
-            settings.registry_uri, data / "models", service_environment=own_environment()
+        variables = HelperVariables(settings.registry_env_file, service_environment=own_environment())
+        used = partial(opened.read, store.used_folders)
+        models = FolderCache(data / "models", content=MODEL_FOLDER, bound=settings.model_cache << 20, used=used)
+        registry = registry or MlflowRegistry(settings.registry_uri, models, variables)
+        environments = ModelEnvironments(
+            Places.below(data), variables, bound=settings.environment_cache << 20, used=used
         )
+        build_logs = BuildLogs(opened)
         isolation, template = Isolation(), None
         if launcher is None:
             if settings.warm_start:
@@ -117,12 +126,16 @@ async def running(
                 database=opened,
                 launcher=launcher,
                 launches=Launches(
+                    opened,
                     registry,
+                    environments,
+                    build_logs,
                     references,
                     settlement,
                     users,
                     refusal=isolation.refusal,
                     download_deadline=settings.download_deadline,
+                    build_deadline=settings.build_deadline,
                     reference_deadline=settings.reference_deadline,
                 ),
                 probes=Probes(pool, patience=settings.liveness_deadline),
@@ -146,6 +159,7 @@ async def running(
             registry,
             references,
             controllers,
+            build_logs,
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
@@ -189,6 +203,7 @@ async def running(
                 # Routes last: its streams end with it, and would hold the service up if they did not.
                 jobs={
                     "registry": registry.run,
+                    "environments": environments.run,
                     "controllers": controllers.run,
                     "access": partial(access.follow, secrets),
                     "settlement": settlement.run,

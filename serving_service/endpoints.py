@@ -28,6 +28,7 @@ from servicekit.database import Database
 from servicekit.errors import FeatureDisabled, ServiceError, Unavailable
 from servicekit.once import Answers
 from serving_service import configs, details, mlmodel, monitoring, openapi, quotas, store
+from serving_service.build_logs import BuildLogs
 from serving_service.controllers import Controllers
 from serving_service.environment import SecretReferences
 from serving_service.errors import (
@@ -105,6 +106,7 @@ class Endpoints:
         registry: Registry,
         references: SecretReferences,
         controllers: Controllers,
+        build_logs: BuildLogs,
         *,
         access: AccessTable,
         settlement: Settlement,
@@ -117,6 +119,7 @@ class Endpoints:
         self._registry = registry
         self._references = references
         self._controllers = controllers
+        self._build_logs = build_logs
         self._access = access
         self._settlement = settlement
         self._answers = answers
@@ -247,10 +250,7 @@ class Endpoints:
         """How the environment of a served entity came about."""
         endpoint, _ = await self._found(name, caller)
         config = _config_with(endpoint, entity, version)
-        return (
-            f"Served entity '{entity}' of configuration version {config.version}: "
-            f"The model runs in the service's own Python environment; nothing was built.\n"
-        )
+        return await self._build_logs.text(endpoint.id, config.version, entity)
 
     async def openapi(self, name: str, *, caller: Principal) -> bytes:
         """How the endpoint's entities are queried, as an OpenAPI document in JSON."""

@@ -124,6 +124,13 @@ class RegistryUnusable(errors.BadRequest):
     """The registry cannot be used as configured; a retry does not help."""
 
 
+class DiskFull(errors.Unavailable):
+    """What was fetched finds no room."""
+
+    def __init__(self) -> None:
+        super().__init__("The disk that models are kept on is full. Make room on it.", retry_after=1)
+
+
 class NotDeployed(errors.NotFound):
     """Nothing answers queries under this name."""
 

@@ -83,6 +83,8 @@ class Observation:
 class ModelPython:
     """The Python environment of a model that does not run in the service's own."""
 
+    folder: Path
+    """The environment itself: it is there, unchanged, for as long as it is used."""
     executable: Path
     program: Path
     """A folder that holds our model server, which is run with it, and nothing else of ours."""

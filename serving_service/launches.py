@@ -1,4 +1,5 @@
-"""From a served entity to a launch: its model's files, then its secrets' values, right before they are needed.
+"""From a served entity to a launch: its model's files and its environment, then its secrets' values, right before they
+are needed.
 
 What goes wrong is one of two things: `LaunchImpossible`, which only a person can change, or `LaunchDelayed`, which time
 may cure.
@@ -7,17 +8,22 @@ may cure.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 
+from servicekit.database import Database
 from servicekit.errors import ServiceError
-from serving_service import phases
+from serving_service import caches, phases, store
+from serving_service.build_logs import BuildLogs
+from serving_service.buildenv import BuildDelayed, BuildImpossible
 from serving_service.environment import ResolvedEnvironment, SecretReferences, UnresolvableError
 from serving_service.isolation import ModelUsers, UsersExhausted
-from serving_service.launcher import Launch
+from serving_service.launcher import Launch, ModelPython
 from serving_service.model import Endpoint, ServedEntity
+from serving_service.model_environments import EnvironmentLog, ModelEnvironments
 from serving_service.phases import LaunchPhase
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
@@ -44,25 +50,33 @@ class Launches:
 
     def __init__(
         self,
+        database: Database,
         registry: Registry,
+        environments: ModelEnvironments,
+        build_logs: BuildLogs,
         references: SecretReferences,
         settlement: Settlement,
         users: ModelUsers | None,
         *,
         refusal: str = "",
         download_deadline: float,
+        build_deadline: float,
         reference_deadline: float,
     ) -> None:
         """`users` is None where models run as the service's own user; with a `refusal`, nothing may be launched.
 
         Deadlines are in seconds.
         """
+        self._database = database
         self._registry = registry
+        self._environments = environments
+        self._build_logs = build_logs
         self._references = references
         self._settlement = settlement
         self._users = users
         self._refusal = refusal
         self._download_deadline = download_deadline
+        self._build_deadline = build_deadline
         self._reference_deadline = reference_deadline
 
     async def prepare(
@@ -80,7 +94,15 @@ class Launches:
         if self._refusal:
             raise LaunchImpossible(LaunchPhase.START, self._refusal)
         enter(LaunchPhase.MODEL_DOWNLOAD)
-        path = await self._downloaded(entity)
+        while True:
+            path = await self._downloaded(entity)
+            if await self._holds(replica_id, path, LaunchPhase.MODEL_DOWNLOAD):
+                break
+        enter(LaunchPhase.ENVIRONMENT_BUILD)
+        while True:
+            python = await self._built(endpoint, version, entity, path)
+            if python is None or await self._holds(replica_id, python.folder, LaunchPhase.ENVIRONMENT_BUILD):
+                break
         enter(LaunchPhase.REFERENCE)
         resolved = await self._resolved(endpoint, version, entity, replica_id)
         enter(LaunchPhase.START)
@@ -94,7 +116,16 @@ class Launches:
             environment=resolved.variables,
             masked_values=resolved.secrets,
             user=user,
+            python=python,
         )
+
+    async def _holds(self, replica_id: str, folder: Path, phase: LaunchPhase) -> bool:
+        """Whether a cached folder is there for as long as the replica is; else it was dropped a moment ago."""
+        try:
+            await self._database.write(store.add_use, replica_id, str(folder))
+        except sqlite3.Error:
+            raise LaunchDelayed(phase, "What the launch uses cannot be recorded.") from None
+        return caches.mark_used(folder)
 
     async def _downloaded(self, entity: ServedEntity) -> Path:
         phase = LaunchPhase.MODEL_DOWNLOAD
@@ -108,6 +139,31 @@ class Launches:
             raise LaunchImpossible(phase, f"{late} Make the model smaller, or allow more.") from None
         except OSError as error:
             raise LaunchDelayed(phase, f"The model's files cannot be kept: {error.strerror}.") from None
+
+    async def _built(self, endpoint: Endpoint, version: int, entity: ServedEntity, model: Path) -> ModelPython | None:
+        said = self._build_logs.begin(endpoint.id, version, entity.name)
+        try:
+            return await self._environment(model, said)
+        except (LaunchImpossible, LaunchDelayed) as error:
+            said.outcome = str(error)
+            raise
+        finally:
+            self._build_logs.end(endpoint.id, version, entity.name, said)
+
+    async def _environment(self, model: Path, said: EnvironmentLog) -> ModelPython | None:
+        phase = LaunchPhase.ENVIRONMENT_BUILD
+        try:
+            async with asyncio.timeout(self._build_deadline):
+                return await self._environments.of(model, said)
+        except BuildImpossible as error:
+            raise LaunchImpossible(phase, str(error)) from None
+        except BuildDelayed as error:
+            raise LaunchDelayed(phase, str(error)) from None
+        except TimeoutError:
+            late = phases.overdue(self._build_deadline, "TESSERA_BUILD_DEADLINE_SECONDS")
+            raise LaunchImpossible(phase, f"{late} Its build log says how far it came.") from None
+        except OSError as error:
+            raise LaunchDelayed(phase, f"The environment cannot be kept: {error.strerror}.") from None
 
     async def _resolved(
         self, endpoint: Endpoint, version: int, entity: ServedEntity, replica_id: str

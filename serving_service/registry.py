@@ -1,8 +1,8 @@
 """Where models come from: the MLflow registry, asked through a helper process, and a folder of what was fetched.
 
-The helper is started with the service, so that it is warm, and again when it died; every request has a deadline. A
-model version is fetched once, into a temporary folder that is renamed when it is whole; a folder with its final name
-is complete and never changes.
+The helper is started with the service, so that it is warm, and again when it died or its credentials have changed;
+every request has a deadline. A model version is fetched once, into a cache; what is there is looked through before it
+is used for the first time, and fetched anew when it is not whole.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import hashlib
 import itertools
 import json
 import logging
-import shutil
 import sys
-import tempfile
-from collections.abc import Mapping
+import uuid
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from servicekit.errors import ServiceError, Unavailable
-from serving_service.errors import ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service import caches
+from serving_service.caches import DamagedError, FolderCache
+from serving_service.errors import DiskFull, ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service.helper_variables import HelperVariables
 from serving_service.model import ModelVersion
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ RESTART_SECONDS = 1.0
 STDERR_BYTES = 2_000
 ANSWER_BYTES = 1 << 20
 
-_INHERITED = ("HOME", "PATH", "LANG", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-_INHERITED_PREFIXES = ("MLFLOW_", "AWS_", "AZURE_", "GOOGLE_", "DATABRICKS_")
+MODEL_FOLDER = "model"
+"""Of a cached version."""
 
 
 class Registry(Protocol):
@@ -50,52 +51,56 @@ class Registry(Protocol):
         """Keeps the registry at hand until cancelled."""
 
 
-def helper_environment(service: Mapping[str, str]) -> dict[str, str]:
-    """What the helper gets of this service's environment: credentials of registries and stores, and little else."""
-    inherited = {
-        name: value for name, value in service.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
-    }
-    # MLflow's own default keeps trying for minutes, long after whoever asked has gone.
-    return {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", **inherited}
-
-
 class MlflowRegistry:
-    """The registry at `uri`; what is fetched goes to the folder `models`."""
+    """The registry at `uri`; what is fetched goes into `models`."""
 
-    def __init__(self, uri: str, models: Path, *, service_environment: Mapping[str, str]) -> None:
+    def __init__(self, uri: str, models: FolderCache, variables: HelperVariables) -> None:
         self._uri = uri
         self._models = models
-        self._environment = helper_environment(service_environment)
+        self._variables = variables
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._helper: asyncio.subprocess.Process | None = None
         self._started = asyncio.Event()
+        self._is_outdated = False
+        self._is_untidy = asyncio.Event()
         self._fetches: dict[str, asyncio.Task[Path]] = {}
+        self._checked: set[str] = set()
+        """What was looked through, byte by byte, since this process began."""
 
     async def run(self) -> None:
         """Keeps a helper running until cancelled."""
-        await asyncio.to_thread(self._clear_unfinished)
+        await asyncio.to_thread(self._models.clear_leftovers)
+        tidying = asyncio.create_task(self._tidy(), name="tidying models")
         try:
             while True:
                 await self._run_helper()
                 await asyncio.sleep(RESTART_SECONDS)
         finally:
-            for task in self._fetches.values():
+            for task in (tidying, *self._fetches.values()):
                 task.cancel()
+
+    async def _tidy(self) -> None:
+        while True:
+            await self._models.tidy()
+            await self._is_untidy.wait()
+            self._is_untidy.clear()
 
     async def describe(self, name: str, version: str) -> ModelVersion:
         answer = await self._ask({"op": "describe", "name": name, "version": version}, timeout=DESCRIBE_SECONDS)
         return ModelVersion(name=name, version=version, source=answer["source"], created_at=answer["created_at"])
 
     async def fetch(self, model: ModelVersion) -> Path:
-        folder = self._models / self._key(model)
-        if await asyncio.to_thread(folder.is_dir):
-            return folder
-        task = self._fetches.get(folder.name)
+        key = self._key(model)
+        task = self._fetches.get(key)
         if task is None:
-            task = asyncio.create_task(self._fetch(model, folder), name=f"fetch {model.name} {model.version}")
-            self._fetches[folder.name] = task
-            task.add_done_callback(lambda done: self._fetched(folder.name, done))
+            if await asyncio.to_thread(self._is_whole, key):
+                return self._models.path(key)
+            task = self._fetches.get(key)
+        if task is None:
+            task = asyncio.create_task(self._fetch(model, key), name=f"fetch {model.name} {model.version}")
+            self._fetches[key] = task
+            task.add_done_callback(lambda done: self._fetched(key, done))
         # Others may wait for the same files: one who gives up does not end the download.
         return await asyncio.shield(task)
 
@@ -104,63 +109,86 @@ class MlflowRegistry:
         if not task.cancelled():
             task.exception()  # whoever still waits has it
 
-    async def _fetch(self, model: ModelVersion, folder: Path) -> Path:
-        unfinished = Path(await asyncio.to_thread(self._make_unfinished))
+    def _is_whole(self, key: str) -> bool:
+        """Whether a version is there as it was fetched."""
         try:
-            answer = await self._ask(
-                {"op": "fetch", "name": model.name, "version": model.version, "destination": str(unfinished)},
-                timeout=FETCH_SECONDS,
-            )
+            caches.check(self._models.path(key), digests=key not in self._checked)
+        except DamagedError as error:
+            if (self._models.directory / key).exists():
+                log.warning("a cached model is fetched anew", extra={"folder": key, "cause": str(error)})
+            return False
+        self._checked.add(key)
+        return True
+
+    async def _fetch(self, model: ModelVersion, key: str) -> Path:
+        with self._models.unfinished() as folder:
+            request = {"op": "fetch", "name": model.name, "version": model.version, "destination": str(folder)}
+            answer = await self._ask(request, timeout=FETCH_SECONDS)
             if (answer["source"], answer["created_at"]) != (model.source, model.created_at):
                 raise RegistryUnusable(
                     f"Version {model.version} of model '{model.name}' was registered anew since this configuration was "
                     f"made. Update the endpoint's configuration to use the new one."
                 )
-            await asyncio.to_thread(Path(answer["path"]).rename, folder)
-        finally:
-            await asyncio.to_thread(shutil.rmtree, unfinished, ignore_errors=True)
+            try:
+                await asyncio.to_thread(self._keep, folder, Path(answer["path"]), key)
+            except DamagedError as error:
+                raise ModelBroken(model.name, model.version, str(error)) from None
         log.info("model fetched", extra={"model": model.name, "model_version": model.version})
-        return folder
+        self._is_untidy.set()
+        return self._models.path(key)
 
-    def _make_unfinished(self) -> str:
-        self._models.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix=".unfinished-", dir=self._models)
-
-    def _clear_unfinished(self) -> None:
-        for folder in self._models.glob(".unfinished-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _keep(self, folder: Path, fetched: Path, key: str) -> None:
+        entry = folder / f"entry-{uuid.uuid4().hex}"
+        entry.mkdir()
+        fetched.rename(entry / MODEL_FOLDER)
+        caches.seal(entry / MODEL_FOLDER)
+        self._models.drop(key)  # what is there is not whole
+        self._models.keep(entry, key)
+        self._checked.add(key)
 
     def _key(self, model: ModelVersion) -> str:
         parts = [self._uri, model.name, model.version, model.source, str(model.created_at)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     async def _ask(self, request: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+        self._refresh()
         number = next(self._ids)
         answered: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answered
         try:
             async with asyncio.timeout(timeout):
                 await self._started.wait()
+                self._waiting[number] = answered
                 self._write({"id": number, **request})
                 answer = await answered
         except TimeoutError:
             raise Unavailable("The model registry did not answer in time. Try again.", retry_after=1) from None
         finally:
-            del self._waiting[number]
+            self._waiting.pop(number, None)
         if "error" in answer:
             raise self._error(request, answer)
         return answer
 
+    def _refresh(self) -> None:
+        """Has a helper with the old credentials ended, once nobody waits for its answers."""
+        self._is_outdated = self._variables.refresh() or self._is_outdated
+        if self._is_outdated and not self._waiting and self._helper is not None and self._helper.returncode is None:
+            self._started.clear()
+            self._helper.kill()
+
     def _error(self, request: dict[str, Any], answer: dict[str, Any]) -> ServiceError:
+        problem = self._variables.redacted(answer["message"].replace(self._uri, shown(self._uri)))
         match answer["error"]:
             case "missing":
                 return ModelNotFound(request["name"], request["version"])
             case "broken":
-                return ModelBroken(request["name"], request["version"], answer["message"].partition(": ")[2])
+                return ModelBroken(request["name"], request["version"], problem.partition(": ")[2])
             case "unreachable":
                 return Unavailable("The model registry cannot be reached just now. Try again.", retry_after=1)
+            case "incomplete":
+                return Unavailable(f"The download was not complete: {problem}. Try again.", retry_after=1)
+            case "full":
+                return DiskFull()
             case _:
-                problem = answer["message"].replace(self._uri, shown(self._uri))
                 return RegistryUnusable(
                     f"The model registry at {shown(self._uri)} cannot be used: {problem}. Check TESSERA_MODEL_REGISTRY."
                 )
@@ -172,6 +200,7 @@ class MlflowRegistry:
 
     async def _run_helper(self) -> None:
         """One life of the helper; whoever waits for an answer when it ends may try again."""
+        self._is_outdated = False
         helper = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -180,7 +209,7 @@ class MlflowRegistry:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env=self._environment,
+            env=self._variables.for_registry(),
             limit=ANSWER_BYTES,
         )
         assert helper.stdout is not None
@@ -195,7 +224,8 @@ class MlflowRegistry:
                 waiting = self._waiting.get(answer["id"])
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
-            log.warning("registry helper ended", extra={"exit_code": await helper.wait(), "stderr": await errors})
+            said = self._variables.redacted(await errors)
+            log.warning("registry helper ended", extra={"exit_code": await helper.wait(), "stderr": said})
         finally:
             self._started.clear()
             errors.cancel()

@@ -8,18 +8,22 @@ done; `id` pairs them. It ends when its input closes, whatever is still under wa
 
 Answers are `{"id", "source", "created_at"}`, for a fetch with `path`, the model's folder within the destination; or
 `{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `broken` (its files are
-no model), `unusable` (the registry's address or state is wrong) or `unreachable` (a retry may help).
+no model), `unusable` (the registry's address or state is wrong), `full` (the disk is), or `unreachable` or `incomplete`
+(a retry may help).
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
+import shutil
 import sqlite3
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -30,6 +34,9 @@ WORKERS = 4
 _MESSAGE_LENGTH = 500
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+_PIECES_MISSING = "failures occurred while downloading one or more artifacts"
+"""MLflow's words when some files of a model did not arrive."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TRANSIENT = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
 
 
@@ -43,6 +50,10 @@ class Broken(Exception):
 
 class Unusable(Exception):
     """The registry cannot be used at its address."""
+
+
+class Incomplete(Exception):
+    """Not everything that the store lists has arrived."""
 
 
 class Registry:
@@ -81,6 +92,7 @@ class Registry:
         # Whoever registers a version says where it lies, maybe in this platform's own data: that must not be kept.
         if not (Path(path) / "MLmodel").is_file():
             raise Broken("it is registered at a place without an MLmodel file")
+        check_whole(_listed(location), Path(path))
         return {**described, "path": str(path)}
 
     def _opened(self) -> Any:
@@ -115,6 +127,28 @@ class Registry:
             raise Unusable(f"{path} is no database of MLflow ({error})") from None
 
 
+def check_whole(listed: Iterable[tuple[str, int]], folder: Path) -> None:
+    """Raises Incomplete unless every listed file is in the folder, in its size."""
+    for name, size in listed:
+        found = (folder / name).stat().st_size if (folder / name).is_file() else 0
+        if found != size:
+            raise Incomplete(f"file '{name}' has {found} of {size} bytes")
+
+
+def _listed(location: str) -> Iterator[tuple[str, int]]:
+    """The files of a model as its store lists them, as far as it says how large they are."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    store: Any = get_artifact_repository(location)
+    folders: list[str | None] = [None]
+    while folders:
+        for found in store.list_artifacts(folders.pop()):
+            if found.is_dir:
+                folders.append(found.path)
+            elif found.file_size is not None:
+                yield found.path, int(found.file_size)
+
+
 def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request; never raises."""
     try:
@@ -129,19 +163,35 @@ def answer_to(registry: Registry, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def kind_of(error: Exception) -> str:
-    """What a failure means to the service: `missing`, `broken`, `unusable` or `unreachable`."""
+    """What a failure means to the service; see above."""
     if isinstance(error, Missing):
         return "missing"
     if isinstance(error, Broken):
         return "broken"
     if isinstance(error, Unusable):
         return "unusable"
+    if _has_no_room(error):
+        return "full"
+    if isinstance(error, Incomplete) or _PIECES_MISSING in str(error):
+        return "incomplete"
     code = getattr(error, "error_code", None)  # of MLflow's own exceptions
     if type(error).__name__.startswith("Unsupported"):  # an address that MLflow cannot read; its code says bad value
         return "unusable"
     if code in _MISSING:
         return "missing"
     return "unreachable" if code in _TRANSIENT or _is_connection_lost(error) else "unusable"
+
+
+def _has_no_room(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            return True
+        # Of a folder it is said what went wrong with each of its files, in words only: by shutil, and by MLflow.
+        is_about_files = isinstance(error, shutil.Error) or _PIECES_MISSING in str(error)
+        if is_about_files and any(os.strerror(number) in str(error) for number in _NO_ROOM):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _is_connection_lost(error: BaseException | None) -> bool:
@@ -156,7 +206,8 @@ def _is_connection_lost(error: BaseException | None) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
+    text = str(error).strip()
+    text = " ".join(text.split()) if _PIECES_MISSING in text else text.partition("\n")[0]
     return f"{type(error).__name__}: {text}"[:_MESSAGE_LENGTH] if text else type(error).__name__
 
 

@@ -46,6 +46,27 @@ class ServingSettings(settings.ServiceSettings):
         default=None,
         help="URI of the MLflow registry that models come from. Not set: the one in the data directory.",
     )
+    registry_env_file: Path | None = setting(
+        "TESSERA_REGISTRY_ENV_FILE",
+        settings.file,
+        default=None,
+        help="File, mode 0600 or 0400, of NAME=value lines that only helper processes see: credentials of the registry"
+        " and of the stores behind it, such as MLFLOW_TRACKING_TOKEN or AWS_SECRET_ACCESS_KEY, and in UV_ variables,"
+        " such as UV_DEFAULT_INDEX, where packages come from. Read again when it has changed.",
+    )
+    model_cache: int = setting(
+        "TESSERA_MODEL_CACHE_MIB",
+        settings.count,
+        default=50 << 10,
+        help="Room for fetched models, in MiB. What was not used for longest goes first; what runs stays.",
+    )
+    environment_cache: int = setting(
+        "TESSERA_ENVIRONMENT_CACHE_MIB",
+        settings.count,
+        default=50 << 10,
+        help="Room for models' environments and the packages for them, in MiB. What was not used for"
+        " longest goes first; what runs stays.",
+    )
     supervisor_lock: Path | None = setting(
         "TESSERA_SUPERVISOR_LOCK",
         settings.directory,
@@ -75,6 +96,12 @@ class ServingSettings(settings.ServiceSettings):
         settings.seconds,
         default=1500.0,
         help="Seconds that fetching a model's files may take; a launch that needs longer fails.",
+    )
+    build_deadline: float = setting(
+        "TESSERA_BUILD_DEADLINE_SECONDS",
+        settings.seconds,
+        default=1200.0,
+        help="Seconds that building a model's environment may take; a launch that needs longer fails.",
     )
     reference_deadline: float = setting(
         "TESSERA_REFERENCE_DEADLINE_SECONDS",

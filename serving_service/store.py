@@ -465,6 +465,36 @@ def usage_of(
     return found
 
 
+def keep_build_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str, log: str) -> None:
+    """Records how the environment of an entity came about; nothing for a configuration that is not known any more."""
+    connection.execute(
+        "INSERT OR REPLACE INTO build_logs (endpoint_id, version, entity, log)"
+        " SELECT endpoint_id, version, ?, ? FROM configs WHERE endpoint_id = ? AND version = ?",
+        (entity, log, endpoint_id, version),
+    )
+
+
+def build_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str) -> str:
+    """How the environment of an entity came about; empty when nothing is recorded."""
+    row = connection.execute(
+        "SELECT log FROM build_logs WHERE endpoint_id = ? AND version = ? AND entity = ?",
+        (endpoint_id, version, entity),
+    ).fetchone()
+    return str(row[0]) if row else ""
+
+
+def add_use(connection: sqlite3.Connection, replica_id: str, folder: str) -> None:
+    """Records that a replica uses a cached folder, until the replica is removed."""
+    connection.execute(
+        "INSERT OR IGNORE INTO uses (replica_id, folder) SELECT id, ? FROM replicas WHERE id = ?", (folder, replica_id)
+    )
+
+
+def used_folders(connection: sqlite3.Connection) -> frozenset[str]:
+    """The cached folders that replicas use."""
+    return frozenset(row[0] for row in connection.execute("SELECT DISTINCT folder FROM uses"))
+
+
 def next_epoch(connection: sqlite3.Connection) -> int:
     """A number that is higher than every one before."""
     return int(connection.execute("UPDATE epochs SET epoch = epoch + 1 RETURNING epoch").fetchone()[0])
@@ -494,7 +524,7 @@ def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:
 
 
 def remove_replica(connection: sqlite3.Connection, replica_id: str) -> None:
-    """Records that nothing is left of a replica."""
+    """Records that nothing is left of a replica, which uses nothing any more."""
     connection.execute("DELETE FROM replicas WHERE id = ?", (replica_id,))
 
 
@@ -574,6 +604,11 @@ def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
         "DELETE FROM configs WHERE endpoint_id = ?1 AND version NOT IN "
         "(SELECT coalesce(active_version, 0) FROM endpoints WHERE id = ?1 UNION ALL "
         "SELECT coalesce(pending_version, 0) FROM endpoints WHERE id = ?1)",
+        (endpoint_id,),
+    )
+    connection.execute(
+        "DELETE FROM build_logs WHERE endpoint_id = ?1 AND version NOT IN "
+        "(SELECT version FROM configs WHERE endpoint_id = ?1)",
         (endpoint_id,),
     )
 

@@ -4,10 +4,12 @@ writes, starts and answers, at debug level, with failures and crashes on the way
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import http.client
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -29,8 +31,17 @@ from tests.support.canaries import Canary, found_in, found_in_files, found_in_pr
 from tests.support.collector import running_collector
 from tests.support.issuer import AUDIENCE, Issuer, serving_in_a_thread
 from tests.support.receivers import webhook_receiver
-from tests.support.registered_models import FAILING, GOOD, entity, stack_environment
+from tests.support.registered_models import (
+    FAILING,
+    GOOD,
+    MODEL,
+    NOT_INSTALLABLE,
+    PACKAGED_MODEL,
+    entity,
+    stack_environment,
+)
 from tests.support.stack import Stack, running_stack
+from tests.support.wheels import variables_file
 
 ASSERTION_HEADER = base64.b64encode(b'{"alg":"EdDSA"')[:-2].decode()
 """How every assertion of ours begins."""
@@ -65,6 +76,8 @@ class Sweep:
         ]
         self.answers: list[tuple[str, Answer]] = []
         self.entitled: set[int] = set()
+        self.of_helpers: list[Canary] = []
+        """What the registry helper and the builder of environments are given, and nobody else."""
 
     def new(self, name: str) -> Canary:
         canary = Canary.new(name)
@@ -85,7 +98,10 @@ class Sweep:
             lines += found_in(said, self.canaries, place=place)
         up = psutil.Process(self.stack.process.pid)
         pids = {up.pid, *self.stack.processes(), *(child.pid for child in up.children(recursive=True))}
-        return lines + found_in_processes(pids, self.canaries, entitled=self.entitled) + self.found_in_files()
+        helpers = {pid for pid in pids if is_helper(pid)}
+        others = [canary for canary in self.canaries if canary not in self.of_helpers]
+        lines += found_in_processes(pids, self.canaries, entitled=self.entitled | helpers)
+        return lines + found_in_processes(helpers, others, entitled=()) + self.found_in_files()
 
     def found_in_files(self) -> list[str]:
         # The two files that exist to hold something: each its own, and nothing else.
@@ -98,12 +114,29 @@ class Sweep:
         return [line for line in lines if line not in allowed]
 
 
+def is_helper(pid: int) -> bool:
+    """Whether a process is the registry helper, or builds an environment."""
+    with contextlib.suppress(psutil.Error):
+        command = psutil.Process(pid).cmdline()
+        return "serving_service.registry_helper" in command or any(
+            part.endswith(("held_in.py", "/uv")) for part in command
+        )
+    return False
+
+
 def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
     data, temporary = directory / "data", directory / "tmp"
     temporary.mkdir()
     posting = Canary.new("the secret of the webhook")
     (directory / "webhook").touch(mode=0o600)
     (directory / "webhook").write_text(posting.value)
+    of_helpers = [Canary.of(name, secrets.token_hex(16)) for name in ("the registry's token", "the index's password")]
+    token, password = (canary.needles[0][1].decode() for canary in of_helpers)
+    variables = {
+        "MLFLOW_TRACKING_TOKEN": token,
+        "UV_DEFAULT_INDEX": f"http://user:{password}@127.0.0.1:9/simple",
+        "UV_HTTP_RETRIES": "0",
+    }
     with (
         serving_in_a_thread(Issuer()) as issuer,
         webhook_receiver() as receiver,
@@ -116,8 +149,9 @@ def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
         more["TESSERA_NOTIFICATION_WEBHOOK_URL"] = receiver.url
         more["TESSERA_NOTIFICATION_WEBHOOK_SECRET_FILE"] = str(directory / "webhook")
         more |= {f"TESSERA_{name}_METRICS_LISTEN": f"unix:{temporary / name}.sock" for name in OWN_METRICS}
+        more["TESSERA_REGISTRY_ENV_FILE"] = str(variables_file(directory / "helpers.env", variables))
         environment = stack_environment(TESSERA_LOG_LEVEL="debug", TMPDIR=str(temporary), **more)
-        sweep = sweep_everything(data, temporary, environment, issuer, posting)
+        sweep = sweep_everything(data, temporary, environment, issuer, [posting, *of_helpers])
         told = b"".join(f"{headers}".encode() + body for headers, body in receiver.posted)
         assert b"update_failed" in told
         assert b"[secret]" in told
@@ -128,11 +162,13 @@ def test_nothing_secret_is_left_anywhere(directory: Path) -> None:
 
 
 def sweep_everything(
-    data: Path, temporary: Path, environment: dict[str, str], issuer: Issuer, posting: Canary
+    data: Path, temporary: Path, environment: dict[str, str], issuer: Issuer, of_files: list[Canary]
 ) -> Sweep:
+    """`of_files` are the secrets that stand in files of the platform's own; those of helpers come last."""
     with running_stack(data, environment=environment) as stack:
         sweep = Sweep(stack, [data, temporary])
-        sweep.canaries.append(posting)
+        sweep.canaries += of_files
+        sweep.of_helpers = of_files[1:]
         secret = sweep.new("a secret")
         put_and_get(sweep, secret)
         refused_requests(sweep)
@@ -143,6 +179,7 @@ def sweep_everything(
         launch(sweep, secret)
         assert sweep.found() == own_metrics(sweep) == []
         failed_launch(sweep)
+        failed_build(sweep)
         crash_of_the_model(sweep)
         assert sweep.found() == []
         crash_of_services(sweep)
@@ -219,11 +256,11 @@ def tokens_of_a_second_user(sweep: Sweep) -> None:
 def oauth(sweep: Sweep, issuer: Issuer) -> None:
     """Client secrets, access tokens and external tokens, right and wrong ones."""
     robot = sweep.admin.call("POST", "/api/2.0/preview/scim/v2/ServicePrincipals", {"displayName": "robot"})
-    secrets = f"/api/2.0/accounts/servicePrincipals/{robot['id']}/credentials/secrets"
-    secret = sweep.admin.call("POST", secrets, {})["secret"]
+    credentials = f"/api/2.0/accounts/servicePrincipals/{robot['id']}/credentials/secrets"
+    secret = sweep.admin.call("POST", credentials, {})["secret"]
     wrong = secret[:-1] + ("0" if secret[-1] != "0" else "1")
     sweep.canaries += [Canary.of("a client secret", secret), Canary.of("a mistyped client secret", wrong[:-1])]
-    assert sweep.send("GET", secrets).status == 200
+    assert sweep.send("GET", credentials).status == 200
     form = {"grant_type": "client_credentials", "client_id": robot["applicationId"], "client_secret": secret}
     nobody = Api(sweep.stack.url, None)
     token = _signed(sweep, "an access token", nobody.send("POST", TOKEN, raw=_form(form), headers=FORM))
@@ -299,8 +336,18 @@ def own_metrics(sweep: Sweep) -> list[str]:
     return lines
 
 
-def create(sweep: Sweep, name: str, version: str, **variables: str) -> None:
-    served = entity(version, name="one", OPENAI_API_KEY="{{secrets/scope/key}}", **variables)
+def failed_build(sweep: Sweep) -> None:
+    """A model whose packages cannot be had, from an index that cannot be reached."""
+    create(sweep, "unbuilt", NOT_INSTALLABLE, model=PACKAGED_MODEL)
+    until(lambda: "error: " in sweep.admin.build_logs("unbuilt", "one"), within=60, what="the build has failed")
+    read_all(sweep, "unbuilt")
+    sweep.send("GET", f"{ENDPOINTS}/unbuilt/served-models/one/build-logs")
+    sweep.send("GET", "/api/2.0/tessera/serving-endpoints/unbuilt/events")
+    sweep.admin.delete_endpoint("unbuilt")
+
+
+def create(sweep: Sweep, name: str, version: str, *, model: str = MODEL, **variables: str) -> None:
+    served = entity(version, name="one", model=model, OPENAI_API_KEY="{{secrets/scope/key}}", **variables)
     told = {"on_update_failure": ["ada@example.com"]}
     body = {
         "name": name,

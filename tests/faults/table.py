@@ -21,6 +21,7 @@ _ONCE = "tests/service/test_once.py"
 _IDENTITY = "tests/service/test_identity.py"
 _DIRECTORY = "tests/service/test_directory.py"
 _VERSIONS = "tests/service/test_versions.py"
+_BUILDS = "tests/service/test_model_environments.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
@@ -731,6 +732,44 @@ FAULTS = (
         old="self._calls.ended(request.route or NO_ROUTE,",
         new="self._calls.ended(request.route or request.path,",
         tests=("tests/service/test_own_metrics.py::test_gateway_tells_routes_and_no_paths",),
+    ),
+    # --- what models run in ---
+    Fault(
+        name="damaged-model-served",
+        property="cached is whole",
+        file="serving_service/caches.py",
+        old="(content / name).stat().st_size == size and",
+        new="(content / name).stat().st_size >= 0 and",
+        tests=(
+            "tests/unit/serving_service/test_caches.py::test_what_is_shorter_or_gone_or_was_never_sealed_is_damaged",
+        ),
+    ),
+    Fault(
+        name="used-folder-dropped",
+        property="used is kept",
+        file="serving_service/caches.py",
+        old="        if entry.name not in in_use:\n",
+        new="        if entry.files is not in_use:\n",
+        tests=(
+            "tests/unit/serving_service/test_caches.py::test_least_recently_used_goes_and_what_is_used_stays",
+            f"{_BUILDS}::test_what_was_not_used_for_longest_goes_first_and_never_what_is_used",
+        ),
+    ),
+    Fault(
+        name="sources-run-in-the-builder",
+        property="S18",
+        file="serving_service/buildenv.py",
+        old=""""--generate-hashes", "--no-build"]""",
+        new=""""--generate-hashes"]""",
+        tests=(f"{_BUILDS}::test_what_cannot_be_installed_is_named_and_leaves_nothing",),
+    ),
+    Fault(
+        name="build-outlives-who-waits",
+        property="R11",
+        file="serving_service/model_environments.py",
+        old="                build.task.cancel()\n                await",
+        new="                build.waiting = 0\n                await",
+        tests=(f"{_BUILDS}::test_a_build_ends_whole_when_the_last_who_waits_gives_up",),
     ),
     # --- hostile text ---
     Fault(

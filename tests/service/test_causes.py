@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 
 from serving_service import registry as registry_module
+from serving_service.caches import FolderCache
+from serving_service.helper_variables import HelperVariables
 from serving_service.launcher import Launch, LocalLauncher, LocalReplica
 from serving_service.model import ModelVersion
-from serving_service.registry import MlflowRegistry
+from serving_service.registry import MODEL_FOLDER, MlflowRegistry
 from tessera.identity.v1 import identity_pb2
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
@@ -36,6 +38,11 @@ from tests.support.serving import RunningServing, ServingCaller, serving_setting
 CANARY = "canary-0123456789-value"
 SECONDS_TO_LOAD = 60.0
 """What an import of mlflow may take on a machine that does much besides."""
+
+
+async def nothing_used() -> frozenset[str]:
+    """Nothing that would have to stay."""
+    return frozenset()
 
 
 class GatedRegistry(MlflowRegistry):
@@ -270,7 +277,8 @@ async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
     with data_directory() as directory:
         models = faulty_models.written(directory / "written")
         registry = FaultyRegistry(directory / "registry.db")
-        gated = GatedRegistry(registry.uri, directory / "fetched", service_environment=os.environ)
+        cache = FolderCache(directory / "fetched", content=MODEL_FOLDER, bound=1 << 30, used=nothing_used)
+        gated = GatedRegistry(registry.uri, cache, HelperVariables(None, service_environment=os.environ))
         replicas = serving_settings(directory).sockets / "replicas"
         launcher = FaultyLauncher(replicas, None, service_environment={"PATH": os.defpath})
         async with running_pair(directory, launcher=launcher, registry=gated, **settings) as (secrets, serving):

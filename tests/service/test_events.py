@@ -28,6 +28,8 @@ from tests.support.serving import MannerRegistry, RunningServing, ServingCaller,
 
 REFERENCE = "{{secrets/team/api.key}}"
 
+PHASES = ("MODEL_DOWNLOAD", "ENVIRONMENT_BUILD", "REFERENCE", "START", "LOAD", "READINESS")
+
 
 class Stuck(MannerRegistry):
     """A registry whose downloads do not end."""
@@ -112,9 +114,7 @@ async def test_phases_of_a_launch_follow_each_other_without_a_gap(admin: Serving
     created = await admin.create("demo")
     await admin.settled("demo")
     events = await events_until(admin, ("ready-1", "READINESS", "SUCCEEDED"))
-    assert [told(event) for event in events] == [
-        ("ready-1", phase, "SUCCEEDED") for phase in ("MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD", "READINESS")
-    ]
+    assert [told(event) for event in events] == [("ready-1", phase, "SUCCEEDED") for phase in PHASES]
     assert len({event.replica_id for event in events}) == 1
     assert {event.config_version for event in events} == {1}
     for before, after in itertools.pairwise(events):
@@ -246,8 +246,7 @@ async def test_events_are_bounded_in_number(admin: ServingCaller, monkeypatch: p
         return len(await admin.events("demo")) == 5
 
     await eventually(are_few)
-    kept = ["MODEL_DOWNLOAD", "REFERENCE", "START", "LOAD", "READINESS"]
-    assert [told(event)[1] for event in events[-5:]] == kept
+    assert [told(event)[1] for event in events[-5:]] == list(PHASES[-5:])
 
 
 # Deadlines

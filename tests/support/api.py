@@ -120,6 +120,11 @@ class Api:
         answer = self.call("GET", f"{ENDPOINTS}/{name}/served-models/{entity_name}/logs")
         return str(answer["logs"])
 
+    def build_logs(self, name: str, entity_name: str, **parameters: int) -> str:
+        query = "".join(f"?{key}={value}" for key, value in parameters.items())
+        answer = self.call("GET", f"{ENDPOINTS}/{name}/served-models/{entity_name}/build-logs{query}")
+        return str(answer["logs"])
+
     def deployed(self, name: str, *, within: float = DEPLOY_SECONDS) -> Any:
         """The endpoint once it is ready and no update is under way; fails when its update did."""
 

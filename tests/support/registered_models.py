@@ -26,9 +26,13 @@ CHAT_MODEL = "chat-model"
 SIGNED_MODEL = "signed-model"
 FLAVOURED_MODEL = "flavoured-model"
 ASKING_MODEL = "asking-model"
+PACKAGED_MODEL = "packaged-model"
 
 GOOD, BETTER, FAILING, WAITING = "1", "2", "3", "4"
 """Versions of `model-name`: two that load, one that raises, one that waits until somebody listens at GATE."""
+
+INSTALLABLE, NOT_INSTALLABLE = "1", "2"
+"""Versions of `packaged-model`: logged to need `tiny` 1.0, which is no package of ours, and one that there is not."""
 
 LOAD_FAILURE = "the model cannot work with"
 
@@ -106,6 +110,7 @@ def _register(folder: Path) -> None:
 
         def answer(self, kind: str, name: str) -> str:
             import hashlib
+            import importlib
             import os
             import signal
             import sys
@@ -117,12 +122,14 @@ def _register(folder: Path) -> None:
                     sys.stdout.write(f"{variable}={value}\n")
                     sys.stderr.write(f"{value!r}\n")
                 return str(len(os.environ))
+            if kind == "package":
+                return str(importlib.import_module(name).VERSION)
             if kind == "raise":
                 raise ValueError(f"cannot answer with {os.environ.get(name)}")
             if kind == "die":
                 sys.stdout.write(f"dying with {os.environ.get(name)}\n")
                 os.kill(os.getpid(), signal.SIGABRT)
-            return {"version": self.version, "pid": str(os.getpid())}[kind]
+            return {"version": self.version, "pid": str(os.getpid()), "prefix": sys.prefix}[kind]
 
     class Chat(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
         def predict(self, context: Any, model_input: Any, params: Any = None) -> Any:
@@ -178,12 +185,18 @@ def _register(folder: Path) -> None:
     experiment = mlflow.create_experiment("tests", artifact_location=str(folder / "artifacts"))
     # In the order of the versions' numbers: a registry counts from 1.
     witnesses = (Witness(GOOD), Witness(BETTER), Witness(FAILING, LOAD_FAILURE), Witness(WAITING, waits=True))
-    models = [*((MODEL, witness, None) for witness in witnesses), (CHAT_MODEL, Chat(), None)]
-    models.append((ASKING_MODEL, Asking(), None))
-    for name, model, signature in (*models, (SIGNED_MODEL, Signed(), signed)):
+    models: list[tuple[str, Any, Any, list[str]]] = [(MODEL, witness, None, []) for witness in witnesses]
+    models += [(CHAT_MODEL, Chat(), None, []), (ASKING_MODEL, Asking(), None, []), (SIGNED_MODEL, Signed(), signed, [])]
+    for version, package in ((INSTALLABLE, "tiny==1.0"), (NOT_INSTALLABLE, "no-such-package==1.0")):
+        models.append((PACKAGED_MODEL, Witness(version), None, [package, f"mlflow-skinny=={mlflow.__version__}"]))
+    for name, model, signature, needs in models:
         with mlflow.start_run(experiment_id=experiment):
             mlflow.pyfunc.log_model(
-                name=name, python_model=model, signature=signature, pip_requirements=[], registered_model_name=name
+                name=name,
+                python_model=model,
+                signature=signature,
+                pip_requirements=needs,
+                registered_model_name=name,
             )
     with mlflow.start_run(experiment_id=experiment):
         mlflow.openai.log_model(

@@ -56,7 +56,8 @@ def test_other_variables_may_be_declared(name: str) -> None:
 
 
 def test_the_programs_of_a_models_own_environment_come_first() -> None:
-    python = ModelPython(executable=Path("/envs/1/bin/python"), program=Path("/runner"), places=())
+    folder = Path("/envs/1")
+    python = ModelPython(folder=folder, executable=folder / "bin/python", program=Path("/runner"), places=())
     environment = model_environment({}, directory=DIRECTORY, service={"PATH": "/opt/bin:/bin"}, python=python)
     assert environment["PATH"] == "/envs/1/bin:/opt/bin:/bin"
 

@@ -16,12 +16,16 @@ import pytest
 
 from servicekit.errors import Unavailable
 from serving_service import registry as module
-from serving_service.errors import ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service import registry_helper
+from serving_service.caches import FolderCache
+from serving_service.errors import DiskFull, ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service.helper_variables import HelperVariables
 from serving_service.model import ModelVersion
-from serving_service.registry import MlflowRegistry, helper_environment, shown
+from serving_service.registry import MODEL_FOLDER, MlflowRegistry, shown
 from tests.support.eventually import eventually
 from tests.support.registered_models import GOOD, MODEL, registry_uri
 from tests.support.sockets import short_directory
+from tests.support.wheels import variables_file
 
 SECONDS_TO_IMPORT_MLFLOW = 60.0
 
@@ -47,14 +51,20 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running_registry(uri: str, folder: Path) -> AsyncIterator[MlflowRegistry]:
-    registry = MlflowRegistry(uri, folder / "models", service_environment=os.environ)
+async def running_registry(uri: str, folder: Path, *, file: Path | None = None) -> AsyncIterator[MlflowRegistry]:
+    variables = HelperVariables(file, service_environment=os.environ)
+    cache = FolderCache(folder / "models", content=MODEL_FOLDER, bound=1 << 30, used=nothing)
+    registry = MlflowRegistry(uri, cache, variables)
     task = asyncio.create_task(registry.run())
     try:
         yield registry
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def nothing() -> frozenset[str]:
+    return frozenset()
 
 
 async def helper_of(registry: MlflowRegistry) -> psutil.Process:
@@ -72,8 +82,9 @@ async def test_a_registered_version_is_described_and_fetched(folder: Path) -> No
         assert model.created_at > 1_600_000_000_000
         path = await registry.fetch(model)
         assert (path / "MLmodel").is_file()
-        assert path.parent == folder / "models"
-        assert [each.name for each in (folder / "models").iterdir()] == [path.name]
+        assert path.parents[1] == folder / "models"
+        assert [each.name for each in (folder / "models").iterdir()] == [path.parent.name]
+        assert sorted(each.name for each in path.parent.iterdir()) == ["manifest.json", "model"]
 
 
 @pytest.mark.parametrize(("name", "version"), [(MODEL, "99"), (MODEL, "latest"), ("nobody", "1"), ("a/b", "1")])
@@ -234,18 +245,62 @@ async def test_a_helper_whose_service_was_killed_ends_by_itself(folder: Path) ->
         assert await helper.wait() == 0
 
 
+@pytest.mark.parametrize("is_cut", [True, False])
+async def test_a_cached_version_that_is_not_whole_is_fetched_again(folder: Path, is_cut: bool) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        path = await registry.fetch(await registry.describe(MODEL, GOOD))
+    if is_cut:
+        os.truncate(path / "MLmodel", 3)
+    else:  # as earlier versions of this platform kept it, or a copy that was cut short
+        (path.parent / "manifest.json").unlink()
+    async with running_registry(registry_uri(), folder) as registry:
+        assert await registry.fetch(await registry.describe(MODEL, GOOD)) == path
+        assert (path / "MLmodel").stat().st_size > 3
+        assert (path.parent / "manifest.json").exists()
+
+
+def test_a_download_that_lacks_something_that_its_store_lists_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "MLmodel").write_text("flavors")
+    listed = [("MLmodel", 7), ("data/weights", 10)]
+    for content, problem in ((None, "0 of 10 bytes"), (b"123", "3 of 10 bytes")):
+        if content is not None:
+            (tmp_path / "data").mkdir()
+            (tmp_path / "data" / "weights").write_bytes(content)
+        with pytest.raises(registry_helper.Incomplete, match=f"'data/weights' has {problem}"):
+            registry_helper.check_whole(listed, tmp_path)
+    (tmp_path / "data" / "weights").write_bytes(bytes(10))
+    registry_helper.check_whole(listed, tmp_path)
+
+
+async def test_a_full_disk_is_said_to_be_the_cause_and_nothing_is_left(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        (await helper_of(registry)).rlimit(psutil.RLIMIT_FSIZE, (10, psutil.RLIM_INFINITY))
+        with pytest.raises(DiskFull, match="disk that models are kept on is full"):
+            await registry.fetch(model)
+        assert list((folder / "models").iterdir()) == []
+
+
+async def test_a_helper_gets_new_credentials_when_their_file_has_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
+    file = variables_file(folder / "helpers.env", {"MLFLOW_TRACKING_TOKEN": "first"})
+    async with running_registry(registry_uri(), folder, file=file) as registry:
+        first = await helper_of(registry)
+        assert first.environ()["MLFLOW_TRACKING_TOKEN"] == "first"
+        await registry.describe(MODEL, GOOD)
+        assert (await helper_of(registry)).pid == first.pid
+        variables_file(file, {"MLFLOW_TRACKING_TOKEN": "second"})
+        await registry.describe(MODEL, GOOD)
+        assert (await helper_of(registry)).environ()["MLFLOW_TRACKING_TOKEN"] == "second"
+
+
 async def test_what_an_earlier_process_did_not_finish_is_removed(folder: Path) -> None:
     leftover = folder / "models" / ".unfinished-1"
     leftover.mkdir(parents=True)
     async with running_registry(f"sqlite:///{folder}/registry.db", folder):
         await eventually(lambda: not leftover.exists())
-
-
-def test_the_helper_gets_credentials_of_registries_and_nothing_else() -> None:
-    given = {"PATH": "/bin", "HOME": "/h", "MLFLOW_TRACKING_TOKEN": "t", "AWS_PROFILE": "p", "AZURE_X": "a"}
-    other = {"TESSERA_DATA_DIR": "/d", "OPENAI_API_KEY": "k", "LD_PRELOAD": "x", "PYTHONPATH": "/p"}
-    own = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
-    assert helper_environment({**given, **other}) == {**given, **own}
 
 
 def test_an_address_is_shown_without_user_password_and_parameters() -> None:

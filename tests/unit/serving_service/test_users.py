@@ -77,12 +77,11 @@ def test_what_is_missing_is_said_and_where_it_is_demanded_nothing_runs() -> None
 async def test_a_launch_is_refused_before_anything_is_done_for_it() -> None:
     nothing: Any = None
     launches = Launches(
-        nothing,
-        nothing,
-        nothing,
+        *(nothing,) * 6,
         None,
         refusal="Models may not run here.",
         download_deadline=1.0,
+        build_deadline=1.0,
         reference_deadline=1.0,
     )
     with pytest.raises(LaunchImpossible, match="Models may not run here"):
