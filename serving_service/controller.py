@@ -522,8 +522,11 @@ class EndpointController:
             case ReplicaState.FAILED | ReplicaState.STOPPED:
                 was_loaded = replica.phase is Phase.READY or seen.load_seconds is not None
                 cause = seen.cause if was_loaded else phases.failed(LaunchPhase.LOAD, seen.cause)
-                cause = self._condemned.pop(replica_id, cause)
-                self._ended(replica_id, cause, is_final=not was_loaded)
+                is_final = not was_loaded
+                if replica_id in self._condemned:
+                    # One that was never ready will not be the next time either.
+                    cause, is_final = self._condemned.pop(replica_id), replica.phase is not Phase.READY
+                self._ended(replica_id, cause, is_final=is_final)
                 log.info("replica ended", extra={**facts, "exit_code": seen.exit_code, "cause": cause})
 
     async def _probe(self, replica_id: str, handle: ReplicaHandle) -> None:

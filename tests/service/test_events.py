@@ -290,7 +290,7 @@ async def test_model_server_that_says_it_is_ready_and_does_not_answer_never_gets
 ) -> None:
     monkeypatch.setattr(probes, "READINESS_SECONDS", 0.3)
     with data_directory() as directory:
-        async with running_platform(directory, deploy_deadline=2) as platform:
+        async with running_platform(directory) as platform:
             await platform.admin.create("demo", "mute")
             cause = message_of(await platform.admin.settled("demo"))
             assert "Phase readiness failed: The model server says that it is ready and does not answer" in cause
