@@ -155,7 +155,7 @@ async def test_a_model_is_started_with_exactly_what_it_is_entitled_to(launcher: 
         "fds": [0, 1, 2, 3, 4],
         "standard_input": "/dev/null",
         "directory": f"{own}/work",
-        "user_base": f"{own}/work/.local",
+        "user_base": str(own / "work" / ".local"),
         "umask": 0o077,
         "core": [1, 1],
         "files": [1_024, 1_024],
