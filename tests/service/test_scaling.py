@@ -122,7 +122,7 @@ async def test_replicas_come_with_the_load_and_go_when_it_has_been_quiet(platfor
     await eventually(lambda: len(list(seen.iterdir())) == 3, what="three replicas are asked")
     gate.touch()
     answers = [json.loads(body) for _, body in await asyncio.gather(*queries)]
-    assert {answer["most"] for answer in answers} == {4}, "no replica has more than four at a time"
+    assert max(answer["most"] for answer in answers) == 4, "no replica has more than four at a time"
     await platform.until_replicas(1)
     await until_state(platform, READY, "")
 

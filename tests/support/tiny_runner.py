@@ -85,7 +85,7 @@ def _main(listen_fd: int, report_fd: int) -> None:
         sys.exit(1)
     if "HANGS" not in os.environ:
         os.write(report_fd, json.dumps({"event": "ready", "load_seconds": 0.01}).encode() + b"\n")
-    os.close(report_fd)
+        os.close(report_fd)
     says = os.environ.get("SAYS", "").encode()
     with socket.socket(fileno=listen_fd) as listener:
         while True:
