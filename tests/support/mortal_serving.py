@@ -35,6 +35,7 @@ class MortalServing:
     def __init__(self, address: str, nursery: asyncio.subprocess.Process) -> None:
         self.channel: grpc.aio.Channel
         self.pid = 0
+        self._born: asyncio.Future[None]
         self._address = address
         self._channels = AsyncExitStack()
         self._nursery = nursery
@@ -49,9 +50,11 @@ class MortalServing:
         assert self.ended.is_set()
         self.ended.clear()
         self._told = asyncio.Queue()  # without what its predecessor said last
+        self._born = asyncio.get_running_loop().create_future()
         self._order("start", deadly)
         told = await asyncio.wait_for(self._told.get(), START_SECONDS)
         self.pid = int(told[0])
+        self._born.set_result(None)
         await self._unless_ended(self._told.get())
         # Anew, since one that was refused meanwhile waits for a second until it tries again; and ready, since all
         # channels of this process to one address share what they know of it.
@@ -80,6 +83,7 @@ class MortalServing:
     async def kill(self) -> None:
         """Ends it as `kill -9` does; nothing when it has ended."""
         if not self.ended.is_set():
+            await self._born  # one that was started a moment ago has no number yet but its predecessor's
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             await self.ended.wait()
