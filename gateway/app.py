@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import orjson
-import uvicorn
 
-from gateway import errors
+from gateway import errors, http_server
 from gateway.admission import Admission
-from gateway.http import ClientGone, Headers, Message, Receive, Request, Scope, Send, answer, read_body
-from gateway.http_protocol import BoundedProtocol
+from gateway.http import Answer, ClientGone, Request, read_body
 from gateway.http_rules import RouteTable, bindings
 from gateway.http_tracing import Traced, routed
 from gateway.invocations import Invocations
@@ -33,17 +29,16 @@ from gateway.transcoding import Transcoder
 from servicekit import background, channels, context, policy, tls, tracing
 from servicekit.access import AccessTable
 from servicekit.context import RequestContext
-from servicekit.errors import ServiceError, StartError
+from servicekit.errors import ServiceError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.measures import Measures
 from servicekit.metrics import Calls, ServiceMetrics
 from servicekit.metrics import listening as metrics_at
-from servicekit.policy import Decision, Row, Undecided
+from servicekit.policy import Decision, Row
 from servicekit.rate_limits import Ledger
 from servicekit.sockets import socket_address
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
-from servicekit.tls import Certificate
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
@@ -56,9 +51,6 @@ CONTROL_BODY_LIMIT = 1024 * 1024
 
 CONTROL_DEADLINE = 60.0
 """Seconds for a control-plane call; clients give up at about this time."""
-
-DRAIN_SECONDS = 5
-"""How long requests under way may take to finish when the gateway stops."""
 
 _OWNED = {
     "secrets": (identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
@@ -101,7 +93,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
         certificate = await stack.enter_async_context(tls.followed(settings))
-        listening = stack.enter_context(_listening(settings.listen))
+        listening = stack.enter_context(http_server.bound(settings.listen))
         scheme = "http" if certificate is None else "https"
         url = f"{scheme}://{settings.listen.rpartition(':')[0]}:{listening.getsockname()[1]}"
         public_url = settings.public_url or url
@@ -139,12 +131,14 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 }
             )
         )
-        await stack.enter_async_context(_http_server(gateway, listening, certificate))
+        application = Traced(gateway) if tracing.is_on() else gateway
+        tls_context = None if certificate is None else certificate.http_context
+        await stack.enter_async_context(http_server.serving(application, listening, tls_context))
         await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url
 
 
-_Handle = Callable[[Request, Send, Headers, re.Match[str]], Awaitable[None]]
+_Handle = Callable[[Request, Answer, re.Match[str]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +163,7 @@ def _special(name: str, row: Row, handle: _Handle) -> _Special:
 
 
 class Gateway:
-    """The ASGI application. Raises StartError when the policy does not fit its routes."""
+    """Answers every request. Raises StartError when the policy does not fit its routes."""
 
     def __init__(
         self,
@@ -193,6 +187,7 @@ class Gateway:
         self._public_url = public_url
         self._trusted_proxies = trusted_proxies
         self._calls = calls
+        self._workspace: tuple[bytes, bytes] | None = None
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
         # them to users.
         specials: dict[str, _Handle] = {
@@ -222,63 +217,50 @@ class Gateway:
         policy.check(table, services.values(), routes=specials)
         self._special = tuple(_special(name, table[name], handle) for name, handle in specials.items())
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(
-            method=scope["method"],
-            path=scope["raw_path"].decode("latin-1"),
-            query_string=scope["query_string"],
-            headers=dict(scope["headers"]),
-            receive=receive,
-            id="",
-        )
-        given = request.header(b"x-tessera-request-id") or ""
-        request.id = given if channels.is_request_id(given) else channels.new_request_id()
-        headers: Headers = self._named([(b"x-tessera-request-id", request.id.encode())])
+    async def __call__(self, request: Request, answer: Answer) -> None:
+        given = request.header(b"x-tessera-request-id")
+        request.id = given if given and channels.is_request_id(given) else channels.new_request_id()
+        answer.headers.append((b"x-tessera-request-id", request.id.encode()))
+        self._name_workspace(answer)
         began = time.perf_counter()
-        status = 0
-
-        async def send_once(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
         try:
-            await self._route(request, send_once, headers)
+            await self._route(request, answer)
         except ClientGone:
             log.debug("caller hung up", extra={"request_id": request.id})
         except Exception as error:
-            refusal = errors.render(error, request.service)
-            if refusal.status == 500:
-                log.error(
-                    "request failed",
-                    extra={"request_id": request.id, "method": request.method, "path": request.path},
-                    exc_info=(type(error), error, error.__traceback__),
-                )
-            if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
-                facts = {"request_id": request.id, "reason": error.reason}
-                log.info("credential refused", extra=facts | self._source(scope).fields())
-            if not status:
-                await answer(send_once, refusal.status, [*self._named(headers), *refusal.headers], refusal.body)
-
+            self._refuse(request, answer, error)
         finally:
             # Of a path that is not there the name is the caller's own.
-            self._calls.ended(request.route or NO_ROUTE, str(status or GONE), time.perf_counter() - began)
+            self._calls.ended(request.route or NO_ROUTE, str(answer.status or GONE), time.perf_counter() - began)
 
-    def _source(self, scope: Scope) -> Source:
+    def _refuse(self, request: Request, answer: Answer, error: Exception) -> None:
+        refusal = errors.render(error, request.service)
+        if refusal.status == 500:
+            log.error(
+                "request failed",
+                extra={"request_id": request.id, "method": request.method, "path": request.path},
+                exc_info=(type(error), error, error.__traceback__),
+            )
+        if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
+            facts = {"request_id": request.id, "reason": error.reason}
+            log.info("credential refused", extra=facts | self._source(request).fields())
+        if not answer.status:
+            answer.decision = None
+            self._name_workspace(answer)
+            answer.whole(refusal.status, refusal.headers, refusal.body)
+
+    def _source(self, request: Request) -> Source:
         """Where a request comes from; for the log alone."""
-
-        def values(name: str) -> list[str]:
-            return [value.decode("latin-1") for key, value in scope["headers"] if key == name.encode()]
-
+        address, scheme = request.source()
         return source(
-            scope["client"][0] if scope["client"] else "",
-            scope["scheme"],
-            forwarded_for=values(FORWARDED_FOR),
-            forwarded_proto=values(FORWARDED_PROTO),
+            address,
+            scheme,
+            forwarded_for=request.values(FORWARDED_FOR.encode()),
+            forwarded_proto=request.values(FORWARDED_PROTO.encode()),
             trusted=self._trusted_proxies,
         )
 
-    async def _identify(self, request: Request, headers: Headers, *, for_inference: bool = False) -> Identity:
+    async def _identify(self, request: Request, answer: Answer, *, for_inference: bool = False) -> Identity:
         """Who sent a request; the answer's headers name the workspace from here on.
 
         Only inference goes on with a caller that was known while Secrets does not answer, and only for inference a
@@ -287,24 +269,26 @@ class Gateway:
         identity = await self._exchange.identify(
             token_from(request.header(b"authorization")), may_be_stale=for_inference
         )
-        headers[:] = self._named(headers)
+        self._name_workspace(answer)
         if not for_inference:
             refuse_bound(identity.principal)
         return identity
 
-    def _named(self, headers: Headers) -> Headers:
-        """Headers with the workspace's id, which clients look for on every answer (contract 1.2)."""
-        if self._exchange.workspace_id is None or any(name == _ORG_ID for name, _ in headers):
-            return headers
-        return [*headers, (_ORG_ID, self._exchange.workspace_id.encode())]
+    def _name_workspace(self, answer: Answer) -> None:
+        """Has the answer name the workspace, as clients expect of every one (contract 1.2), once its id is known."""
+        workspace = self._workspace
+        if workspace is None and (workspace_id := self._exchange.workspace_id) is not None:
+            workspace = self._workspace = (_ORG_ID, workspace_id.encode())
+        if workspace is not None and workspace not in answer.headers:
+            answer.headers.append(workspace)
 
-    async def _route(self, request: Request, send: Send, headers: Headers) -> None:
+    async def _route(self, request: Request, answer: Answer) -> None:
         for special in self._special:
             if special.method == request.method and (match := special.path.fullmatch(request.path)):
-                await self._answer_special(special, request, send, headers, match)
+                await self._answer_special(special, request, answer, match)
                 return
         # Callers that we do not know learn nothing about which paths there are.
-        identity = await self._identify(request, headers)
+        identity = await self._identify(request, answer)
         found = self._rules.match(request.method, request.path)
         if found is None:
             raise errors.no_such_route(request.method, request.path)
@@ -324,56 +308,48 @@ class Gateway:
         )
         warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
         content_type = (b"content-type", transcoded.content_type.encode("ascii"))
-        await answer(send, binding.success_status, [*headers, *warnings, content_type], transcoded.body)
+        answer.whole(binding.success_status, [*warnings, content_type], transcoded.body)
 
-    async def _answer_special(
-        self, special: _Special, request: Request, send: Send, headers: Headers, match: re.Match[str]
-    ) -> None:
+    async def _answer_special(self, special: _Special, request: Request, answer: Answer, match: re.Match[str]) -> None:
         """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""
         routed(special.method, special.template)
         request.route = f"{special.method} {special.template}"
-        decision = Decision(special.row)
-
-        async def send_decided(message: Message) -> None:
-            if not decision.is_allowed:
-                raise Undecided
-            await send(message)
-
+        decision = answer.decision = Decision(special.row)
         caller = None
         if special.row.needs_caller:
-            caller = (await self._identify(request, headers, for_inference=special.row.is_inference)).principal
+            caller = (await self._identify(request, answer, for_inference=special.row.is_inference)).principal
         context.enter(RequestContext(request.id, caller, decision=decision))
-        await special.handle(request, send_decided, headers, match)
+        await special.handle(request, answer, match)
 
-    async def _invoke(self, request: Request, send: Send, headers: Headers, match: re.Match[str]) -> None:
+    async def _invoke(self, request: Request, answer: Answer, match: re.Match[str]) -> None:
         named = match.groupdict()
         await self._invocations.invoke(
-            request, send, headers, context.current_caller(), named["name"], named.get("served_model_name")
+            request, answer, context.current_caller(), named["name"], named.get("served_model_name")
         )
 
-    async def _invoke_openai_style(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        await self._invocations.invoke_named_in_body(request, send, headers, context.current_caller())
+    async def _invoke_openai_style(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
+        await self._invocations.invoke_named_in_body(request, answer, context.current_caller())
 
-    async def _discovery(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+    async def _discovery(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         document = {"oidc_endpoint": f"{self._public_url}/oidc"}
         if self._exchange.workspace_id is not None:
             document["workspace_id"] = self._exchange.workspace_id
-        await answer(send, 200, [*headers, _JSON], orjson.dumps(document))
+        answer.whole(200, [_JSON], orjson.dumps(document))
 
-    async def _health(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        await answer(send, 200, [*headers, _JSON], b'{"status":"ok"}')
+    async def _health(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
+        answer.whole(200, [_JSON], b'{"status":"ok"}')
 
-    async def _openapi(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
-        await answer(send, 200, [*headers, _JSON], self._document.text)
+    async def _openapi(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
+        answer.whole(200, [_JSON], self._document.text)
 
-    async def _telemetry(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+    async def _telemetry(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         body = await read_body(request, CONTROL_BODY_LIMIT)
         try:
             logs = [] if is_crowded(body) else orjson.loads(body).get("protoLogs", [])
         except (orjson.JSONDecodeError, AttributeError):
             logs = []
         taken = len(logs) if isinstance(logs, list) else 0
-        await answer(send, 200, [*headers, _JSON], orjson.dumps({"errors": [], "numProtoSuccess": taken}))
+        answer.whole(200, [_JSON], orjson.dumps({"errors": [], "numProtoSuccess": taken}))
 
 
 async def _learn_workspace(exchange: TokenExchange) -> None:
@@ -384,62 +360,3 @@ async def _learn_workspace(exchange: TokenExchange) -> None:
         except ServiceError:
             await asyncio.sleep(0.1)
     await asyncio.Event().wait()
-
-
-def _listening(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
-    try:
-        listening = socket.create_server(
-            (host.strip("[]"), int(port)),
-            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
-            backlog=2048,
-        )
-    except OSError as error:
-        raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
-    # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and an answer would wait for 40 ms.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.is_accepting = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        self.is_accepting.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals alone: the process around us has its own way of stopping."""
-        yield
-
-
-@asynccontextmanager
-async def _http_server(
-    application: Gateway, listening: socket.socket, certificate: Certificate | None
-) -> AsyncIterator[None]:
-    # It tells of its start and end, which we do ourselves, in colours.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    config = uvicorn.Config(
-        Traced(application) if tracing.is_on() else application,
-        http=BoundedProtocol,
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=DRAIN_SECONDS,
-        ssl_context_factory=None if certificate is None else lambda config, default: certificate.http_context,
-    )
-    server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listening]), name="http server")
-    try:
-        await server.is_accepting.wait()
-        yield
-    finally:
-        server.should_exit = True
-        await task

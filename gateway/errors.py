@@ -52,7 +52,7 @@ _BUG = ("INTERNAL_ERROR", "The request failed inside the server. Its request id 
 
 
 class ErrorResponse(NamedTuple):
-    """An HTTP answer; `headers` in the form that ASGI takes, without the length."""
+    """An HTTP answer; `headers` without the length."""
 
     status: int
     headers: list[tuple[bytes, bytes]]

@@ -1,4 +1,4 @@
-"""One connection of the HTTP server: uvicorn's, with the bounds that it leaves to a proxy in front.
+"""One connection of the HTTP server: requests are parsed by llhttp as their bytes arrive, and answered in their order.
 
 The rule: nobody has said who calls until the head of a request is whole, so a head costs little memory and little time.
 What follows a chunked body is dropped: a header there would otherwise take the place of one that was sent in the head.
@@ -7,12 +7,18 @@ What follows a chunked body is dropped: a header there would otherwise take the 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+import httptools
 
 from gateway import errors
+from gateway.http import Answer, ClientGone, Headers, Request, refusal
 from servicekit.errors import MalformedRequest
+
+log = logging.getLogger(__name__)
 
 MOST_HEADERS = 100
 LONGEST_HEADERS = 16 * 1024
@@ -27,100 +33,278 @@ LONGEST_FRAMING = 64 * 1024
 HEAD_SECONDS = 30.0
 """How long a new connection, or a request that has begun, may take to the end of its head."""
 
+IDLE_SECONDS = 75.0
+"""How long a connection is kept without a request."""
+
 MOST_QUEUED = 16
 """How many requests may wait on a connection for the answers to earlier ones."""
 
+Application = Callable[[Request, Answer], Awaitable[None]]
 
-class BoundedProtocol(HttpToolsProtocol):
-    """Refuses what is beyond the bounds with the documented error, and closes the connection."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._problem = ""
-        self._framing = 0
-        self._header_bytes = 0
+class Connection(asyncio.Protocol):
+    """Refuses what is beyond the bounds with the documented error, and closes the connection then."""
+
+    def __init__(self, application: Application, all: set[Connection], loop: asyncio.AbstractEventLoop) -> None:
+        self.is_stopping = False
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._application = application
+        self._all = all
+        self._loop = loop
+        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
+        # Whoever says that this is its last request may send another one all the same; it is not answered.
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._current: Answer | None = None
+        self._waiting: deque[tuple[Request, Answer]] = deque()
+        self._receiving: Request | None = None
+        self._answering: Request | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._expects_continue = False
+        self._is_paused = False
+        self._is_deaf = False
+        # The head that is arriving.
         self._is_in_head = False
+        self._url = b""
+        self._fields: Headers = []
+        self._framing = 0
+        self._problem = ""
+        # When it is given up, if nothing happens before; the timer may ring earlier.
+        self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_head()
+    def stop(self) -> None:
+        """Closes it, after the answer under way if there is one."""
+        self.is_stopping = True
+        if self._answering is None:
+            self._transport.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._head_came()
-        super().connection_lost(exc)
+    def abandon(self) -> None:
+        """Ends it, and the work for it, at once."""
+        self._transport.abort()
+        if self._task is not None:
+            self._task.cancel()
+
+    def pending(self) -> list[asyncio.Future[None]]:
+        """What has to be done before it is over."""
+        return [self.closed] if self._task is None else [self.closed, self._task]
+
+    # What a request and its answer ask of it.
+
+    def source(self) -> tuple[str, str]:
+        peer = self._transport.get_extra_info("peername")
+        is_encrypted = self._transport.get_extra_info("sslcontext") is not None
+        return (peer[0] if isinstance(peer, tuple) else ""), ("https" if is_encrypted else "http")
+
+    def wants_body(self) -> None:
+        if self._expects_continue:
+            self._expects_continue = False
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.taken()
+
+    def taken(self) -> None:
+        if self._is_paused and not self._waiting:
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    async def writable(self) -> None:
+        if not self._writable.is_set():
+            await self._writable.wait()
+        if self.closed.done():
+            raise ClientGone
+
+    def answered(self, *, keep: bool) -> None:
+        self._answering = None
+        if self._transport.is_closing():
+            return
+        # Whoever was never told to go on may leave its body out or send it: what comes next means nothing.
+        if not keep or self._expects_continue:
+            self._transport.close()
+        elif self._waiting:
+            self._start(*self._waiting.popleft())
+        else:
+            self.taken()
+            if not self._is_in_head:
+                self._expect(IDLE_SECONDS)
+
+    def cut(self) -> None:
+        self._transport.abort()
+
+    # What the transport tells it.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._all.add(self)
+        self._expect(HEAD_SECONDS)
 
     def data_received(self, data: bytes) -> None:
-        self._framing += len(data)
-        super().data_received(data)
-        if self._framing > LONGEST_FRAMING and not self.transport.is_closing():
-            self._problem = f"More than {LONGEST_FRAMING} bytes came without an end of the headers or any of the body."
-            self.send_400_response(self._problem)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answers what is no request, or one beyond the bounds."""
-        is_busy = self.cycle is not None and not self.cycle.response_complete
-        if self.pipeline or (is_busy and (self._is_in_head or self.cycle.response_started)):
-            self.transport.close()  # an answer now would be taken for that to an earlier request
+        if self._is_deaf or self._parser is None:
             return
-        refusal = errors.render(MalformedRequest(self._problem or "The request is not valid HTTP/1.1."))
-        headers = [*refusal.headers, (b"content-length", b"%d" % len(refusal.body)), (b"connection", b"close")]
-        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 %d Bad Request\r\n%b\r\n%b" % (refusal.status, lines, refusal.body))
-        self.transport.close()
+        self._framing += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            # We speak nothing else. The request is answered as if it had not offered to, and what follows it may be in
+            # another language already.
+            self._is_deaf = self.is_stopping = True
+        except httptools.HttpParserError:
+            self._refuse()
+            return
+        if self._framing > LONGEST_FRAMING and not self._transport.is_closing():
+            self._problem = f"More than {LONGEST_FRAMING} bytes came without an end of the headers or any of the body."
+            self._refuse()
+        elif self._is_in_head and self._due is None:
+            self._expect(HEAD_SECONDS)
 
-    # What the parser tells; an exception ends in send_400_response.
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._task is None or self._task.done():
+            self._all.discard(self)
+        else:  # a change is made, also when nobody waits for the answer any more
+            self._task.add_done_callback(lambda _: self._all.discard(self))
+        self.closed.set_result(None)
+        self._writable.set()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = self._timer = self._parser = None
+        self._waiting.clear()
+        if self._answering is not None:
+            self._answering.lost()
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # What the parser tells it, from within data_received; an exception ends in _refuse.
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
         self._is_in_head = True
-        self._framing = self._header_bytes = 0
-        self._expect_head()
+        self._url = b""
+        self._fields = []
+        self._framing = 0
+        self._due = None
 
     def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._check(len(self.url) <= LONGEST_TARGET, f"Path and query have more than {LONGEST_TARGET} bytes.")
+        self._url += url
+        if len(self._url) > LONGEST_TARGET:
+            self._reject(f"Path and query have more than {LONGEST_TARGET} bytes.")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._is_in_head:
-            return
-        super().on_header(name, value)
-        self._header_bytes += len(name) + len(value)
-        self._check(len(self.headers) <= MOST_HEADERS, f"The request has more than {MOST_HEADERS} headers.")
-        self._check(self._header_bytes <= LONGEST_HEADERS, f"The headers have more than {LONGEST_HEADERS} bytes.")
+        if self._is_in_head:
+            self._fields.append((name.lower(), value))
+            if len(self._fields) > MOST_HEADERS:
+                self._reject(f"The request has more than {MOST_HEADERS} headers.")
 
     def on_headers_complete(self) -> None:
+        assert self._parser is not None
         self._is_in_head = False
         self._framing = 0
-        self._head_came()
-        super().on_headers_complete()
-        self._check(len(self.pipeline) <= MOST_QUEUED, f"More than {MOST_QUEUED} requests wait for their answers.")
+        self._due = None
+        if sum([len(name) + len(value) for name, value in self._fields]) > LONGEST_HEADERS:
+            self._reject(f"The headers have more than {LONGEST_HEADERS} bytes.")
+        path, query = _split(self._url)
+        version = self._parser.get_http_version()
+        request = self._receiving = Request(
+            self,
+            self._parser.get_method().decode("ascii"),
+            path.decode("ascii"),
+            query,
+            self._fields,
+            version,
+            is_kept=version == "1.1" and self._parser.should_keep_alive(),
+        )
+        answer = Answer(self, request)
+        if self._answering is None and not self._waiting:
+            self._start(request, answer)
+            return
+        self._waiting.append((request, answer))
+        self._pause()
+        if len(self._waiting) > MOST_QUEUED:
+            self._reject(f"More than {MOST_QUEUED} requests wait for their answers.")
 
     def on_body(self, body: bytes) -> None:
         self._framing = 0
-        super().on_body(body)
+        request = self._receiving
+        # Of an answered request the rest is read to get to the next one.
+        if request is not None and (request is self._answering or self._waiting) and not request.arrived(body):
+            self._pause()
 
     def on_message_complete(self) -> None:
         self._framing = 0
-        super().on_message_complete()
+        if self._receiving is not None:
+            self._receiving.completed()
+            self._receiving = None
 
-    def _check(self, holds: bool, problem: str) -> None:
-        if not holds:
-            self._problem = problem
-            raise ValueError(problem)
+    def _pause(self) -> None:
+        if not self._is_paused:
+            self._is_paused = True
+            self._transport.pause_reading()
 
-    def _expect_head(self) -> None:
-        if self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+    def _reject(self, problem: str) -> None:
+        self._problem = problem
+        raise ValueError(problem)
 
-    def _head_came(self) -> None:
+    def _start(self, request: Request, answer: Answer) -> None:
+        self._answering, self._current = request, answer
+        self._expects_continue = request.headers.get(b"expect", b"").lower() == b"100-continue"
+        self._task = self._loop.create_task(self._answer(request, answer))
+
+    async def _answer(self, request: Request, answer: Answer) -> None:
+        try:
+            await self._application(request, answer)
+        except ClientGone:
+            pass  # nobody is left to be answered
+        except Exception as error:  # the application renders those that it knows: this one is a bug of ours
+            log.error("request failed", exc_info=(type(error), error, error.__traceback__))
+        if self._answering is request:  # not answered, or not to its end
+            self._transport.abort()
+
+    def _refuse(self) -> None:
+        """Answers what is no request, or one beyond the bounds."""
+        has_begun = self._current is not None and self._current.status != 0
+        if self._waiting or (self._answering is not None and (self._is_in_head or has_begun)):
+            self._transport.close()  # an answer now would be taken for that to an earlier request
+            return
+        said = errors.render(MalformedRequest(self._problem or "The request is not valid HTTP/1.1."))
+        self.write(refusal(said.status, said.headers, said.body))
+        self._transport.close()
+
+    # When it is given up.
+
+    def _expect(self, seconds: float) -> None:
+        """Gives the connection up in so many seconds, unless `_due` is changed before."""
+        self._due = self._loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._due:
+            self._arm()
+
+    def _arm(self) -> None:
+        assert self._due is not None
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._timer = self._loop.call_at(self._due, self._ring)
 
-    def _head_is_late(self) -> None:
+    def _ring(self) -> None:
         self._timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+        if self._due is None:
+            return
+        if self._due > self._loop.time():
+            self._arm()
+        elif self._answering is None:
+            self._transport.close()
         else:  # while an earlier request is answered, reading may pause: the lateness may be ours
-            self._expect_head()
+            self._expect(HEAD_SECONDS)
+
+
+def _split(url: bytes) -> tuple[bytes, bytes]:
+    """The path and the query of a request's target."""
+    if url.startswith(b"/") and b"#" not in url:
+        path, _, query = url.partition(b"?")
+        return path, query
+    parsed = httptools.parse_url(url)  # in its absolute form, or nonsense
+    return parsed.path or b"", parsed.query or b""

@@ -5,42 +5,35 @@ A caller's trace context is taken as W3C Trace Context says: one `traceparent`, 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-
-from gateway.http import Message, Receive, Scope, Send
+from gateway.http import Answer, Request
+from gateway.http_protocol import Application
 from servicekit import tracing
 from servicekit.tracing import TRACEPARENT, TRACESTATE, Carrier
 
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-_REQUEST_ID = b"x-tessera-request-id"
-_HEALTH = b"/health"
+_HEALTH = "/health"
 
 
 class Traced:
-    """An ASGI application whose requests are spans; it names them by their routes with `tracing.current()`."""
+    """An application whose requests are spans; it names them by their routes with `tracing.current()`."""
 
-    def __init__(self, application: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, application: Application) -> None:
         self._application = application
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["raw_path"] == _HEALTH:  # asked all the time, by those who trace nothing
-            await self._application(scope, receive, send)
+    async def __call__(self, request: Request, answer: Answer) -> None:
+        if request.path == _HEALTH:  # asked all the time, by those who trace nothing
+            await self._application(request, answer)
             return
         # A method may be any word that a caller likes.
-        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
-        with tracing.entered(method, _carrier(scope)) as span:
+        method = request.method if request.method in _METHODS else "_OTHER"
+        with tracing.entered(method, _carrier(request)) as span:
             span.set("http.request.method", method)
-
-            async def send_seen(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    status = message["status"]
-                    span.set("http.response.status_code", status)
-                    span.set("tessera.request_id", dict(message["headers"]).get(_REQUEST_ID, b"").decode("latin-1"))
-                    if status >= 500:
-                        span.failed(str(status))
-                await send(message)
-
-            await self._application(scope, receive, send_seen)
+            await self._application(request, answer)
+            span.set("tessera.request_id", request.id)
+            if answer.status:
+                span.set("http.response.status_code", answer.status)
+            if answer.status >= 500:
+                span.failed(str(answer.status))
 
 
 def routed(method: str, route: str) -> None:
@@ -52,9 +45,9 @@ def routed(method: str, route: str) -> None:
     span.set("http.route", route)
 
 
-def _carrier(scope: Scope) -> Carrier:
-    parents = [value.decode("latin-1") for name, value in scope["headers"] if name == TRACEPARENT.encode()]
+def _carrier(request: Request) -> Carrier:
+    parents = request.values(TRACEPARENT.encode())
     if len(parents) != 1:
         return {}
-    states = [value.decode("latin-1") for name, value in scope["headers"] if name == TRACESTATE.encode()]
+    states = request.values(TRACESTATE.encode())
     return {TRACEPARENT: parents[0]} | ({TRACESTATE: ",".join(states)} if states else {})

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 import grpc
 import orjson
 
-from gateway.admission import Admission, EndpointNotFound
-from gateway.http import ClientGone, Headers, Request, Send, read_body, too_large
+from gateway.admission import Admission, EndpointNotFound, Place
+from gateway.http import Answer, Headers, Request, WhileWanted, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, RoutingTable
 from servicekit import token_usage, tracing
@@ -40,9 +40,6 @@ SPAN = "invocation"
 
 FIRST_TABLE_SECONDS = 5.0
 """How long a request waits for the first table of a gateway that has just started."""
-
-WATCH_AFTER_SECONDS = 0.05
-"""When a request has taken this long, its caller is watched, so that the model is spared work nobody waits for."""
 
 
 class ModelServerFailed(ServiceError):
@@ -79,11 +76,11 @@ class Invocations:
         self._body_limit = body_limit
 
     async def invoke(
-        self, request: Request, send: Send, headers: Headers, caller: Principal, name: str, entity_name: str | None
+        self, request: Request, answer: Answer, caller: Principal, name: str, entity_name: str | None
     ) -> None:
         """Answers with what the endpoint `name`, or one entity of it, makes of the request's body.
 
-        `headers` are added to the answer. Raises the ServiceErrors of contract 6.7 as long as nothing was answered.
+        Raises the ServiceErrors of contract 6.7 as long as nothing was answered, and ClientGone.
         """
         endpoint = await self._permitted(name, caller)
         with self._began(endpoint, caller) as measured, tracing.within(SPAN):
@@ -91,7 +88,7 @@ class Invocations:
             body = await self._body(request)
             # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
             endpoint = await self._permitted(name, caller)
-            await self._forward(request, send, headers, endpoint, entity_name, body, charge, measured)
+            await self._forward(request, answer, endpoint, entity_name, body, charge, measured)
 
     def _began(self, endpoint: Endpoint, caller: Principal) -> Invocation:
         return self._measures.began(endpoint.id, tracked=caller if endpoint.is_usage_tracked else None)
@@ -100,13 +97,14 @@ class Invocations:
         """What there is of a body: the whole where it came at once, else piece by piece."""
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        first: bytes = message.get("body", b"")
-        return self._rest(request, first) if message.get("more_body", False) else first
+        first = await request.more()
+        if not request.is_complete:
+            return self._rest(request, first)
+        if len(first) > self._body_limit:
+            raise BadRequest(too_large(self._body_limit))
+        return first
 
-    async def invoke_named_in_body(self, request: Request, send: Send, headers: Headers, caller: Principal) -> None:
+    async def invoke_named_in_body(self, request: Request, answer: Answer, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
         body = await read_body(request, self._body_limit, BadRequest)
         if is_crowded(body):
@@ -120,7 +118,7 @@ class Invocations:
         endpoint = await self._permitted(name, caller)
         with self._began(endpoint, caller) as measured, tracing.within(SPAN):
             charge = self._ledger.admit(endpoint.limits, caller)
-            await self._forward(request, send, headers, endpoint, None, body, charge, measured)
+            await self._forward(request, answer, endpoint, None, body, charge, measured)
 
     async def _permitted(self, name: str, caller: Principal) -> Endpoint:
         """The endpoint called `name`, if the caller may query it; decided from tables that are here already."""
@@ -146,22 +144,16 @@ class Invocations:
     async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
         size = len(first)
         yield first
-        while True:
-            message = await request.receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            size += len(message.get("body", b""))
+        while piece := await request.more():
+            size += len(piece)
             if size > self._body_limit:
                 raise BadRequest(too_large(self._body_limit))
-            yield message.get("body", b"")
-            if not message.get("more_body", False):
-                return
+            yield piece
 
     async def _forward(
         self,
         request: Request,
-        send: Send,
-        headers: Headers,
+        answer: Answer,
         endpoint: Endpoint,
         entity_name: str | None,
         body: bytes | AsyncIterator[bytes],
@@ -172,18 +164,31 @@ class Invocations:
         if not isinstance(body, bytes) and (length := request.headers.get(b"content-length")) is not None:
             sent_headers.append((b"content-length", length))
         place = self._admission.place(endpoint, entity_name, measured)
+        # The model is spared work that nobody waits for.
+        with WhileWanted(request):
+            await self._sent(place, answer, endpoint, sent_headers, body, charge, measured)
+
+    async def _sent(
+        self,
+        place: Place,
+        answer: Answer,
+        endpoint: Endpoint,
+        headers: Headers,
+        body: bytes | AsyncIterator[bytes],
+        charge: Charge,
+        measured: Invocation,
+    ) -> None:
         while True:
             try:
                 async with (
-                    _CallerWatch(request, is_body_read=isinstance(body, bytes)),
                     place as replica,
                     await self._pool.send(
-                        replica.address, "POST", "/invocations", sent_headers, body, timeout=self._deadline
+                        replica.address, "POST", "/invocations", headers, body, timeout=self._deadline
                     ) as response,
                 ):
-                    headers = [*headers, (b"served-model-name", place.entity.name.encode())]
+                    answer.headers.append((b"served-model-name", place.entity.name.encode()))
                     measured.answered(response.status, response.header(TIMING))
-                    await _pass_on(response, send, headers, charge, measured)
+                    await _pass_on(response, answer, charge, measured)
                     return
             except ConnectFailed:
                 # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
@@ -208,19 +213,23 @@ def _to_model(request: Request, endpoint: Endpoint) -> Headers:
     return own + [(name, request.headers[name]) for name in TO_MODEL if name in request.headers and name not in without]
 
 
-async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge: Charge, measured: Invocation) -> None:
+async def _pass_on(response: HttpResponse, answer: Answer, charge: Charge, measured: Invocation) -> None:
     kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
-    await send({"type": "http.response.start", "status": response.status, "headers": [*kept, *headers]})
     wants_tokens = charge.wants_tokens or measured.wants_tokens
     usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
     try:
+        if (body := response.whole()) is not None:
+            if usage is not None:
+                usage.feed(body)
+            answer.whole(response.status, [header for header in kept if header[0] != b"content-length"], body)
+            return
+        answer.begin(response.status, kept)
         async for piece in response:
             if usage is not None:
                 usage.feed(piece)
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await answer.piece(piece)
     except HttpError as error:
-        # The status is gone already. Ending without a last piece makes the server cut the connection, which is how
-        # HTTP says that an answer is incomplete.
+        # The status is gone already: ending before the end is all that is left.
         log.warning("answer cut short", extra={"problem": type(error).__name__})
         measured.status = HTTP_STATUS[ModelServerFailed.reason]
         return
@@ -229,40 +238,4 @@ async def _pass_on(response: HttpResponse, send: Send, headers: Headers, charge:
         if usage is not None:
             charge.tokens(usage.total())
             measured.used(usage.usage())
-    await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class _CallerWatch:
-    """Gives a request up when its caller hangs up: cancels the task that answers it, and raises ClientGone there."""
-
-    def __init__(self, request: Request, *, is_body_read: bool) -> None:
-        self._request = request
-        self._is_body_read = is_body_read
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._is_gone = False
-
-    async def __aenter__(self) -> None:
-        # While the body is being read, its reader learns of a hang-up by itself.
-        if self._is_body_read:
-            self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._start)
-
-    async def __aexit__(self, *exception: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._watch is not None:
-            self._watch.cancel()
-        if self._is_gone and exception[0] is asyncio.CancelledError and self._task is not None:
-            self._task.uncancel()
-            raise ClientGone
-
-    def _start(self) -> None:
-        self._watch = asyncio.create_task(self._wait(), name="caller watch")
-
-    async def _wait(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
-        self._is_gone = True
-        if self._task is not None:
-            self._task.cancel()
+    answer.end()

@@ -15,7 +15,7 @@ import grpc
 import orjson
 
 from gateway.errors import OAuthError
-from gateway.http import Headers, Request, Send, answer, read_body
+from gateway.http import Answer, Request, read_body
 from servicekit import channels, context
 from servicekit.errors import ServiceError
 from servicekit.identity import authorization_details
@@ -69,11 +69,11 @@ class OAuth:
             }
         )
 
-    async def metadata(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+    async def metadata(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         """Where tokens are to be had, and how."""
-        await answer(send, 200, [*headers, _JSON], self._metadata)
+        answer.whole(200, [_JSON], self._metadata)
 
-    async def authorize(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+    async def authorize(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         """Refuses a login through a browser, which clients try when they have no credential."""
         raise OAuthError(
             "unsupported_response_type",
@@ -81,9 +81,9 @@ class OAuth:
             f" and secret with the grant {CLIENT_CREDENTIALS}.",
         )
 
-    async def token(self, request: Request, send: Send, headers: Headers, _: re.Match[str]) -> None:
+    async def token(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         """Answers with a token; raises OAuthError."""
-        headers.append(_NO_STORE)  # on every answer, whoever gives it
+        answer.headers.append(_NO_STORE)  # on every answer, whoever gives it
         form = _parsed(request, await read_body(request, FORM_LIMIT, _invalid_request))
         grant = _required(form, "grant_type")
         if grant not in (CLIENT_CREDENTIALS, JWT_BEARER):
@@ -107,7 +107,7 @@ class OAuth:
             document["authorization_details"] = [authorization_details(endpoint_id)]
         else:
             document["scope"] = SCOPE
-        await answer(send, 200, [*headers, _JSON], orjson.dumps(document))
+        answer.whole(200, [_JSON], orjson.dumps(document))
 
     async def _issued(self, message: pb.IssueTokenRequest, grant: str) -> pb.IssueTokenResponse:
         try:

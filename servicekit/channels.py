@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -95,7 +95,7 @@ def check_request_id(given: str) -> None:
 
 def new_request_id() -> str:
     """An id for a request that came without one."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:

@@ -69,6 +69,14 @@ class HttpResponse:
                 raise
         return exchange.take_piece()
 
+    def whole(self) -> bytes | None:
+        """The rest of the body, when all of it is here already."""
+        exchange = self._exchange
+        if not exchange.is_complete:
+            return None
+        pieces = [exchange.take_piece() for _ in range(len(exchange.pieces))]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
     async def read(self, limit: int | None = None) -> bytes:
         """The rest of the body; one of more than `limit` bytes is given up with `AnswerTooLarge`."""
         pieces: list[bytes] = []

@@ -42,11 +42,21 @@ class Calls:
             buckets=SECONDS,
         )
 
+        # To look a series up in its metric takes longer than to count.
+        self._count: dict[tuple[str, str], Counter] = {}
+        self._observe: dict[str, Histogram] = {}
+
     def ended(self, kind: str, ending: str, seconds: float | None) -> None:
         """Counts one; without `seconds` where its length says nothing, as that of a stream that is followed."""
-        self._ended.labels(kind, ending).inc()
+        count = self._count.get((kind, ending))
+        if count is None:
+            count = self._count[kind, ending] = self._ended.labels(kind, ending)
+        count.inc()
         if seconds is not None:
-            self._seconds.labels(kind).observe(seconds)
+            observe = self._observe.get(kind)
+            if observe is None:
+                observe = self._observe[kind] = self._seconds.labels(kind)
+            observe.observe(seconds)
 
 
 class ServiceMetrics:

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -29,6 +30,9 @@ _PR_SET_DUMPABLE = 4
 
 STATUS_BAD_SETTINGS = 2
 STATUS_FAILED = 1
+
+COLLECT_AFTER = 10_000
+"""How many objects more there have to be before the garbage collector looks at the new ones."""
 
 SUPERVISOR_GONE_SECONDS = 4.0
 """How long a service may take to end when its supervisor is gone."""
@@ -75,6 +79,16 @@ def _leave_no_core() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, *map(ctypes.c_ulong, (0, 0, 0, 0)))
 
 
+def _collect_less_often() -> None:
+    """Spares the garbage collector what is there for good; a request leaves few cycles, and short-lived objects many.
+
+    Measured at the gateway: with Python's own threshold a twentieth of its time went into looking at what still lived.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER)
+
+
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     try:
         import uvloop
@@ -111,6 +125,7 @@ async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncCo
         async with running(configured):
             with _pid_file(configured.data_dir / "run" / f"{name.removesuffix('_service')}.pid"):
                 log.info("started")
+                _collect_less_often()
                 await stopping.wait()
                 log.info("stopping")
     except StartError as error:

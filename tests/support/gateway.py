@@ -7,8 +7,8 @@ import asyncio
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,21 @@ def routes(name: str, *entities: tuple[str, int, list[tuple[str, str]]]) -> pb.E
     )
 
 
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_accepting = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self.is_accepting.set()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the tests."""
+        yield
+
+
 @asynccontextmanager
 async def replica(directory: Path, application: Application) -> AsyncIterator[str]:
     """Serves an ASGI application as a replica would, and yields its address."""
@@ -259,7 +274,7 @@ async def replica(directory: Path, application: Application) -> AsyncIterator[st
     listening.bind(str(path))
     listening.listen(64)
     config = uvicorn.Config(application, lifespan="off", ws="none", log_config=None, timeout_graceful_shutdown=1)
-    server = app._Server(config)
+    server = _Server(config)
     task = asyncio.create_task(server.serve(sockets=[listening]))
     await server.is_accepting.wait()
     try:

@@ -1,0 +1,64 @@
+"""The HTTP server: takes connections until it is told to stop, and lets what is under way finish then."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from gateway.http_protocol import HEAD_SECONDS, Application, Connection
+from servicekit.errors import StartError
+
+BACKLOG = 2048
+
+DRAIN_SECONDS = 5.0
+"""How long requests under way may take to finish when the gateway stops."""
+
+
+def bound(listen: str) -> socket.socket:
+    """A socket that listens on `host:port`; raises StartError."""
+    host, _, port = listen.rpartition(":")
+    try:
+        listening = socket.create_server(
+            (host.strip("[]"), int(port)),
+            family=socket.AF_INET6 if ":" in host else socket.AF_INET,
+            backlog=BACKLOG,
+        )
+    except OSError as error:
+        raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
+    # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and an answer would wait for 40 ms.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+@asynccontextmanager
+async def serving(
+    application: Application, listening: socket.socket, context: ssl.SSLContext | None
+) -> AsyncIterator[None]:
+    """Answers requests with `application` while the context lasts; over TLS where there is a `context` for it."""
+    loop = asyncio.get_running_loop()
+    connections: set[Connection] = set()
+    server = await loop.create_server(
+        lambda: Connection(application, connections, loop),
+        sock=listening,
+        backlog=BACKLOG,
+        ssl=context,
+        ssl_handshake_timeout=None if context is None else HEAD_SECONDS,
+    )
+    try:
+        yield
+    finally:
+        server.close()
+        for connection in connections:
+            connection.stop()
+        await _over(connections, DRAIN_SECONDS)
+        for connection in connections:
+            connection.abandon()
+        await _over(connections)
+
+
+async def _over(connections: set[Connection], timeout: float | None = None) -> None:
+    if pending := [each for connection in connections for each in connection.pending()]:
+        await asyncio.wait(pending, timeout=timeout)
