@@ -99,9 +99,11 @@ class AccessTable:
             return None
         if caller.is_admin:
             return Level.CAN_MANAGE
-        granted = self._granted.get(endpoint_id, {})
-        held = (granted.get(each) for each in (caller.id, *caller.group_ids))
-        return max((level for level in held if level is not None), default=None)
+        granted = self._granted.get(endpoint_id)
+        if granted is None:
+            return None
+        held = [granted[each] for each in (caller.id, *caller.group_ids) if each in granted]
+        return max(held, default=None)
 
     async def follow(self, channel: grpc.aio.Channel) -> None:
         """Keeps the table up to date until cancelled; comes back by itself when Secrets was gone."""

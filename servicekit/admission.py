@@ -252,10 +252,11 @@ class Turn:
     def __init__(self, choose: Callable[[Collection[Server]], Queue], *, seconds: float) -> None:
         """`choose` says where to queue, given the servers to avoid; what it raises is raised to whoever enters.
 
-        `seconds` is how long the request waits, all in all.
+        `seconds` is how long the request waits, all in all, from the first time that it has to.
         """
         self._choose = choose
-        self._until = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
+        self._until: float | None = None
         self._avoided: set[Server] = set()
         self._server: Server | None = None
         self.queue: Queue
@@ -264,13 +265,18 @@ class Turn:
         """Raises QueueFull, TimeoutError."""
         while self._server is None:
             self.queue = self._choose(self._avoided)
-            self._server = self.queue.take(self._avoided) or await self.queue.wait(self._until, self._avoided)
+            self._server = self.queue.take(self._avoided) or await self.queue.wait(self._waits_until(), self._avoided)
         return self._server
 
     async def __aexit__(self, *exception: object) -> None:
         server, self._server = self._server, None
         if server is not None:
             server.queue.give_back(server)
+
+    def _waits_until(self) -> float:
+        if self._until is None:  # most never wait
+            self._until = asyncio.get_running_loop().time() + self._seconds
+        return self._until
 
     def avoid(self, server: Server) -> None:
         """Has the next attempt go to another one."""

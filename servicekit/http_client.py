@@ -118,6 +118,7 @@ class HttpPool:
         self._idle: dict[str, deque[Connection]] = {}  # per address, the longest idle first
         self._sweeper: asyncio.TimerHandle | None = None
         self._closed: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def send(
         self,
@@ -138,9 +139,11 @@ class HttpPool:
         Raises `HttpError`s, ValueError for a request that cannot be put on the wire, and what `body` raises.
         """
         head, length = request_head(address, method, target, headers, body)
-        deadline = asyncio.get_running_loop().time() + timeout
+        # Asking for the running loop is a system call in Python 3.11.
+        loop = self._loop = self._loop or asyncio.get_running_loop()
+        deadline = loop.time() + timeout
         connection = self._take_idle(address) or await self._connect(address, deadline)
-        exchange = connection.begin(deadline, has_body=method != "HEAD")
+        exchange = connection.begin(loop, deadline, has_body=method != "HEAD")
         try:
             if isinstance(body, bytes):
                 exchange.is_sent = True
@@ -226,7 +229,8 @@ class HttpPool:
         if len(idle) >= self._max_idle:
             connection.abort()
             return
-        loop = asyncio.get_running_loop()
+        assert self._loop is not None
+        loop = self._loop
         connection.idle_since = loop.time()
         idle.append(connection)
         if self._sweeper is None:

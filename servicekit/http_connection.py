@@ -61,8 +61,9 @@ class AnswerTooLarge(HttpError):
 class Exchange:
     """One request and its answer: what the connection writes down and the caller reads."""
 
-    def __init__(self, connection: "Connection", deadline: float, *, has_body: bool) -> None:
-        loop = asyncio.get_running_loop()
+    def __init__(
+        self, connection: "Connection", loop: asyncio.AbstractEventLoop, deadline: float, *, has_body: bool
+    ) -> None:
         self.status = 0  # until the head of the final answer is there
         self.headers: list[tuple[bytes, bytes]] = []
         self.pieces: deque[bytes] = deque()
@@ -78,6 +79,7 @@ class Exchange:
         self._unread = 0
         self._is_paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._loop = loop
         self._timer = loop.call_at(deadline, self._expire)
 
     async def answer_begun(self) -> None:
@@ -87,7 +89,7 @@ class Exchange:
             await self.changed()
 
     async def changed(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         await self._waiter
 
     def wake(self) -> None:
@@ -158,8 +160,8 @@ class Connection(asyncio.Protocol):
         """Whether the peer has neither closed nor said anything that we have not read yet."""
         return not self._transport.is_closing() and not self._poll.poll(0)
 
-    def begin(self, deadline: float, *, has_body: bool) -> Exchange:
-        self._exchange = Exchange(self, deadline, has_body=has_body)
+    def begin(self, loop: asyncio.AbstractEventLoop, deadline: float, *, has_body: bool) -> Exchange:
+        self._exchange = Exchange(self, loop, deadline, has_body=has_body)
         return self._exchange
 
     def write(self, data: bytes) -> None:
