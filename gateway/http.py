@@ -70,7 +70,7 @@ class Request:
 
     __slots__ = (
         *("_body", "_heard", "_size", "_wire", "fields", "headers", "id", "is_complete", "is_gone"),
-        *("is_kept", "method", "path", "query_string", "route", "service", "version", "works"),
+        *("is_kept", "ends_with_caller", "method", "path", "query_string", "route", "service", "task", "version"),
     )
 
     def __init__(
@@ -97,8 +97,10 @@ class Request:
         self._body: list[bytes] = []
         self._size = 0
         self._heard: asyncio.Future[None] | None = None
-        self.works: asyncio.Task[object] | None = None
-        """The task that is cancelled when the caller hangs up, if there is one."""
+        self.task: asyncio.Task[None] | None = None
+        """The task that answers it."""
+        self.ends_with_caller = False
+        """Whether that task is cancelled when the caller hangs up."""
 
     def header(self, name: bytes) -> str | None:
         """A header's value; the name in lower case."""
@@ -150,8 +152,8 @@ class Request:
         """The caller has hung up."""
         self.is_gone = True
         self._wake()
-        if self.works is not None:
-            self.works.cancel()
+        if self.ends_with_caller and self.task is not None:
+            self.task.cancel()
 
     def _wake(self) -> None:
         if self._heard is not None and not self._heard.done():
@@ -159,9 +161,9 @@ class Request:
 
 
 class WhileWanted:
-    """Within it, a task that works for a request is cancelled when the caller hangs up; ClientGone leaves it then."""
+    """Within it, the task that answers a request is cancelled when the caller hangs up; ClientGone leaves it then."""
 
-    __slots__ = ("_request", "_task")
+    __slots__ = ("_request",)
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -169,14 +171,14 @@ class WhileWanted:
     def __enter__(self) -> None:
         if self._request.is_gone:
             raise ClientGone
-        self._task = self._request.works = asyncio.current_task()
+        self._request.ends_with_caller = True
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._request.works = None
-        if kind is asyncio.CancelledError and self._request.is_gone and self._task is not None:
-            self._task.uncancel()
+        self._request.ends_with_caller = False
+        if kind is asyncio.CancelledError and self._request.is_gone and self._request.task is not None:
+            self._request.task.uncancel()
             raise ClientGone from None
 
 

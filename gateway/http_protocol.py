@@ -253,7 +253,7 @@ class Connection(asyncio.Protocol):
     def _start(self, request: Request, answer: Answer) -> None:
         self._answering, self._current = request, answer
         self._expects_continue = request.headers.get(b"expect", b"").lower() == b"100-continue"
-        self._task = self._loop.create_task(self._answer(request, answer))
+        self._task = request.task = self._loop.create_task(self._answer(request, answer))
 
     async def _answer(self, request: Request, answer: Answer) -> None:
         try:
