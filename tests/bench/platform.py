@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from tests.support.stack import Stack, clean_environment, running_stack
 SCOPE, KEY = "bench", "key"
 MODEL, ENDPOINT = "bench", "bench"
 QUESTION = '{"dataframe_records":[{"question":"What were you given?"}]}'
+
+IDLE_SECONDS = 1
+"""After which an endpoint that may be at zero goes there."""
 
 _ENDPOINTS = "/api/2.0/serving-endpoints"
 _READY_SECONDS = 60.0
@@ -54,19 +57,44 @@ class Platform:
             check=True,
         )
 
-    def create_endpoint(self, *, model: str = MODEL, endpoint: str = ENDPOINT) -> float:
+    def create_endpoint(
+        self,
+        *,
+        model: str = MODEL,
+        endpoint: str = ENDPOINT,
+        variables: Mapping[str, str] | None = None,
+        may_be_at_zero: bool = False,
+    ) -> float:
         """Creates an endpoint for a model; returns the seconds until it was READY."""
-        entity = {"entity_name": model, "entity_version": "1", "workload_size": "Small", "scale_to_zero_enabled": False}
+        config = _config(model, variables, may_be_at_zero=may_be_at_zero)
+        return self._ordered("POST", _ENDPOINTS, {"name": endpoint, "config": config}, endpoint)
+
+    def update_endpoint(self, variables: Mapping[str, str], *, model: str = MODEL, endpoint: str = ENDPOINT) -> float:
+        """Gives an endpoint's entity other variables; returns the seconds until the update was done."""
+        return self._ordered("PUT", f"{_ENDPOINTS}/{endpoint}/config", _config(model, variables), endpoint)
+
+    def wait_for_zero(self) -> None:
+        """Returns when no replica runs."""
+        until(lambda: not self.replica_pids(), _READY_SECONDS, "there is no replica", period=_LOOK_SECONDS)
+
+    def ask(self, endpoint: str = ENDPOINT) -> float:
+        """Asks the demo's model once; returns the seconds until the answer."""
         admin = self._admin()
         began = time.monotonic()
-        admin.call("POST", _ENDPOINTS, json.dumps({"name": endpoint, "config": {"served_entities": [entity]}}))
+        admin.call("POST", f"/serving-endpoints/{endpoint}/invocations", QUESTION)
+        return time.monotonic() - began
+
+    def _ordered(self, method: str, path: str, body: object, endpoint: str) -> float:
+        admin = self._admin()
+        began = time.monotonic()
+        admin.call(method, path, json.dumps(body))
         until(lambda: _is_ready(admin, endpoint), _READY_SECONDS, "the endpoint is READY", period=_LOOK_SECONDS)
         return time.monotonic() - began
 
     def delete_endpoint(self, endpoint: str = ENDPOINT) -> None:
         """Deletes an endpoint; returns when its replica has ended."""
         self._admin().call("DELETE", f"{_ENDPOINTS}/{endpoint}")
-        until(lambda: not self.replica_pids(), _READY_SECONDS, "the replica ends", period=_LOOK_SECONDS)
+        self.wait_for_zero()
 
     def replica_pids(self) -> list[int]:
         """The model servers that run."""
@@ -83,7 +111,7 @@ class Platform:
 def running(directory: Path) -> Iterator[Platform]:
     """Runs a platform and fills it. `directory` is for the files of the model."""
     began = time.monotonic()
-    with running_stack() as stack:
+    with running_stack(environment={"TESSERA_IDLE_SECONDS": str(IDLE_SECONDS)}) as stack:
         start_seconds = time.monotonic() - began
         admin = Rest(stack.url.removeprefix("http://"), stack.token)
         until(lambda: _answers(admin), _READY_SECONDS, "the gateway has found Secrets", period=_LOOK_SECONDS)
@@ -125,7 +153,21 @@ def until(claim: Callable[[], bool], within: float, what: str, *, period: float)
 
 
 def _is_ready(admin: Rest, endpoint: str) -> bool:
-    return bool(admin.call("GET", f"{_ENDPOINTS}/{endpoint}")["state"]["ready"] == "READY")
+    state = admin.call("GET", f"{_ENDPOINTS}/{endpoint}")["state"]
+    if state["config_update"] == "UPDATE_FAILED":
+        raise RuntimeError(f"the update of {endpoint} failed")
+    return bool(state["ready"] == "READY" and state["config_update"] == "NOT_UPDATING")
+
+
+def _config(model: str, variables: Mapping[str, str] | None, *, may_be_at_zero: bool = False) -> object:
+    entity = {
+        "entity_name": model,
+        "entity_version": "1",
+        "workload_size": "Small",
+        "scale_to_zero_enabled": may_be_at_zero,
+        "environment_vars": dict(variables or {}),
+    }
+    return {"served_entities": [entity]}
 
 
 def _registry(stack: Stack) -> dict[str, str]:
