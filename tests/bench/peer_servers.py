@@ -39,11 +39,16 @@ class Peer:
     requirements: tuple[str, ...]
     path: str
     body: str
+    pins: tuple[str, ...] = _MODEL_NEEDS
+    """What the model needs that is to be of the version that it was made with."""
 
 
 PEERS: Mapping[str, Peer] = {
     "KServe": Peer(
-        requirements=("kserve==0.21.0",), path="/v1/models/bench:predict", body=json.dumps({"instances": [_ROW]})
+        requirements=("kserve==0.21.0", "pandas"),
+        path="/v1/models/bench:predict",
+        body=json.dumps({"instances": [_ROW]}),
+        pins=("mlflow-skinny", "numpy"),  # it cannot do with pandas 3 yet
     ),
     "MLServer": Peer(
         # Its workers do not start with a later uvloop.
@@ -80,7 +85,7 @@ def environment(*requirements: str) -> Path:
 def running(name: str, model: Path, run: Run) -> Iterator[Started]:
     """Runs a peer around the model in a folder; its report has the `url` that answers. Raises NotInstalledError."""
     peer = PEERS[name]
-    pins = tuple(f"{package}=={version(package)}" for package in _MODEL_NEEDS)
+    pins = tuple(f"{package}=={version(package)}" for package in peer.pins)
     python = environment(*peer.requirements, *pins) / "bin" / "python"
     program = _PROGRAMS / f"{name.partition(' ')[0].lower()}_program.py"
     port = free_port()
