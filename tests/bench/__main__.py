@@ -21,6 +21,7 @@ from tests.bench import (
     invocation,
     launch,
     load,
+    many_endpoints,
     model_server,
     peers,
     rest_list,
@@ -39,6 +40,7 @@ TABLES = {
     "peers": peers.measure,
     "launch": launch.measure,
     "start": start.measure,
+    "many-endpoints": many_endpoints.measure,
     "footprint": footprint.measure,
 }
 
