@@ -28,7 +28,7 @@ from gateway.settings import GatewaySettings
 from gateway.transcoding import Transcoder
 from servicekit import background, channels, context, policy, tls, tracing
 from servicekit.access import AccessTable
-from servicekit.context import RequestContext
+from servicekit.context import Principal, RequestContext
 from servicekit.errors import ServiceError
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
@@ -315,10 +315,14 @@ class Gateway:
         routed(special.method, special.template)
         request.route = f"{special.method} {special.template}"
         decision = answer.decision = Decision(special.row)
-        caller = None
-        if special.row.needs_caller:
-            caller = (await self._identify(request, answer, for_inference=special.row.is_inference)).principal
-        context.enter(RequestContext(request.id, caller, decision=decision))
+        if not special.row.needs_caller:
+            context.enter(RequestContext(request.id, decision=decision))
+        else:
+
+            async def again() -> Principal:
+                return (await self._identify(request, answer, for_inference=special.row.is_inference)).principal
+
+            context.enter(RequestContext(request.id, await again(), again=again, decision=decision))
         await special.handle(request, answer, match)
 
     async def _invoke(self, request: Request, answer: Answer, match: re.Match[str]) -> None:

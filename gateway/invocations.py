@@ -19,7 +19,7 @@ from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, RoutingTable
 from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
-from servicekit.context import Principal, current_decision
+from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from servicekit.measures import TIMING, Invocation, Measures
@@ -180,16 +180,17 @@ class Invocations:
     ) -> None:
         while True:
             try:
-                async with (
-                    place as replica,
-                    await self._pool.send(
+                async with place as replica:
+                    if place.has_waited:
+                        await self._permitted(endpoint.name, await caller_again())
+                    response = await self._pool.send(
                         replica.address, "POST", "/invocations", headers, body, timeout=self._deadline
-                    ) as response,
-                ):
-                    answer.headers.append((b"served-model-name", place.entity.name.encode()))
-                    measured.answered(response.status, response.header(TIMING))
-                    await _pass_on(response, answer, charge, measured)
-                    return
+                    )
+                    async with response:
+                        answer.headers.append((b"served-model-name", place.entity.name.encode()))
+                        measured.answered(response.status, response.header(TIMING))
+                        await _pass_on(response, answer, charge, measured)
+                        return
             except ConnectFailed:
                 # Nothing was sent, so another replica may be asked; this one's end will reach the table soon.
                 place.avoid(replica)

@@ -260,12 +260,17 @@ class Turn:
         self._avoided: set[Server] = set()
         self._server: Server | None = None
         self.queue: Queue
+        self.has_waited = False
+        """Whether some time passed before the server was found: what was decided before may not hold any more."""
 
     async def __aenter__(self) -> Server:
         """Raises QueueFull, TimeoutError."""
         while self._server is None:
             self.queue = self._choose(self._avoided)
-            self._server = self.queue.take(self._avoided) or await self.queue.wait(self._waits_until(), self._avoided)
+            self._server = self.queue.take(self._avoided)
+            if self._server is None:
+                self.has_waited = True
+                self._server = await self.queue.wait(self._waits_until(), self._avoided)
         return self._server
 
     async def __aexit__(self, *exception: object) -> None:

@@ -5,6 +5,7 @@ Interceptors set it; use cases, logs and outgoing calls read it. Nobody passes i
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -75,6 +76,9 @@ class RequestContext:
     warnings: list[str] = field(default_factory=list, compare=False)
     """What the caller is going to be told beside the answer; `servicekit.warnings.warn` adds to it."""
 
+    again: Callable[[], Awaitable[Principal]] | None = field(default=None, compare=False, repr=False)
+    """Asks once more who calls, for a request that has waited; None where nothing waits. Raises as the first time."""
+
     decision: Decision | None = field(default=None, compare=False)
     """The row of what is being called, and whether what it leaves to the use case is decided; None: there is no row."""
 
@@ -93,6 +97,14 @@ def current_caller() -> Principal:
     if request is None or request.caller is None:
         raise LookupError("this code serves no authenticated request")
     return request.caller
+
+
+async def caller_again() -> Principal:
+    """As `current_caller`, asked anew: the credential may have been revoked since. Raises Unauthenticated."""
+    request = _current.get()
+    if request is None or request.again is None:
+        raise LookupError("this code serves no request that may wait")
+    return await request.again()
 
 
 def current_decision(subject: str) -> Decision:

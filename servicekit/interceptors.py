@@ -97,9 +97,20 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             return context.RequestContext(request_id, decision=decision)
         if row is None or not row.is_inference:
             refuse_bound(identity.principal)
-        may_be_repeated = self._may_be_repeated(row, metadata)
+
+        async def again() -> context.Principal:
+            known = await self._identify(metadata, row)
+            if known is None:
+                raise Unauthenticated
+            return known.principal
+
         return context.RequestContext(
-            request_id, identity.principal, identity.assertion, may_be_repeated, decision=decision
+            request_id,
+            identity.principal,
+            identity.assertion,
+            self._may_be_repeated(row, metadata),
+            again=again if row is not None and row.is_inference else None,
+            decision=decision,
         )
 
     def _may_be_repeated(self, row: Row | None, metadata: dict[str, str]) -> bool:

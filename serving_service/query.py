@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
 from servicekit.admission import Queue, QueueFull, Server, Turn
-from servicekit.context import Principal, current_decision
+from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
 from servicekit.measures import TIMING, Invocation, Measures
@@ -97,31 +97,28 @@ class Queries:
         place = _Place(self._routes, routes, entity_name, measured, seconds=min(self._queue_seconds, timeout))
         while True:
             try:
-                async with (
-                    place as replica,
-                    await self._pool.send(
-                        replica.address,
-                        "POST",
-                        "/invocations",
-                        headers,
-                        body,
-                        timeout=until - asyncio.get_running_loop().time(),
-                    ) as response,
-                ):
-                    measured.answered(response.status, response.header(TIMING))
-                    yield AnswerHead(response.status, _content_type(response), place.entity.name)
-                    wants_tokens = charge.wants_tokens or measured.wants_tokens
-                    usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
-                    try:
-                        async for piece in response:
+                async with place as replica:
+                    if place.has_waited:
+                        await self._permitted(routes.name, await caller_again())
+                    left = until - asyncio.get_running_loop().time()
+                    response = await self._pool.send(
+                        replica.address, "POST", "/invocations", headers, body, timeout=left
+                    )
+                    async with response:
+                        measured.answered(response.status, response.header(TIMING))
+                        yield AnswerHead(response.status, _content_type(response), place.entity.name)
+                        wants_tokens = charge.wants_tokens or measured.wants_tokens
+                        usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
+                        try:
+                            async for piece in response:
+                                if usage is not None:
+                                    usage.feed(piece)
+                                yield piece
+                        finally:
                             if usage is not None:
-                                usage.feed(piece)
-                            yield piece
-                    finally:
-                        if usage is not None:
-                            charge.tokens(usage.total())
-                            measured.used(usage.usage())
-                    return
+                                charge.tokens(usage.total())
+                                measured.used(usage.usage())
+                        return
             except ConnectFailed:
                 place.avoid(replica)  # nothing was sent
             except HttpTimeout:

@@ -12,7 +12,7 @@ import pytest
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.service.test_gateway import GONE, Echo, body_of, reply
 from tests.support.eventually import eventually
-from tests.support.gateway import Platform, platform, routes
+from tests.support.gateway import OWNER, Platform, platform, routes
 from tests.support.http import Answer, fetch
 
 TOO_BUSY = {
@@ -219,3 +219,23 @@ async def test_loads_are_told_about_once_a_second_however_many_requests_there_ar
         await invoke(gateway, "ep")
     assert len(gateway.serving.reports) - before <= 10
     assert any(load.in_flight for report in gateway.serving.reports for load in report.loads)
+
+
+@pytest.mark.parametrize("withdrawn", ["the permission", "the token"])
+async def test_whoever_loses_the_right_while_waiting_gets_no_turn(start: Any, withdrawn: str) -> None:
+    gateway: Platform = await start()
+    replica = Counting()
+    await gateway.publish(limited(routes("ep", ("m-1", 100, [("r1", await gateway.add_replica(replica))])), 1))
+    first = invoke(gateway, "ep", b"first")
+    await eventually(lambda: load(gateway) == (1, 0))
+    second = invoke(gateway, "ep", b"second")
+    await eventually(lambda: load(gateway) == (1, 1))
+    if withdrawn == "the permission":
+        await gateway.access.change({"id-ep": {}})
+    else:
+        gateway.authority.revoked.add("owner-token")
+        await gateway.access.change(token_ids=[OWNER.token_id])
+    replica.step(2)
+    assert (await first).status == 200
+    assert (await second).status == (404 if withdrawn == "the permission" else 403)
+    assert replica.bodies == [b"first"]

@@ -17,6 +17,7 @@ from gateway import app as gateway_app
 from gateway.settings import GatewaySettings
 from servicekit import admission
 from serving_service import reconcile
+from tessera.identity.v1 import permissions_pb2 as permissions
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.service.test_lifecycle import CREATING, READY, RECOVERING, Platform, running_platform
 from tests.support.builders import an_input
@@ -181,6 +182,32 @@ async def test_on_its_way_up_it_says_so_and_the_endpoint_stays_ready(platform: P
     gate.touch()
     await patient
     await at_zero(platform)
+
+
+async def test_whoever_loses_the_right_while_it_comes_up_is_not_answered(platform: Platform, tmp_path: Path) -> None:
+    await platform.start(idle_seconds=SHORT)
+    gate = tmp_path / "start"
+    gate.touch()
+    await deploy(platform, an_input("gated", environment_vars={"START_GATE": str(gate)}, **SLEEPY))
+    await platform.secrets.admin.create_user("ann")
+    ann = platform.serving.public(await platform.secrets.token_for("ann"))
+    endpoint = await platform.admin.get("demo")
+    secrets = platform.secrets.admin
+
+    async def set_level(*levels: Any) -> None:
+        entries = [permissions.AccessControlRequest(user_name="ann", permission_level=level) for level in levels]
+        request = permissions.SetPermissionsRequest(serving_endpoint_id=endpoint.id, access_control_list=entries)
+        await secrets(secrets.permissions.SetPermissions, request)
+
+    await set_level(permissions.CAN_QUERY)
+    assert (await ann.query("demo"))[1]
+    await at_zero(platform)
+    gate.unlink()
+    waiting = asyncio.create_task(refusal(ann.query("demo")))
+    await until_state(platform, CREATING, "Scaling from zero... Phase load")
+    await set_level()
+    gate.touch()
+    assert (await waiting).reason == "ENDPOINT_NOT_FOUND"
 
 
 async def test_who_waits_for_a_launch_that_fails_hears_why_and_the_next_caller_has_it_tried_again(
