@@ -20,7 +20,7 @@ from servicekit.measures import Measures
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
-from serving_service import cgroups, couriers, store
+from serving_service import cgroups, couriers, nvidia_smi, store
 from serving_service.build_logs import BuildLogs
 from serving_service.caches import FolderCache
 from serving_service.consumption import Consumption
@@ -28,6 +28,8 @@ from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
+from serving_service.gpu_loads import GpuLoads
+from serving_service.gpu_pool import GpuPool
 from serving_service.helper_variables import HelperVariables
 from serving_service.isolation import Isolation, ModelUsers, probed
 from serving_service.launch_metrics import LaunchMetrics
@@ -99,10 +101,19 @@ async def running(
             Places.below(data), variables, bound=settings.environment_cache << 20, used=used
         )
         build_logs = BuildLogs(opened)
+        smi = nvidia_smi.program(own_environment().get("PATH"))
+        gpus = GpuPool(opened, await nvidia_smi.machine(smi, settings.gpus))
         isolation, template = Isolation(), None
         if launcher is None:
             if settings.warm_start:
-                template = Template(model_environment({}, directory=directory / "template", service=own_environment()))
+                template = Template(
+                    model_environment(
+                        {},
+                        directory=directory / "template",
+                        service=own_environment(),
+                        gpus=() if gpus.machine.has_driver else None,
+                    )
+                )
             groups = await asyncio.to_thread(cgroups.found, settings.limits)
             launcher = LocalLauncher(
                 directory / "replicas",
@@ -133,6 +144,7 @@ async def running(
                     references,
                     settlement,
                     users,
+                    gpus,
                     refusal=isolation.refusal,
                     download_deadline=settings.download_deadline,
                     build_deadline=settings.build_deadline,
@@ -147,13 +159,18 @@ async def running(
                 deploy_deadline=settings.deploy_deadline,
                 patience=Patience(quiet=settings.quiet_seconds, idle=settings.idle_seconds),
                 slots=LaunchSlots(settings.parallel_launches),
+                gpus=gpus,
                 load_deadline=settings.load_deadline,
             )
         )
         own_measures = Measures()
         meters = Meters(opened, own_measures, lambda key: len(controllers.ready(key)), usage_days=settings.usage_days)
         await meters.load()
-        consumption = Consumption(controllers.processes, memory_limit=settings.limits.memory)
+        consumption = Consumption(
+            controllers.processes,
+            memory_limit=settings.limits.memory,
+            gpus=GpuLoads(smi, gpus) if smi and gpus.machine.devices else None,
+        )
         endpoints = Endpoints(
             opened,
             registry,
@@ -166,6 +183,7 @@ async def running(
             monitoring=Monitoring(opened, meters, consumption, controllers),
             public_url=settings.public_url,
             can_notify=outbox.is_open,
+            machine=gpus.machine,
         )
         queries = Queries(
             routes,

@@ -9,14 +9,15 @@ import re
 from collections.abc import Sequence
 
 from servicekit.errors import InvalidParameter
-from serving_service import details, environment
+from serving_service import details, environment, gpus
+from serving_service.gpus import Machine
 from serving_service.model import EndpointConfig, ModelVersion, Route, ServedEntity
 from serving_service.scaling import REPLICA_CONCURRENCY, WORKLOAD_SIZES
 from tessera.serving.v1 import serving_pb2 as pb
 
 MAX_ENTITIES = 10
 MAX_CONFIG_BYTES = 256 * 1024
-WORKLOAD_TYPES = (pb.CPU, pb.CPU_MEDIUM, pb.CPU_LARGE)
+CPU_TYPES = (pb.CPU, pb.CPU_MEDIUM, pb.CPU_LARGE)
 
 _NOT_OFFERED = (
     "external_model",
@@ -40,11 +41,13 @@ def check_create(request: pb.CreateServingEndpointRequest) -> None:
     _check_size(request.ByteSize())
 
 
-def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, author: str, now: int) -> EndpointConfig:
+def read_config(
+    message: pb.EndpointCoreConfigInput, *, at: str, version: int, author: str, now: int, machine: Machine
+) -> EndpointConfig:
     """The configuration that `message` describes, with defaults filled in; its models are not looked up yet.
 
-    `at` is the path of the configuration in the request, `now` Unix milliseconds. Raises InvalidParameter or
-    FeatureDisabled.
+    `at` is the path of the configuration in the request, `now` Unix milliseconds, `machine` where models run. Raises
+    InvalidParameter or FeatureDisabled.
     """
     prefix = f"{at}." if at else ""
     _check_size(message.ByteSize())
@@ -54,7 +57,7 @@ def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, a
     if not 1 <= len(message.served_entities) <= MAX_ENTITIES:
         raise InvalidParameter(f"{prefix}served_entities: give 1 to {MAX_ENTITIES} served entities.")
     entities = tuple(
-        _read_entity(entity, at=f"{prefix}served_entities[{index}]", author=author, now=now)
+        _read_entity(entity, at=f"{prefix}served_entities[{index}]", author=author, now=now, machine=machine)
         for index, entity in enumerate(message.served_entities)
     )
     names = [entity.name for entity in entities]
@@ -67,13 +70,15 @@ def read_config(message: pb.EndpointCoreConfigInput, *, at: str, version: int, a
     return EndpointConfig(version=version, created_at=now, entities=entities, routes=routes, auto_capture=capture)
 
 
-def _read_entity(message: pb.ServedEntityInput, *, at: str, author: str, now: int) -> ServedEntity:
+def _read_entity(message: pb.ServedEntityInput, *, at: str, author: str, now: int, machine: Machine) -> ServedEntity:
     given = {field.name for field, _ in message.ListFields()}  # a flag that is false is not among them
     details.refuse(next((field for field in _NOT_OFFERED if field in given), None), at=at)
     for field in ("entity_name", "entity_version"):
         if not getattr(message, field).strip():
             raise InvalidParameter(f"{at}.{field}: name the registered model and its version.")
     environment.check_declared(message.environment_vars, f"{at}.environment_vars")
+    _check_gpus(message, at, machine)
+    _check_type(message.workload_type, at, machine)
     _check_workload(message, at)
     has_concurrency = message.HasField("min_provisioned_concurrency") or message.HasField("max_provisioned_concurrency")
     return ServedEntity(
@@ -104,10 +109,28 @@ def _entity_name(message: pb.ServedEntityInput, at: str) -> str:
     return default
 
 
+def _check_gpus(message: pb.ServedEntityInput, at: str, machine: Machine) -> None:
+    if machine.has_driver and gpus.VISIBLE in message.environment_vars:
+        raise InvalidParameter(
+            f"{at}.environment_vars: {gpus.VISIBLE} belongs to the platform, which gives each replica the GPUs of its"
+            " workload_type. Leave it out."
+        )
+
+
+def _check_type(workload_type: pb.WorkloadType.ValueType, at: str, machine: Machine) -> None:
+    names = {number: name for name, number in pb.WorkloadType.items()}
+    there = len(machine.devices)
+    offered = [kind for kind in names if kind in CPU_TYPES or 0 < gpus.needed(names[kind]) <= there]
+    if workload_type in (*offered, pb.WORKLOAD_TYPE_UNSPECIFIED):
+        return
+    problem = "this kind of machine is not offered here"
+    if there and workload_type in names:
+        kind = names[workload_type]
+        problem = f"a replica of {kind} takes {gpus.needed(kind)} GPUs, and this machine has {there}"
+    raise InvalidParameter(f"{at}.workload_type: {problem}. Use one of {', '.join(names[each] for each in offered)}.")
+
+
 def _check_workload(message: pb.ServedEntityInput, at: str) -> None:
-    if message.workload_type and message.workload_type not in WORKLOAD_TYPES:
-        allowed = ", ".join(map(pb.WorkloadType.Name, WORKLOAD_TYPES))
-        raise InvalidParameter(f"{at}.workload_type: this kind of machine is not offered here. Use one of {allowed}.")
     if message.workload_size and message.workload_size not in WORKLOAD_SIZES:
         raise InvalidParameter(f"{at}.workload_size: use one of {', '.join(WORKLOAD_SIZES)}.")
     bounds = {

@@ -1,4 +1,4 @@
-"""How much of the machine replicas use: their processors' time and their memory, looked at every few seconds.
+"""How much of the machine replicas use: their processors' time, memory and GPUs, looked at every few seconds.
 
 The rule: all processes of the machine are looked at once for all replicas, beside the event loop, and not at all while
 none runs.
@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from serving_service import cgroups
+from serving_service import cgroups, gpu_loads
+from serving_service.gpu_loads import GpuLoads
+from serving_service.nvidia_smi import Load
 
 SAMPLE_SECONDS = 10.0
 WINDOW_SECONDS = 60.0
@@ -34,10 +36,17 @@ class Usage:
     """Of all processors that this machine lets us use."""
     memory: float | None
     """Of what one replica may use."""
+    gpu: float | None = None
+    """The time in which its GPUs had something to do; None for replicas without any, too."""
+    gpu_memory: float | None = None
+    """Of its GPUs."""
 
 
 NOTHING = Usage(0.0, 0.0)
 """What is used where nothing runs."""
+
+
+NO_LOAD = Load(None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +57,14 @@ class Sample:
     cpu_seconds: float
     memory: float
     """The share that is in use, 0 to 1."""
+    gpus: Load = NO_LOAD
+    """Of its GPUs on average."""
 
 
 class Consumption:
     """Samples of all replicas that run: `running` tells the process of each, `memory_limit` what one may use, in bytes.
 
-    `now` tells seconds on a clock that nobody can set.
+    `gpus` tells how busy those of each are; None: there are none. `now` tells seconds on a clock that nobody can set.
     """
 
     def __init__(
@@ -61,10 +72,12 @@ class Consumption:
         running: Callable[[], Mapping[str, int]],
         *,
         memory_limit: int,
+        gpus: GpuLoads | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._running = running
         self._memory_limit = memory_limit
+        self._gpus = gpus
         self._now = now
         self._samples: dict[str, deque[Sample]] = {}
 
@@ -82,9 +95,10 @@ class Consumption:
             return
         found = await asyncio.to_thread(_look, running, self._memory_limit)
         now = self._now()
+        loads = await self._gpus.look() if self._gpus else {}
         for replica_id, (cpu_seconds, memory) in found.items():
             samples = self._samples.setdefault(replica_id, deque())
-            samples.append(Sample(now, cpu_seconds, memory))
+            samples.append(Sample(now, cpu_seconds, memory, loads.get(replica_id, NO_LOAD)))
             # One of them is older than the window, so that the whole window lies between two.
             while len(samples) > 2 and samples[1].at <= now - WINDOW_SECONDS:
                 samples.popleft()
@@ -96,14 +110,17 @@ class Consumption:
 
 def average(replicas: Iterable[Iterable[Sample]]) -> Usage:
     """What replicas used on average, by the samples of each in the order of time."""
-    cpu, memory = [], []
+    cpu, memory, gpu, gpu_memory = [], [], [], []
     for samples in map(list, replicas):
         first, last = samples[0], samples[-1]
         memory.append(sum(sample.memory for sample in samples) / len(samples))
         if last.at > first.at:
             # A process that has ended took its time along.
             cpu.append(max(last.cpu_seconds - first.cpu_seconds, 0.0) / (last.at - first.at) / _processors())
-    return Usage(_percent(cpu), _percent(memory))
+        load = gpu_loads.average(sample.gpus for sample in samples)
+        gpu += [] if load.use is None else [load.use]
+        gpu_memory += [] if load.memory is None else [load.memory]
+    return Usage(_percent(cpu), _percent(memory), _percent(gpu), _percent(gpu_memory))
 
 
 def _percent(shares: list[float]) -> float | None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from servicekit.database import Database
 from serving_service import details, phases, reconcile, scaling, store
+from serving_service.gpu_pool import GpuPool
 from serving_service.launch_metrics import LaunchMetrics
 from serving_service.launcher import (
     Launch,
@@ -76,6 +77,7 @@ class Doors:
     load_deadline: float
     patience: Patience
     slots: LaunchSlots
+    gpus: GpuPool
 
 
 class EndpointController:
@@ -456,6 +458,7 @@ class EndpointController:
         if is_final:
             self._retry(replica, message, ready_seconds=0, is_final=True)
             if endpoint.pending is not None and endpoint.pending.version == replica.version:
+                await self._doors.gpus.give_back(replica.id)
                 self._doors.launches.ended(replica.id)
                 self._change(replica.id, phase=Phase.ENDED, message=message, is_final=True)
                 return
@@ -489,6 +492,7 @@ class EndpointController:
             if known is ReplicaState.READY:
                 self._probing[replica_id] = self._spawn(self._probe(replica_id, handle))
             self.wake()
+        await self._doors.gpus.give_back(replica_id)
         await self._keep_log(replica_id, handle)
 
     def _seconds_to_load(self, replica_id: str) -> float | None:
@@ -503,6 +507,7 @@ class EndpointController:
         late = phases.overdue(self._doors.load_deadline, "TESSERA_LOAD_DEADLINE_SECONDS")
         # First its process, so that no other replica is started beside it.
         await self._end(handle, dismiss=False)
+        await self._doors.gpus.give_back(replica_id)
         if replica_id in self._replicas:
             self._ended(replica_id, phases.failed(LaunchPhase.LOAD, late), is_final=True)
         self.wake()
@@ -610,6 +615,7 @@ class EndpointController:
             if not keep_log:
                 await self._end(handle, dismiss=True)
         if keep_log:
+            await self._doors.gpus.give_back(replica_id)
             self._doors.launches.ended(replica_id)
             self._change(replica_id, phase=Phase.ENDED, is_stopping=False)
         else:

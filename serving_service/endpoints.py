@@ -43,6 +43,7 @@ from serving_service.errors import (
     TelemetryNotSupported,
     UpdateInProgress,
 )
+from serving_service.gpus import Machine
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, Minute, MinuteOfUse
 from serving_service.monitoring import Monitoring, Page
 from serving_service.phases import LaunchEvent
@@ -114,7 +115,9 @@ class Endpoints:
         monitoring: Monitoring,
         public_url: str,
         can_notify: bool,
+        machine: Machine,
     ) -> None:
+        """`machine` is where models run."""
         self._database = database
         self._registry = registry
         self._references = references
@@ -126,6 +129,7 @@ class Endpoints:
         self._monitoring = monitoring
         self._public_url = public_url
         self._can_notify = can_notify
+        self._machine = machine
         self._changes: set[asyncio.Task[Any]] = set()
         self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Changes under way whose callers chose their ids."""
@@ -284,7 +288,9 @@ class Endpoints:
         now = _now()
         pending = None
         if request.HasField("config"):
-            pending = configs.read_config(request.config, at="config", version=1, author=caller.name, now=now)
+            pending = configs.read_config(
+                request.config, at="config", version=1, author=caller.name, now=now, machine=self._machine
+            )
             # Said before the registry is asked about models; the reservation looks again.
             if await self._database.read(store.endpoint_named, request.name) is not None:
                 raise EndpointExists(request.name)
@@ -396,7 +402,12 @@ class Endpoints:
         if endpoint.is_updating:
             raise UpdateInProgress(name)
         pending = configs.read_config(
-            config, at="", version=endpoint.latest_version + 1, author=caller.name, now=_now()
+            config,
+            at="",
+            version=endpoint.latest_version + 1,
+            author=caller.name,
+            now=_now(),
+            machine=self._machine,
         )
         return await self._proposed(endpoint, level, await self._with_models(pending))
 

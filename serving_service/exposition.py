@@ -63,6 +63,17 @@ class _Metrics(Collector):
             "Average use of the memory that a replica may use, in the last minute.",
             ((each, each.usage.memory) for each in served),
         )
+        if any(each.usage.gpu is not None or each.usage.gpu_memory is not None for each in served):
+            yield self._gauge(
+                "gpu_usage_percentage",
+                "Average share of the time in which the GPUs of a replica had something to do, in the last minute.",
+                ((each, each.usage.gpu) for each in served),
+            )
+            yield self._gauge(
+                "gpu_memory_usage_percentage",
+                "Average use of the memory of the GPUs of a replica, in the last minute.",
+                ((each, each.usage.gpu_memory) for each in served),
+            )
         yield self._gauge(
             "provisioned_concurrent_requests_total",
             "How many requests at a time the running replicas are provisioned for.",

@@ -21,6 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from serving_service import gpus as gpu_rules
 from serving_service.cgroups import Cgroups
 from serving_service.shim import cgroups as members
 from serving_service.shim import processes
@@ -107,6 +108,8 @@ class Launch:
     """The user and group that it runs as, and that is nobody else's; None: the service's own."""
     python: ModelPython | None = None
     """The environment that it runs in; None: the service's own."""
+    gpus: tuple[str, ...] | None = None
+    """The GPUs that it has, by UUID; None: this machine has no driver for any, and it is told nothing of them."""
 
 
 class LaunchError(Exception):
@@ -157,13 +160,18 @@ def is_reserved(name: str) -> bool:
 
 
 def model_environment(
-    declared: Mapping[str, str], *, directory: Path, service: Mapping[str, str], python: ModelPython | None = None
+    declared: Mapping[str, str],
+    *,
+    directory: Path,
+    service: Mapping[str, str],
+    python: ModelPython | None = None,
+    gpus: tuple[str, ...] | None = None,
 ) -> dict[str, str]:
     """The whole environment of a model process: the declared variables and a short set of our own, nothing else.
 
     Of `service`, the environment of this service, only the search path and the certificate bundle are passed on: the
-    rest may hold anything. The programs of `python` come first in the search path. Raises ValueError for a reserved
-    name.
+    rest may hold anything. The programs of `python` come first in the search path. `gpus` are those that it may use;
+    None: nothing is said of them. Raises ValueError for a reserved name.
     """
     path = service.get("PATH", os.defpath)
     if reserved := sorted(filter(is_reserved, declared)):
@@ -177,6 +185,7 @@ def model_environment(
         "HOME": str(directory / "work"),
         "TMPDIR": str(directory / "tmp"),
         "PYTHONUNBUFFERED": "1",
+        **({} if gpus is None else {gpu_rules.VISIBLE: ",".join(gpus)}),
     }
 
 
@@ -287,7 +296,9 @@ class LocalLauncher:
     def _start(self, launch: Launch) -> LocalReplica:
         directory = self._directory / launch.replica_id
         service = self._service_environment
-        environment = model_environment(launch.environment, directory=directory, service=service, python=launch.python)
+        environment = model_environment(
+            launch.environment, directory=directory, service=service, python=launch.python, gpus=launch.gpus
+        )
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             directory.mkdir(mode=0o700)
@@ -331,7 +342,8 @@ class LocalLauncher:
     def _forked(self, launch: Launch, spec: Spec) -> bool:
         """Has a shim forked from the template, if that is possible; else nothing runs, and nothing is in the way."""
         is_own_program = launch.command is not None or launch.python is not None
-        if self._template is None or is_own_program or not self._template.suits(launch.environment):
+        # What speaks to a GPU reads its variables once, and is forked from nothing.
+        if is_own_program or launch.gpus or self._template is None or not self._template.suits(launch.environment):
             return False
         try:
             is_forked = self._template.start(spec)

@@ -20,6 +20,7 @@ from serving_service import caches, phases, store
 from serving_service.build_logs import BuildLogs
 from serving_service.buildenv import BuildDelayed, BuildImpossible
 from serving_service.environment import ResolvedEnvironment, SecretReferences, UnresolvableError
+from serving_service.gpu_pool import GpuPool, GpusImpossible, GpusTaken
 from serving_service.isolation import ModelUsers, UsersExhausted
 from serving_service.launcher import Launch, ModelPython
 from serving_service.model import Endpoint, ServedEntity
@@ -57,6 +58,7 @@ class Launches:
         references: SecretReferences,
         settlement: Settlement,
         users: ModelUsers | None,
+        gpus: GpuPool,
         *,
         refusal: str = "",
         download_deadline: float,
@@ -74,6 +76,7 @@ class Launches:
         self._references = references
         self._settlement = settlement
         self._users = users
+        self._gpus = gpus
         self._refusal = refusal
         self._download_deadline = download_deadline
         self._build_deadline = build_deadline
@@ -94,6 +97,8 @@ class Launches:
         if self._refusal:
             raise LaunchImpossible(LaunchPhase.START, self._refusal)
         enter(LaunchPhase.MODEL_DOWNLOAD)
+        # Before anything is fetched: what has no place to run needs nothing else.
+        gpus = await self._taken_gpus(endpoint, entity, replica_id)
         while True:
             path = await self._downloaded(entity)
             if await self._holds(replica_id, path, LaunchPhase.MODEL_DOWNLOAD):
@@ -117,7 +122,19 @@ class Launches:
             masked_values=resolved.secrets,
             user=user,
             python=python,
+            gpus=gpus,
         )
+
+    async def _taken_gpus(self, endpoint: Endpoint, entity: ServedEntity, replica_id: str) -> tuple[str, ...] | None:
+        phase = LaunchPhase.START
+        try:
+            return await self._gpus.take(endpoint, entity, replica_id)
+        except GpusImpossible as error:
+            raise LaunchImpossible(phase, str(error)) from None
+        except GpusTaken as error:
+            raise LaunchDelayed(phase, str(error)) from None
+        except sqlite3.Error:
+            raise LaunchDelayed(phase, "Who has which GPU cannot be recorded.") from None
 
     async def _holds(self, replica_id: str, folder: Path, phase: LaunchPhase) -> bool:
         """Whether a cached folder is there for as long as the replica is; else it was dropped a moment ago."""

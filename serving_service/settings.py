@@ -22,6 +22,16 @@ def _mail_address(text: str) -> str:
     return text
 
 
+def _gpus(text: str) -> frozenset[str]:
+    """UUIDs with commas between, or `none`."""
+    found = frozenset(each.strip() for each in text.split(","))
+    if found == {"none"}:
+        return frozenset()
+    if not all(each.startswith("GPU-") for each in found):
+        raise ValueError("expected none, or UUIDs such as GPU-8932f937-d72c-4106-c12f-20bd9faed9f6 with commas between")
+    return found
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServingSettings(settings.ServiceSettings):
     """The settings of the Serving service."""
@@ -187,6 +197,13 @@ class ServingSettings(settings.ServiceSettings):
         settings.count,
         default=None,
         help="How much memory one replica may use, in MiB. Not set: three quarters of the machine's.",
+    )
+    gpus: frozenset[str] | None = setting(
+        "TESSERA_GPUS",
+        _gpus,
+        default=None,
+        help="Which GPUs models get: `none`, or their UUIDs as `nvidia-smi -L` lists them, with commas between. Not"
+        " set: all that this machine has. Platforms on one machine each need their own.",
     )
     isolation: str = setting(
         "TESSERA_ISOLATION",

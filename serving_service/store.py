@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from servicekit.measures import Key, Measured, UsageKey, Used
+from serving_service import gpus
 from serving_service.errors import (
     EndpointExists,
     EndpointNotFound,
@@ -493,6 +494,35 @@ def add_use(connection: sqlite3.Connection, replica_id: str, folder: str) -> Non
 def used_folders(connection: sqlite3.Connection) -> frozenset[str]:
     """The cached folders that replicas use."""
     return frozenset(row[0] for row in connection.execute("SELECT DISTINCT folder FROM uses"))
+
+
+def take_gpus(
+    connection: sqlite3.Connection, replica_id: str, endpoint_id: str, *, devices: Sequence[str], count: int
+) -> tuple[tuple[str, ...] | None, int]:
+    """Records so many of the devices as a replica's, and returns them; None when too few are free.
+
+    And how many the replicas of its endpoint had before.
+    """
+    rows = connection.execute("SELECT uuid, endpoint_id FROM gpus JOIN replicas ON replicas.id = replica_id").fetchall()
+    own = sum(owner == endpoint_id for _, owner in rows)
+    found = gpus.chosen(devices, {uuid for uuid, _ in rows}, count)
+    connection.executemany(
+        "INSERT INTO gpus (uuid, replica_id) VALUES (?, ?)", [(uuid, replica_id) for uuid in found or ()]
+    )
+    return found, own
+
+
+def give_gpus_back(connection: sqlite3.Connection, replica_id: str) -> None:
+    """Records that a replica has no GPUs any more."""
+    connection.execute("DELETE FROM gpus WHERE replica_id = ?", (replica_id,))
+
+
+def gpu_holders(connection: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
+    """The GPUs of each replica that has any."""
+    found: dict[str, tuple[str, ...]] = {}
+    for uuid, replica_id in connection.execute("SELECT uuid, replica_id FROM gpus ORDER BY uuid"):
+        found[replica_id] = (*found.get(replica_id, ()), uuid)
+    return found
 
 
 def next_epoch(connection: sqlite3.Connection) -> int:

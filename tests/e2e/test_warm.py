@@ -5,6 +5,7 @@ What holds a forked model in is proved in `test_isolation`, beside the programs.
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -153,6 +154,17 @@ async def test_a_variable_that_is_read_at_the_start_is_honoured_by_a_start(
 ) -> None:
     await launcher.start(a_launch(programs, TZ="Asia/Tokyo"))
     assert not await is_forked(directory / "replicas" / "r1")
+
+
+async def test_a_model_with_gpus_is_executed_and_one_without_is_forked_and_sees_none(
+    launcher: LocalLauncher, directory: Path, programs: Path
+) -> None:
+    for gpus, is_expected in (((), True), (("GPU-1", "GPU-2"), False)):
+        name = f"r{len(gpus)}"
+        replica = await launcher.start(dataclasses.replace(a_launch(programs, replica_id=name), gpus=gpus))
+        await ready(replica)
+        assert await is_forked(directory / "replicas" / name) == is_expected
+        assert (await found_by(replica.address))["environment"]["CUDA_VISIBLE_DEVICES"] == ",".join(gpus)
 
 
 # --- what reaches the shim ------------------------------------------------------------------------------------------

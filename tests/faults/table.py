@@ -22,6 +22,7 @@ _IDENTITY = "tests/service/test_identity.py"
 _DIRECTORY = "tests/service/test_directory.py"
 _VERSIONS = "tests/service/test_versions.py"
 _BUILDS = "tests/service/test_model_environments.py"
+_GPUS = "tests/service/test_gpus.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
@@ -770,6 +771,35 @@ FAULTS = (
         old="                build.task.cancel()\n                await",
         new="                build.waiting = 0\n                await",
         tests=(f"{_BUILDS}::test_a_build_ends_whole_when_the_last_who_waits_gives_up",),
+    ),
+    # --- gpus ---
+    Fault(
+        name="gpu-of-somebody-else",
+        property="contract 5.8",
+        file="serving_service/gpus.py",
+        old="for device in devices if device not in taken]",
+        new="for device in devices if device is not taken]",
+        tests=(
+            "tests/unit/serving_service/test_gpus.py::test_what_is_chosen_was_free_and_is_enough",
+            f"{_GPUS}::test_no_gpu_is_ever_two_replicas_own_and_none_is_lost",
+            f"{_GPUS}::test_each_replica_sees_its_own_gpus_and_whoever_has_none_sees_none",
+        ),
+    ),
+    Fault(
+        name="gpus-not-hidden",
+        property="S17",
+        file="serving_service/launcher.py",
+        old="**({} if gpus is None else {",
+        new="**({} if not gpus else {",
+        tests=(f"{_GPUS}::test_each_replica_sees_its_own_gpus_and_whoever_has_none_sees_none",),
+    ),
+    Fault(
+        name="gpu-kept-by-the-dead",
+        property="R11",
+        file="serving_service/controller.py",
+        old="        await self._doors.gpus.give_back(replica_id)\n        await self._keep_log",
+        new="        await self._keep_log",
+        tests=(f"{_GPUS}::test_a_launch_that_fails_keeps_no_gpu",),
     ),
     # --- hostile text ---
     Fault(

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from serving_service.consumption import Consumption, Sample, average
+from serving_service.nvidia_smi import Load
 
 PROCESSORS = len(os.sched_getaffinity(0))
 
@@ -43,6 +44,15 @@ def test_end_of_a_process_does_not_give_time_back() -> None:
 def test_nothing_is_known_without_a_replica() -> None:
     usage = average([])
     assert (usage.cpu, usage.memory) == (None, None)
+
+
+def test_gpus_count_where_something_is_known_of_them() -> None:
+    busy = [Sample(0, 1, 0.1, Load(0.5, 0.25)), Sample(9, 1, 0.1, Load(None, None)), Sample(10, 1, 0.1, Load(1, 0.75))]
+    usage = average([busy, [Sample(0, 1, 0.1)]])
+    assert usage.gpu == pytest.approx(75)
+    assert usage.gpu_memory == pytest.approx(50)
+    usage = average([[Sample(0, 1, 0.1)]])
+    assert (usage.gpu, usage.gpu_memory) == (None, None)
 
 
 async def test_all_processes_of_a_replica_count() -> None:

@@ -8,14 +8,18 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 
 from servicekit.errors import FeatureDisabled, InvalidParameter
-from serving_service import configs
+from serving_service import configs, gpus
+from serving_service.gpus import Machine
 from serving_service.model import EndpointConfig, Route
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import NOW, a_config_input, an_input
 
+BARE = Machine()
+"""A machine without any GPU."""
 
-def read(message: pb.EndpointCoreConfigInput, *, at: str = "config") -> EndpointConfig:
-    return configs.read_config(message, at=at, version=3, author="maker@example.com", now=NOW)
+
+def read(message: pb.EndpointCoreConfigInput, *, at: str = "config", machine: Machine = BARE) -> EndpointConfig:
+    return configs.read_config(message, at=at, version=3, author="maker@example.com", now=NOW, machine=machine)
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_9", "x" * 63, "pt", "databricks"])
@@ -92,6 +96,27 @@ def test_a_bad_entity_is_refused_by_the_path_of_its_field(entity: pb.ServedEntit
     with pytest.raises(InvalidParameter) as caught:
         read(message)
     assert caught.value.message.startswith(f"config.served_entities[1].{field}: ")
+
+
+def test_kinds_with_gpus_are_allowed_where_there_are_so_many() -> None:
+    four = Machine(has_driver=True, devices=tuple("abcd"))
+    entity = read(a_config_input(an_input(workload_type=pb.MULTIGPU_MEDIUM)), machine=four).entities[0]
+    assert entity.workload_type == "MULTIGPU_MEDIUM"
+    with pytest.raises(
+        InvalidParameter, match=r"GPU_XLARGE_8 takes 8 GPUs, and this machine has 4\. Use one of CPU, GPU"
+    ):
+        read(a_config_input(an_input(workload_type=pb.GPU_XLARGE_8)), machine=four)
+    with pytest.raises(InvalidParameter, match=r"workload_type: this kind of machine is not offered here"):
+        read(a_config_input(an_input(workload_type=99)), machine=four)
+
+
+def test_which_gpus_are_seen_is_declared_by_nobody_where_there_are_any() -> None:
+    message = a_config_input(an_input(environment_vars={gpus.VISIBLE: ""}))
+    assert read(message).entities[0].environment == {gpus.VISIBLE: ""}
+    with pytest.raises(
+        InvalidParameter, match=r"^config\.served_entities\[0\]\.environment_vars: CUDA_VISIBLE_DEVICES"
+    ):
+        read(message, machine=Machine(has_driver=True))
 
 
 @pytest.mark.parametrize(

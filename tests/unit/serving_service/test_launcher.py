@@ -55,6 +55,15 @@ def test_other_variables_may_be_declared(name: str) -> None:
     assert not is_reserved(name)
 
 
+def test_gpus_are_told_of_where_there_are_any() -> None:
+    def environment(gpus: tuple[str, ...] | None) -> dict[str, str]:
+        return model_environment({}, directory=DIRECTORY, service={}, gpus=gpus)
+
+    assert "CUDA_VISIBLE_DEVICES" not in environment(None)
+    assert environment(())["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment(("GPU-1", "GPU-2"))["CUDA_VISIBLE_DEVICES"] == "GPU-1,GPU-2"
+
+
 def test_the_programs_of_a_models_own_environment_come_first() -> None:
     folder = Path("/envs/1")
     python = ModelPython(folder=folder, executable=folder / "bin/python", program=Path("/runner"), places=())

@@ -79,6 +79,7 @@ async def test_a_launch_is_refused_before_anything_is_done_for_it() -> None:
     launches = Launches(
         *(nothing,) * 6,
         None,
+        nothing,
         refusal="Models may not run here.",
         download_deadline=1.0,
         build_deadline=1.0,
