@@ -51,6 +51,13 @@ class ModelServerFailed(ServiceError):
         super().__init__(f"The model server of {entity} ended while it was answering. Its logs say why.")
 
 
+class BodyOverdue(DeadlineExceeded):
+    """The body of a request did not come whole in time: its caller has stopped in the middle, or is very slow."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The body of the request was not complete after {seconds:g} s. Send it at once.")
+
+
 class Invocations:
     """Answers inference requests. `deadline` is in seconds, `body_limit` in bytes."""
 
@@ -97,7 +104,7 @@ class Invocations:
         """What there is of a body: the whole where it came at once, else piece by piece."""
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
-        first = await request.more()
+        first = await self._first(request)
         if not request.is_complete:
             return self._rest(request, first)
         if len(first) > self._body_limit:
@@ -141,6 +148,16 @@ class Invocations:
                 "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
             ) from None
 
+    async def _first(self, request: Request) -> bytes:
+        """What comes first of a body. The rest has the time that the model has."""
+        if request.is_complete:
+            return await request.more()  # it is here already
+        try:
+            async with asyncio.timeout(self._deadline):
+                return await request.more()
+        except TimeoutError:
+            raise BodyOverdue(self._deadline) from None
+
     async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
         size = len(first)
         yield first
@@ -166,10 +183,11 @@ class Invocations:
         place = self._admission.place(endpoint, entity_name, measured)
         # The model is spared work that nobody waits for.
         with WhileWanted(request):
-            await self._sent(place, answer, endpoint, sent_headers, body, charge, measured)
+            await self._sent(request, place, answer, endpoint, sent_headers, body, charge, measured)
 
     async def _sent(
         self,
+        request: Request,
         place: Place,
         answer: Answer,
         endpoint: Endpoint,
@@ -196,6 +214,8 @@ class Invocations:
                 place.avoid(replica)
                 self._pool.forget(replica.address)
             except HttpTimeout:
+                if not request.is_complete:
+                    raise BodyOverdue(self._deadline) from None
                 raise DeadlineExceeded(f"The model did not answer within {self._deadline:g} s.") from None
             except HttpError as error:
                 log.warning(

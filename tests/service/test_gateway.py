@@ -7,7 +7,7 @@ import base64
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -506,6 +506,81 @@ async def test_a_body_over_the_limit_is_refused_whether_it_is_declared_or_not(st
         assert (answer.status, answer.json()["error_code"]) == (400, "BAD_REQUEST")
         assert str(limit) in answer.json()["message"]
     assert (await invoke(stack, "ep", body=b"x" * limit)).json()["size"] == limit
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings", "responses"])
+async def test_an_openai_style_body_may_be_as_long_as_any_other_and_no_longer(stack: Platform, path: str) -> None:
+    await serve(stack, "ep", Echo())
+    limit = 16 * 1024 * 1024
+    longest = b'{"model": "ep", "input": "%b"}' % (b"x" * (limit - len(b'{"model": "ep", "input": ""}')))
+    answer = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", body=longest)
+    assert (answer.status, answer.json()["size"]) == (200, limit)
+    answer = await fetch(stack.url, "POST", f"/serving-endpoints/{path}", token="owner-token", body=longest + b" ")
+    assert (answer.status, answer.json()["error_code"]) == (400, "BAD_REQUEST")
+    assert str(limit) in answer.json()["message"]
+
+
+class Whole:
+    """A replica that takes one request at a time, and keeps the bodies that came whole."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.bodies: list[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.begun.set()
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.bodies.append(body)
+        await reply(send, b"{}")
+
+
+async def serve_one_at_a_time(stack: Platform) -> Whole:
+    whole = Whole()
+    endpoint = routes("ep", ("m-1", 100, [("r-ep", await stack.add_replica(whole))]))
+    endpoint.entities[0].replicas[0].concurrency = 1
+    await stack.publish(endpoint)
+    return whole
+
+
+@asynccontextmanager
+async def half_sent(stack: Platform, half: bytes) -> AsyncIterator[asyncio.StreamReader]:
+    """A connection on which a body of ten bytes does not come whole."""
+    host, _, port = stack.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = b"POST /serving-endpoints/ep/invocations HTTP/1.1\r\nauthorization: Bearer owner-token\r\n"
+    writer.write(head + b"content-length: 10\r\n\r\n" + half)
+    try:
+        yield reader
+    finally:
+        writer.close()
+
+
+async def test_who_hangs_up_in_the_middle_of_a_body_leaves_its_place_and_nothing_of_it_is_asked(
+    stack: Platform,
+) -> None:
+    whole = await serve_one_at_a_time(stack)
+    async with half_sent(stack, b"half"):
+        await whole.begun.wait()
+    assert (await invoke(stack, "ep", body=b"whole")).status == 200
+    assert whole.bodies == [b"whole"]
+
+
+@pytest.mark.parametrize("half", [b"", b"half"], ids=["nothing", "half"])
+async def test_a_body_that_does_not_come_whole_in_time_is_a_504_that_says_so_and_leaves_its_place(half: bytes) -> None:
+    async with platform(inference_deadline=0.3) as quick:
+        whole = await serve_one_at_a_time(quick)
+        async with half_sent(quick, half) as reader, asyncio.timeout(10):
+            answer = await reader.readuntil(b"}")
+        assert answer.startswith(b"HTTP/1.1 504 ")
+        assert b"DEADLINE_EXCEEDED" in answer
+        assert b"body" in answer
+        assert (await invoke(quick, "ep", body=b"whole")).status == 200
+    assert whole.bodies == [b"whole"]
 
 
 async def test_a_model_that_is_too_slow_is_a_504(stack: Platform) -> None:
