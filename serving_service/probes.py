@@ -17,6 +17,9 @@ READINESS_SECONDS = 30.0
 PERIOD_SECONDS = 10.0
 """How often a replica is asked whether it lives."""
 
+_LEAST_TRIES = 3
+"""How often a replica is asked in vain before it counts as silent, however short the patience is."""
+
 _PATH = "/ping"
 _PAUSE_SECONDS = 0.05
 
@@ -39,9 +42,9 @@ class Probes:
 
     async def silent(self, address: str) -> None:
         """Returns when a replica has not answered for longer than is borne; for one that lives, never."""
+        period = min(PERIOD_SECONDS, self.patience / _LEAST_TRIES)
         heard_at = time.monotonic()
-        while (left := heard_at + self.patience - time.monotonic()) > 0:
-            period = min(PERIOD_SECONDS, left)
+        while time.monotonic() < heard_at + self.patience:
             asked_at = time.monotonic()
             if await self._answers(address, timeout=period):
                 heard_at = time.monotonic()
