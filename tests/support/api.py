@@ -174,15 +174,20 @@ class Queries:
         self.enough = threading.Event()
         self.answers: list[list[str]] = []
         self.failures: list[str] = []
+        self.seconds: list[float] = []
+        """How long each of them took."""
 
     def run(self, api: Api, name: str, questions: tuple[str, ...]) -> None:
         path = f"/serving-endpoints/{name}/invocations"
         while not self.enough.is_set():
+            began = time.monotonic()
             try:
                 answer = api.send("POST", path, _asked(questions))
             except (OSError, http.client.HTTPException) as error:
                 self.failures.append(repr(error))
                 continue
+            finally:
+                self.seconds.append(time.monotonic() - began)
             if answer.status == 200:
                 self.answers.append(answer.json()["predictions"])
             else:
