@@ -32,12 +32,12 @@ class AdminToken:
         self,
         path: Path,
         database: RememberingDatabase,
-        mac: tokens.TokenMac,
+        macs: tokens.TokenMacs,
         now: Callable[[], float],
     ) -> None:
         self._path = path
         self._database = database
-        self._mac = mac
+        self._macs = macs
         self._now = now
 
     async def renew(self) -> tuple[Path, int]:
@@ -46,12 +46,11 @@ class AdminToken:
 
         def record(connection: sqlite3.Connection) -> None:
             platform = store.find_platform(connection)
-            assert platform is not None  # the service does not run without
             store.replace_admin_token_id(connection, token.id)
             # Who asks owns the machine, and may have nobody else left to ask.
             directory_store.restore_admin(connection, platform.admin_id)
             owner = platform.admin_id
-            store.insert_token(connection, info, owner_id=owner, creator_id=owner, mac=self._mac.of(token))
+            store.insert_token(connection, info, owner_id=owner, creator_id=owner, mac=self._macs.of(token))
 
         await self._database.write(record)
         log.info("admin token renewed", extra={"file": str(self._path), "token_id": token.id})

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import resources
 
-from secrets_service import foundation
+from secrets_service import foundation, integrity
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
@@ -65,27 +65,29 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
     """
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = await stack.enter_async_context(database.opened(settings.database, MIGRATIONS))
+        file = await stack.enter_async_context(
+            database.opened(settings.database, MIGRATIONS, kind=integrity.Connection)
+        )
         base = await foundation.opened(settings, file, now)
         feed = AccessFeed()
-        opened = RememberingDatabase(file, Answers(AnswerSeal(base.cipher), now), feed)
+        opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now), feed)
         authority = Authority(
             opened,
-            base.token_mac,
+            base.token_macs,
             base.signing_keys,
             _external_issuer(settings, now, stack),
             workspace_id=base.platform.workspace_id,
             now=now,
         )
-        values = SecretValues(base.cipher, keep=settings.secret_versions, now=now)
+        values = SecretValues(base.keyring, keep=settings.secret_versions, now=now)
         scopes = SecretScopes(opened, values)
         versions = SecretVersions(opened, values)
         grants = LaunchGrants(opened, values, References(values), authors_need_read=settings.authors_need_read)
         directory = Directory(opened)
         users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
-        tokens = Tokens(opened, base.token_mac, Throttle(settings.tokens_per_minute, now), now)
-        client_secrets = ClientSecrets(opened, base.token_mac, now)
-        admin_token = AdminToken(settings.admin_token, opened, base.token_mac, now)
+        tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
+        client_secrets = ClientSecrets(opened, base.token_macs, now)
+        admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
         by_peer = by_confirmed_assertion(authority)
         listeners = [
             Listener(

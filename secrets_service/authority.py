@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from secrets_service import access_tokens, jwts, names, store, tokens
 from secrets_service.access_tokens import AccessToken
 from secrets_service.memory import RememberingDatabase
-from secrets_service.model import NewAccessToken, StoredToken, TokenKind, User
+from secrets_service.model import NewAccessToken, StoredToken, TokenKind, TokenMac, User
 from secrets_service.oidc import ExternalIssuer
 from servicekit import identity
 from servicekit.context import Principal
@@ -58,7 +58,7 @@ class Authority:
     def __init__(
         self,
         database: RememberingDatabase,
-        mac: tokens.TokenMac,
+        macs: tokens.TokenMacs,
         keys: SigningKeys,
         external: ExternalIssuer | None,
         *,
@@ -66,7 +66,7 @@ class Authority:
         now: Callable[[], float],
     ) -> None:
         self._database = database
-        self._mac = mac
+        self._macs = macs
         self._keys = keys
         self._external = external
         self._now = now
@@ -119,10 +119,20 @@ class Authority:
         presented = tokens.parse(text, kind)
         if presented is None:
             raise InvalidToken
-        stored = await self._database.remembered(_find_right, presented.id, self._mac.of(presented), if_kept=_exists)
+        candidates = self._macs.candidates(presented)
+        stored = await self._database.remembered(_find_right, presented.id, candidates, if_kept=_exists)
         if stored is None or stored.kind is not kind or not self._is_good(stored):
             raise InvalidToken
+        if stored.mac_version != self._macs.current:
+            await self._renew(stored, candidates)
         return stored
+
+    async def _renew(self, stored: StoredToken, candidates: tuple[TokenMac, ...]) -> None:
+        """Stores the MAC of a token under the key that is in use. Where that fails, it is tried at the next use."""
+        try:
+            await self._database.write(store.renew_token_mac, stored.info.id, stored.mac_version, candidates[-1])
+        except sqlite3.Error:
+            log.warning("MAC of a token not renewed", extra={"token_id": stored.info.id})
 
     async def _by_access_token(self, text: str) -> Principal:
         found = access_tokens.read(text, self._keys.public, audience=self.workspace_id, now=self._now())
@@ -194,9 +204,9 @@ def by_confirmed_assertion(authority: Authority) -> Identify:
     return identify
 
 
-def _find_right(connection: sqlite3.Connection, token_id: str, mac: bytes) -> StoredToken | None:
-    """The token of that id, if it has that MAC. Nothing but the MAC is read before it was compared."""
-    if not tokens.is_same(mac, store.find_token_mac(connection, token_id)):
+def _find_right(connection: sqlite3.Connection, token_id: str, candidates: tuple[TokenMac, ...]) -> StoredToken | None:
+    """The token of that id, if its MAC is one of these. Nothing but the MAC is read before it was compared."""
+    if not tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)):
         return None
     return store.find_token(connection, token_id)
 

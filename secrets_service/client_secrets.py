@@ -31,9 +31,9 @@ _PAGE = re.compile(r"[0-9]{1,9}")
 class ClientSecrets:
     """Client secrets of service principals. `now` tells Unix seconds."""
 
-    def __init__(self, database: RememberingDatabase, mac: tokens.TokenMac, now: Callable[[], float]) -> None:
+    def __init__(self, database: RememberingDatabase, macs: tokens.TokenMacs, now: Callable[[], float]) -> None:
         self._database = database
-        self._mac = mac
+        self._macs = macs
         self._now = now
 
     async def create_secret(self, *, principal_id: str, lifetime: str, caller: Principal) -> NewClientSecret:
@@ -42,7 +42,7 @@ class ClientSecrets:
         secret = tokens.make(TokenKind.CLIENT_SECRET)
         created_ms = int(self._now() * 1000)
         info = TokenInfo(secret.id, created_ms, created_ms + seconds * 1000, comment="")
-        mac = self._mac.of(secret)
+        mac = self._macs.of(secret)
 
         def create(connection: sqlite3.Connection) -> NewClientSecret:
             owner_id = _owner(connection, principal_id, caller)

@@ -138,8 +138,7 @@ class Accounts:
 
         def delete(connection: sqlite3.Connection) -> None:
             user = self._found(connection, account_id)
-            platform = store.find_platform(connection)
-            if platform is not None and platform.admin_id == user.id:
+            if store.find_platform(connection).admin_id == user.id:
                 raise NotChangeable("The first admin, whose token the operator renews, stays. Deactivate it instead.")
             directory_store.delete_principal(connection, user.id)
 

@@ -3,19 +3,24 @@ above, in the same transaction.
 
 A page is found by ids alone and then filled with two more queries, so its cost depends on its size, not on what it
 skips.
+
+A principal is authenticated by itself, an account together with the groups that it belongs to (integrity.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from secrets_service import names, store
+from secrets_service import grant_store, integrity, names, store
+from secrets_service.errors import RightsDamaged
 from secrets_service.model import DetailedGroup, Group, GroupProfile, Kind, Member, Page, Profile, User
 from secrets_service.scim_filter import AllOf, AnyOf, Comparison, Filter, Operator
-from secrets_service.store import ACCOUNT
+from secrets_service.store import ACCOUNT, IS_AMONG, PRINCIPAL
 from servicekit.context import ADMINS
 
 # --- what can be filtered and sorted by ---
@@ -115,50 +120,104 @@ def account_page(connection: sqlite3.Connection, kind: Kind, selection: Selectio
     """Some users, or some service principals."""
     ids, total = _ids(connection, kind, selection)
     listed = json.dumps(ids)
-    groups: dict[int, list[Group]] = {each: [] for each in ids}
-    for member_id, *group in connection.execute(
-        "SELECT m.member_id, p.id, p.name FROM memberships m JOIN principals p ON p.id = m.group_id"
-        " WHERE m.member_id IN (SELECT value FROM json_each(?)) ORDER BY p.id",
+    belongs = connection.execute(
+        "SELECT member_id, group_id FROM memberships WHERE member_id IN (SELECT value FROM json_each(?))"
+        " ORDER BY group_id",
         (listed,),
-    ):
-        groups[member_id].append(Group(*group))
-    rows = connection.execute(f"{ACCOUNT} WHERE p.id IN (SELECT value FROM json_each(?))", (listed,))  # noqa: S608
-    found = {row[0]: store.account(row, tuple(groups[row[0]])) for row in rows}
+    ).fetchall()
+    known = _groups_of_ids(connection, {group_id for _, group_id in belongs})
+    groups: dict[int, list[Group]] = {each: [] for each in ids}
+    for member_id, group_id in belongs:
+        groups[member_id].append(known[group_id])
+    rows = connection.execute(f"{ACCOUNT} WHERE {IS_AMONG}", (listed,))
+    found = {row[0]: store.account(connection, row, tuple(groups[row[0]])) for row in rows}
     return Page(tuple(found[each] for each in ids), selection.start, total)
+
+
+def _groups_of_ids(connection: sqlite3.Connection, ids: set[int]) -> dict[int, Group]:
+    rows = connection.execute(f"{PRINCIPAL} WHERE {IS_AMONG}", (json.dumps(sorted(ids)),))
+    found = {row[0]: store.group(connection, row) for row in rows}
+    for missing in ids - found.keys():
+        raise RightsDamaged("group", str(missing))
+    return found
 
 
 def insert_account(
     connection: sqlite3.Connection, profile: Profile, *, folded: str, groups: Sequence[str], kind: Kind = Kind.USER
 ) -> User:
     """Adds a user or service principal who belongs to the named groups."""
-    account_id = _insert_principal(connection, kind, profile.name, folded)
+    account_id = _insert_principal(connection, kind, profile, folded)
     connection.execute(
         "INSERT INTO accounts (id, display_name, given_name, family_name, emails, is_active)"
         " VALUES (?, '', '', '', '[]', 0)",
         (account_id,),
     )
-    update_account(connection, account_id, profile, folded=folded)
+    belongs = frozenset(_group_named(connection, name) for name in groups)
     connection.executemany(
-        "INSERT INTO memberships (member_id, group_id) SELECT ?, id FROM principals WHERE kind = 'group' AND name = ?",
-        [(account_id, group) for group in groups],
+        "INSERT INTO memberships (member_id, group_id) VALUES (?, ?)", [(account_id, each) for each in belongs]
     )
+    _write_account(connection, account_id, _columns(profile), belongs)
     return User(account_id, profile, store.groups_of(connection, account_id), kind)
 
 
 def update_account(connection: sqlite3.Connection, account_id: int, profile: Profile, *, folded: str) -> None:
     """Replaces all that is recorded about a user or service principal but its groups."""
     _update_principal(connection, account_id, profile, folded)
+    _, belongs = _verified_account(connection, account_id)
+    _write_account(connection, account_id, _columns(profile), belongs)
+
+
+def _columns(profile: Profile) -> tuple[Any, ...]:
+    """A profile as the table of accounts holds it."""
+    emails = json.dumps([[email.type, email.value, email.is_primary] for email in profile.emails])
+    return (profile.display_name, profile.given_name, profile.family_name, emails, int(profile.is_active))
+
+
+def _verified_account(connection: sqlite3.Connection, account_id: int) -> tuple[tuple[Any, ...], frozenset[int]]:
+    """An account as the table holds it, and the groups that it belongs to; raises RightsDamaged."""
+    row = connection.execute(
+        "SELECT display_name, given_name, family_name, emails, is_active, mac FROM accounts WHERE id = ?", (account_id,)
+    ).fetchone()
+    if row is None:
+        raise RightsDamaged("account", str(account_id))
+    belongs = _stored_groups(connection, account_id)
+    integrity.of(connection).require(row[5], "account", account_id, *row[:5], sorted(belongs))
+    return tuple(row[:5]), belongs
+
+
+def _stored_groups(connection: sqlite3.Connection, account_id: int) -> frozenset[int]:
+    rows = connection.execute("SELECT group_id FROM memberships WHERE member_id = ?", (account_id,))
+    return frozenset(row[0] for row in rows)
+
+
+def _write_account(
+    connection: sqlite3.Connection, account_id: int, columns: tuple[Any, ...], belongs: frozenset[int]
+) -> None:
     connection.execute(
-        "UPDATE accounts SET display_name = ?, given_name = ?, family_name = ?, emails = ?, is_active = ? WHERE id = ?",
-        (
-            profile.display_name,
-            profile.given_name,
-            profile.family_name,
-            json.dumps([[email.type, email.value, email.is_primary] for email in profile.emails]),
-            profile.is_active,
-            account_id,
-        ),
+        "UPDATE accounts SET display_name = ?, given_name = ?, family_name = ?, emails = ?, is_active = ?, mac = ?"
+        " WHERE id = ?",
+        (*columns, integrity.of(connection).mac("account", account_id, *columns, sorted(belongs)), account_id),
     )
+
+
+def _join(connection: sqlite3.Connection, account_id: int, group_id: int) -> None:
+    columns, belongs = _verified_account(connection, account_id)
+    connection.execute("INSERT INTO memberships (member_id, group_id) VALUES (?, ?)", (account_id, group_id))
+    _write_account(connection, account_id, columns, belongs | {group_id})
+
+
+def _leave(connection: sqlite3.Connection, account_id: int, group_id: int) -> None:
+    columns, belongs = _verified_account(connection, account_id)
+    connection.execute("DELETE FROM memberships WHERE member_id = ? AND group_id = ?", (account_id, group_id))
+    _write_account(connection, account_id, columns, belongs - {group_id})
+
+
+def _group_named(connection: sqlite3.Connection, name: str) -> int:
+    """The id of a group that is always there; raises RightsDamaged when it is not."""
+    row = connection.execute(f"{PRINCIPAL} WHERE p.kind = 'group' AND p.name = ?", (name,)).fetchone()
+    if row is None:
+        raise RightsDamaged("group", name)
+    return store.group(connection, row).id
 
 
 def count_accounts(connection: sqlite3.Connection) -> int:
@@ -179,16 +238,22 @@ def has_active_admin(connection: sqlite3.Connection) -> bool:
 
 def restore_admin(connection: sqlite3.Connection, account_id: int) -> None:
     """Makes a user or service principal an active admin, whatever it was."""
-    connection.execute("UPDATE accounts SET is_active = 1 WHERE id = ?", (account_id,))
-    connection.execute(
-        "INSERT OR IGNORE INTO memberships (member_id, group_id)"
-        " SELECT ?, id FROM principals WHERE kind = 'group' AND folded = ?",
-        (account_id, ADMINS),
-    )
+    admins = _group_named(connection, ADMINS)
+    columns, belongs = _verified_account(connection, account_id)
+    connection.execute("INSERT OR IGNORE INTO memberships (member_id, group_id) VALUES (?, ?)", (account_id, admins))
+    _write_account(connection, account_id, (*columns[:4], 1), belongs | {admins})
 
 
 def delete_principal(connection: sqlite3.Connection, principal_id: int) -> None:
-    """Deletes a principal with its memberships, tokens and ACLs."""
+    """Deletes a principal with its memberships, tokens and permissions.
+
+    What is damaged among them does not stop it, and stays damaged.
+    """
+    for member_id in members_of(connection, principal_id):
+        with contextlib.suppress(RightsDamaged):
+            _leave(connection, member_id, principal_id)
+    store.take_away_everywhere(connection, principal_id)
+    grant_store.take_away_everywhere(connection, principal_id)
     connection.execute("DELETE FROM principals WHERE id = ?", (principal_id,))
 
 
@@ -235,27 +300,29 @@ def _groups(connection: sqlite3.Connection, ids: Sequence[int], *, with_members:
         ):
             members[group_id].append(Member(member_id, Kind(kind), display_name))
     rows = connection.execute(
-        "SELECT id, name, roles, entitlements, external_id FROM principals"
-        " WHERE kind = 'group' AND id IN (SELECT value FROM json_each(?))",
+        f"{PRINCIPAL} WHERE p.kind = 'group' AND {IS_AMONG}",
         (listed,),
     )
-    found = {
-        group_id: DetailedGroup(
-            id=group_id,
-            name=name,
-            members=tuple(members[group_id]),
-            roles=tuple(json.loads(roles)),
-            entitlements=tuple(json.loads(entitlements)),
-            external_id=external_id,
-        )
-        for group_id, name, roles, entitlements, external_id in rows
-    }
+    found = {row[0]: _detailed_group(connection, row, tuple(members[row[0]])) for row in rows}
     return [found[each] for each in ids if each in found]
+
+
+def _detailed_group(connection: sqlite3.Connection, row: Sequence[Any], members: tuple[Member, ...]) -> DetailedGroup:
+    store.verify_principal(connection, row)
+    group_id, _, name, _, external_id, roles, entitlements, _ = row
+    return DetailedGroup(
+        id=group_id,
+        name=name,
+        members=members,
+        roles=tuple(json.loads(roles)),
+        entitlements=tuple(json.loads(entitlements)),
+        external_id=external_id,
+    )
 
 
 def insert_group(connection: sqlite3.Connection, name: str, *, folded: str) -> int:
     """Adds a group without members; its id."""
-    return _insert_principal(connection, Kind.GROUP, name, folded)
+    return _insert_principal(connection, Kind.GROUP, GroupProfile(name=name), folded)
 
 
 def update_group(connection: sqlite3.Connection, group_id: int, profile: GroupProfile, *, folded: str) -> None:
@@ -272,12 +339,10 @@ def change_members(
     connection: sqlite3.Connection, group_id: int, *, added: Iterable[int], removed: Iterable[int]
 ) -> None:
     """Adds principals to a group and takes others out of it."""
-    connection.executemany(
-        "DELETE FROM memberships WHERE group_id = ? AND member_id = ?", [(group_id, each) for each in removed]
-    )
-    connection.executemany(
-        "INSERT INTO memberships (group_id, member_id) VALUES (?, ?)", [(group_id, each) for each in added]
-    )
+    for each in removed:
+        _leave(connection, each, group_id)
+    for each in added:
+        _join(connection, each, group_id)
 
 
 def kinds_of(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Kind]:
@@ -296,23 +361,49 @@ def count_groups(connection: sqlite3.Connection) -> int:
 # --- every kind ---
 
 
-def _insert_principal(connection: sqlite3.Connection, kind: Kind, name: str, folded: str) -> int:
-    cursor = connection.execute("INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?)", (kind, name, folded))
+def _insert_principal(connection: sqlite3.Connection, kind: Kind, profile: Profile | GroupProfile, folded: str) -> int:
+    cursor = connection.execute(
+        "INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?)", (kind, profile.name, folded)
+    )
     assert cursor.lastrowid is not None
+    _write_principal(connection, cursor.lastrowid, kind, profile, folded)
     return cursor.lastrowid
 
 
 def _update_principal(
     connection: sqlite3.Connection, principal_id: int, profile: Profile | GroupProfile, folded: str
 ) -> None:
-    connection.execute(
-        "UPDATE principals SET name = ?, folded = ?, external_id = ?, roles = ?, entitlements = ? WHERE id = ?",
-        (
-            profile.name,
-            folded,
-            profile.external_id,
-            json.dumps(profile.roles),
-            json.dumps(profile.entitlements),
-            principal_id,
-        ),
+    kind = store.kind_of(connection, principal_id)  # verified, like all of its row
+    _write_principal(connection, principal_id, kind, profile, folded)
+
+
+def _write_principal(
+    connection: sqlite3.Connection, principal_id: int, kind: Kind, profile: Profile | GroupProfile, folded: str
+) -> None:
+    columns = (
+        profile.name,
+        folded,
+        profile.external_id,
+        json.dumps(profile.roles),
+        json.dumps(profile.entitlements),
     )
+    connection.execute(
+        "UPDATE principals SET name = ?, folded = ?, external_id = ?, roles = ?, entitlements = ?, mac = ?"
+        " WHERE id = ?",
+        (*columns, integrity.of(connection).mac("principal", principal_id, kind, *columns), principal_id),
+    )
+
+
+# --- stores that are older than MACs of rights ---
+
+
+def authenticate_all(connection: sqlite3.Connection) -> None:
+    """Makes the MACs of the directory of what is stored, whatever that is."""
+    made = integrity.of(connection)
+    connection.executemany(
+        "UPDATE principals SET mac = ? WHERE id = ?",
+        [(made.mac("principal", *row[:7]), row[0]) for row in connection.execute(PRINCIPAL).fetchall()],
+    )
+    accounts = connection.execute("SELECT id, display_name, given_name, family_name, emails, is_active FROM accounts")
+    for account_id, *columns in accounts.fetchall():
+        _write_account(connection, account_id, tuple(columns), _stored_groups(connection, account_id))

@@ -163,6 +163,26 @@ class SecretDamaged(DataLoss):
         )
 
 
+class ScopeDamaged(DataLoss):
+    """The key of a scope does not open."""
+
+    def __init__(self, scope: str) -> None:
+        super().__init__(
+            f"The key of scope {scope} failed its integrity check, so nothing is sealed under it. Restore the service's"
+            " data from a backup, or delete the scope and make it anew."
+        )
+
+
+class RightsDamaged(DataLoss):
+    """What decides about rights was changed by somebody else than this service."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(
+            f"What is stored about {kind} {name} failed its integrity check, so nothing is allowed because of it."
+            " Restore the service's data from a backup."
+        )
+
+
 class PrincipalNotFound(NotFound):
     """There is no principal of that kind and id."""
 

@@ -182,10 +182,10 @@ class LaunchGrants:
 
         def reconcile(connection: sqlite3.Connection) -> tuple[tuple[int, int], int]:
             live = grant_store.live_endpoints(connection)
-            if not grant_store.knows_older_endpoints(connection):
+            if not store.knows_older_endpoints(connection):
                 for each in endpoints:
                     _inherit(connection, each)
-                grant_store.older_endpoints_are_known(connection)
+                store.older_endpoints_are_known(connection)
             for each in endpoints:
                 grant_store.keep_launch_grants(connection, each.id, each.versions)
             for endpoint_id in live - named:

@@ -193,7 +193,7 @@ def _client_secret(secret: ClientSecret) -> pb.ServicePrincipalSecret:
     return pb.ServicePrincipalSecret(
         id=secret.info.id,
         # A hash of a MAC whose key never leaves this service: the same for the same secret, and no help to a guess.
-        secret_hash=hashlib.sha256(secret.mac).hexdigest(),
+        secret_hash=hashlib.sha256(secret.mac.mac).hexdigest(),
         create_time=created,
         update_time=created,
         expire_time=_rfc_3339(secret.info.expires_ms),

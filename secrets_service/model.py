@@ -106,13 +106,22 @@ class VersionInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class WrappedKey:
+    """A version of a scope's key as it is stored: sealed under a store key."""
+
+    version: int
+    record: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class SealedSecret:
-    """A version of a secret as it is stored."""
+    """A version of a secret as it is stored, with the key of its scope that opens it, as that one is."""
 
     key_id: int
     key: str
     version: int
     record: bytes = field(repr=False)
+    wrapped_key: WrappedKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,12 +250,22 @@ class ManagedToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenMac:
+    """What is stored of a token's secret: a MAC, and under which version of its key."""
+
+    version: int
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredToken:
     """A token or client secret that was found, and whose it is."""
 
     info: TokenInfo
     owner: User
     kind: TokenKind
+    mac_version: int
+    """Under which version of its key the MAC is that is stored of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +281,7 @@ class ClientSecret:
     """What is remembered about a client secret."""
 
     info: TokenInfo
-    mac: bytes = field(repr=False)
+    mac: TokenMac
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,19 +305,24 @@ class Platform:
     """What the first start decided for the life of the database."""
 
     store_id: bytes
-    """Binds every ciphertext and every token to this database."""
+    """Binds every ciphertext and every key to this database."""
 
     workspace_id: str
     """Sixteen decimal digits."""
-
-    key_check: bytes = field(repr=False)
-    """A sealed constant: the key that opens it is the key of this database."""
 
     admin_id: int
     """The user whose token stands in admin.token."""
 
     admin_token_id: str
     """The public id of that token."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedKeyring:
+    """The keyring as it is stored: sealed under the root key of that id."""
+
+    root_key_id: str
+    record: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

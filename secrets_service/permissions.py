@@ -109,7 +109,7 @@ def permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principa
     endpoint = grant_store.find_endpoint(connection, endpoint_id) if _ID.fullmatch(endpoint_id) else None
     if endpoint is None or endpoint.is_deleted:
         raise EndpointNotFound(endpoint_id)
-    held = access.endpoint_level(user, grant_store.levels_of(connection, endpoint.id, user.id))
+    held = access.endpoint_level(user, grant_store.levels_of(connection, endpoint.id, user))
     if held is None:
         raise EndpointNotFound(endpoint_id)
     if held < needed:

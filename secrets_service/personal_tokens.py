@@ -36,10 +36,10 @@ class Tokens:
     """Personal access tokens. `now` tells Unix seconds."""
 
     def __init__(
-        self, database: RememberingDatabase, mac: tokens.TokenMac, throttle: Throttle, now: Callable[[], float]
+        self, database: RememberingDatabase, macs: tokens.TokenMacs, throttle: Throttle, now: Callable[[], float]
     ) -> None:
         self._database = database
-        self._mac = mac
+        self._macs = macs
         self._throttle = throttle
         self._now = now
 
@@ -141,7 +141,7 @@ class Tokens:
             store.delete_expired_tokens(connection, owner_id, now_ms=created_ms)
             if len(store.tokens_of(connection, owner_id, now_ms=created_ms)) >= MOST_TOKENS:
                 raise TooManyTokens(MOST_TOKENS)
-            store.insert_token(connection, info, owner_id=owner_id, creator_id=int(caller.id), mac=self._mac.of(token))
+            store.insert_token(connection, info, owner_id=owner_id, creator_id=int(caller.id), mac=self._macs.of(token))
             return NewToken(info, token.text)
 
         return await self._database.write(create)

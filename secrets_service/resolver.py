@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Sequence
 
 from secrets_service import access, names, store
-from secrets_service.errors import SecretDamaged
+from secrets_service.errors import RightsDamaged, SecretDamaged
 from secrets_service.model import (
     FailureKind,
     Permission,
@@ -46,6 +46,14 @@ class References:
         The first reader is the creator of the endpoint. None when `told`, to whom the answer goes, may not know what is
         in the scope.
         """
+        try:
+            return self._checked(connection, reference, readers, told)
+        except RightsDamaged:  # of this scope, which closes this one alone
+            raise Failed(ReferenceFailure(reference, FailureKind.DAMAGED)) from None
+
+    def _checked(
+        self, connection: sqlite3.Connection, reference: Reference, readers: Sequence[User | None], told: User | None
+    ) -> tuple[SealedSecret, SecretBytes] | None:
         creator = readers[0]
         if creator is None or not creator.profile.is_active:
             name = creator.profile.name if creator else ""

@@ -1,4 +1,4 @@
-"""The root key file: 32 random bytes that every stored value is sealed under.
+"""The root key file: 32 random bytes under which the keyring is sealed, and through it everything else.
 
 The rule: a key is made only when there is nothing yet that it should open, and it is never replaced.
 """
@@ -6,7 +6,10 @@ The rule: a key is made only when there is nothing yet that it should open, and 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from secrets_service import files
@@ -16,8 +19,24 @@ from servicekit.errors import StartError
 
 LENGTH = 32
 
+_ID = b"id of a root key"
+_ID_BYTES = 8
 
-def load(path: Path) -> SecretBytes:
+
+@dataclass(frozen=True, slots=True)
+class RootKey:
+    """A root key, and what it is called where no key may stand; the id does not lead back to the key."""
+
+    id: str
+    key: SecretBytes = field(repr=False)
+
+    @classmethod
+    def of(cls, key: bytes) -> RootKey:
+        """The root key of these 32 bytes."""
+        return cls(hmac.digest(key, _ID, hashlib.sha256)[:_ID_BYTES].hex(), SecretBytes(key))
+
+
+def load(path: Path) -> RootKey:
     """The key in a file; raises StartError when there is none, or when the file is not exactly as it should be."""
     try:
         key = private_file.read(path, what="The root key", longest=LENGTH + 1, may_be_link=False)
@@ -28,10 +47,10 @@ def load(path: Path) -> SecretBytes:
         ) from None
     if len(key) != LENGTH:
         raise StartError(f"The root key {path} must hold exactly {LENGTH} bytes. Put it back from your safe copy.")
-    return SecretBytes(key)
+    return RootKey.of(key)
 
 
-def load_or_make(path: Path) -> SecretBytes:
+def load_or_make(path: Path) -> RootKey:
     """The key in a file, which is made when it is not there. Only for a store that holds nothing yet."""
     if not os.path.lexists(path):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -63,6 +63,7 @@ class SecretScopes:
             if store.count_scopes(connection) >= MOST_SCOPES:
                 raise TooManyScopes(MOST_SCOPES)
             made = store.insert_scope(connection, scope, folded=folded, uuid=uuid.uuid4().bytes)
+            self._values.prepare(connection, made)
             manager = store.find_principal(connection, USERS) if initial_manage_principal else int(caller.id)
             assert manager is not None  # the first start made the group
             store.put_grant(connection, made, manager, Permission.MANAGE)

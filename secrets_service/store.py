@@ -1,14 +1,20 @@
 """All SQL of the Secrets service: functions of a connection, run inside a transaction of `servicekit.database`.
 
-They find and record; whether the caller may is decided above, in the same transaction. Names arrive folded.
+They find and record; whether the caller may is decided above, in the same transaction. Names arrive folded. What
+decides about rights is verified here, where it is read, and authenticated where it is written (integrity.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from secrets_service import integrity
+from secrets_service.errors import RightsDamaged
 from secrets_service.model import (
     ClientSecret,
     Email,
@@ -21,6 +27,7 @@ from secrets_service.model import (
     Platform,
     Profile,
     Scope,
+    SealedKeyring,
     SealedSecret,
     SealedSigningKey,
     SecretInfo,
@@ -28,40 +35,115 @@ from secrets_service.model import (
     StoredToken,
     TokenInfo,
     TokenKind,
+    TokenMac,
     User,
     VersionInfo,
+    WrappedKey,
 )
 
 # --- platform ---
 
+_PLATFORM = "SELECT store_id, workspace_id, admin_id, admin_token_id, knows_older_endpoints, mac FROM platform"
 
-def find_platform(connection: sqlite3.Connection) -> Platform | None:
-    """What the first start decided; None before it."""
-    row = connection.execute(
-        "SELECT store_id, workspace_id, key_check, admin_id, admin_token_id FROM platform"
-    ).fetchone()
-    return Platform(*row) if row else None
+
+def stated_platform(connection: sqlite3.Connection) -> Platform | None:
+    """What the first start decided, as it is stored, to find the keys with which it is verified; None before it."""
+    row = connection.execute(_PLATFORM).fetchone()
+    return Platform(*row[:4]) if row else None
+
+
+def find_platform(connection: sqlite3.Connection) -> Platform:
+    """What the first start decided."""
+    return Platform(*_verified_platform(connection)[:4])
+
+
+def knows_older_endpoints(connection: sqlite3.Connection) -> bool:
+    """Whether Serving has told which endpoints are older than grants."""
+    return bool(_verified_platform(connection)[4])
 
 
 def insert_platform(connection: sqlite3.Connection, platform: Platform) -> None:
     """Records what the first start decided."""
+    row = (platform.store_id, platform.workspace_id, platform.admin_id, platform.admin_token_id, 0)
     connection.execute(
-        "INSERT INTO platform (one, store_id, workspace_id, key_check, admin_id, admin_token_id)"
+        "INSERT INTO platform (one, store_id, workspace_id, admin_id, admin_token_id, knows_older_endpoints)"
         " VALUES (1, ?, ?, ?, ?, ?)",
-        (
-            platform.store_id,
-            platform.workspace_id,
-            platform.key_check,
-            platform.admin_id,
-            platform.admin_token_id,
-        ),
+        row,
     )
+    _authenticate_platform(connection, row)
+
+
+def older_endpoints_are_known(connection: sqlite3.Connection) -> None:
+    """Records that Serving has told which endpoints are older than grants; there are no others."""
+    before = _verified_platform(connection)
+    connection.execute("UPDATE platform SET knows_older_endpoints = 1")
+    _authenticate_platform(connection, (*before[:4], 1))
 
 
 def replace_admin_token_id(connection: sqlite3.Connection, token_id: str) -> None:
     """Deletes the token that stood in admin.token and records which one stands there now."""
-    connection.execute("DELETE FROM tokens WHERE id = (SELECT admin_token_id FROM platform)")
+    before = _verified_platform(connection)
+    connection.execute("DELETE FROM tokens WHERE id = ?", (before[3],))
     connection.execute("UPDATE platform SET admin_token_id = ?", (token_id,))
+    _authenticate_platform(connection, (*before[:3], token_id, before[4]))
+
+
+def _verified_platform(connection: sqlite3.Connection) -> tuple[Any, ...]:
+    row = connection.execute(_PLATFORM).fetchone()
+    if row is None:
+        raise RightsDamaged("the", "platform")
+    integrity.of(connection).require(row[5], "platform", *row[:5])
+    return tuple(row[:5])
+
+
+def _authenticate_platform(connection: sqlite3.Connection, row: tuple[Any, ...]) -> None:
+    connection.execute("UPDATE platform SET mac = ?", (integrity.of(connection).mac("platform", *row),))
+
+
+def holds_data(connection: sqlite3.Connection) -> bool:
+    """Whether there is anything that a first start would not find."""
+    found = connection.execute(
+        "SELECT EXISTS (SELECT 1 FROM principals UNION ALL SELECT 1 FROM scopes UNION ALL SELECT 1 FROM keyring"
+        " UNION ALL SELECT 1 FROM signing_keys)"
+    ).fetchone()
+    return bool(found[0])
+
+
+# --- keys ---
+
+
+def find_keyring(connection: sqlite3.Connection) -> SealedKeyring | None:
+    """The keyring; None in a store of the first format."""
+    row = connection.execute("SELECT root_key_id, record FROM keyring").fetchone()
+    return SealedKeyring(*row) if row else None
+
+
+def insert_keyring(connection: sqlite3.Connection, keyring: SealedKeyring) -> None:
+    """Records the keyring of a store that has none yet."""
+    connection.execute(
+        "INSERT INTO keyring (one, root_key_id, record) VALUES (1, ?, ?)", (keyring.root_key_id, keyring.record)
+    )
+
+
+def replace_keyring(connection: sqlite3.Connection, keyring: SealedKeyring) -> None:
+    """Records a keyring in place of the one before."""
+    connection.execute("UPDATE keyring SET root_key_id = ?, record = ?", (keyring.root_key_id, keyring.record))
+
+
+def insert_scope_key(connection: sqlite3.Connection, scope: Scope, key: WrappedKey, *, created_ms: int) -> None:
+    """Adds a version to the key of a scope."""
+    connection.execute(
+        "INSERT INTO scope_keys (scope_id, version, created_ms, record) VALUES (?, ?, ?, ?)",
+        (scope.id, key.version, created_ms, key.record),
+    )
+
+
+def newest_scope_key(connection: sqlite3.Connection, scope: Scope) -> WrappedKey | None:
+    """The version of a scope's key that values are sealed under now."""
+    row = connection.execute(
+        "SELECT version, record FROM scope_keys WHERE scope_id = ? ORDER BY version DESC LIMIT 1", (scope.id,)
+    ).fetchone()
+    return WrappedKey(*row) if row else None
 
 
 def signing_keys(connection: sqlite3.Connection) -> list[SealedSigningKey]:
@@ -75,52 +157,128 @@ def insert_signing_key(connection: sqlite3.Connection, key: SealedSigningKey) ->
     connection.execute("INSERT INTO signing_keys (key_id, record) VALUES (?, ?)", (key.key_id, key.record))
 
 
+# --- stores of the first format ---
+
+
+def first_format_check(connection: sqlite3.Connection) -> bytes | None:
+    """What the root key of a store of the first format is known by; None in every other."""
+    row = connection.execute("SELECT key_check FROM first_format").fetchone()
+    return row[0] if row else None
+
+
+def end_first_format(connection: sqlite3.Connection) -> None:
+    """Records that nothing of the first format is left."""
+    connection.execute("DELETE FROM first_format")
+
+
+def folded_keys(connection: sqlite3.Connection, scope: Scope) -> list[tuple[int, str]]:
+    """All keys of a scope, deleted ones included: id and folded name."""
+    return connection.execute("SELECT id, folded FROM keys WHERE scope_id = ?", (scope.id,)).fetchall()
+
+
+def records(connection: sqlite3.Connection, key_id: int) -> list[tuple[int, bytes]]:
+    """The versions of a key that are kept, with their sealed values."""
+    return connection.execute("SELECT version, record FROM versions WHERE key_id = ?", (key_id,)).fetchall()
+
+
+def replace_record(
+    connection: sqlite3.Connection, key_id: int, version: int, record: bytes, *, key_version: int
+) -> None:
+    """Records the same value, sealed anew."""
+    connection.execute(
+        "UPDATE versions SET record = ?, key_version = ? WHERE key_id = ? AND version = ?",
+        (record, key_version, key_id, version),
+    )
+
+
+def replace_signing_key(connection: sqlite3.Connection, key: SealedSigningKey) -> None:
+    """Records the same signing key, sealed anew."""
+    connection.execute("UPDATE signing_keys SET record = ? WHERE key_id = ?", (key.record, key.key_id))
+
+
+def answers(connection: sqlite3.Connection) -> list[tuple[int, int, str, bytes]]:
+    """All first answers: id, principal, request, sealed answer."""
+    return connection.execute("SELECT id, principal_id, request_id, record FROM answers").fetchall()
+
+
+def replace_answer(connection: sqlite3.Connection, answer_id: int, record: bytes) -> None:
+    """Records the same answer, sealed anew."""
+    connection.execute("UPDATE answers SET record = ? WHERE id = ?", (record, answer_id))
+
+
 # --- principals: look-ups; the rest is in directory_store.py ---
+
+PRINCIPAL = "SELECT p.id, p.kind, p.name, p.folded, p.external_id, p.roles, p.entitlements, p.mac FROM principals p"
+
+ACCOUNT = (
+    "SELECT p.id, p.kind, p.name, p.folded, p.external_id, p.roles, p.entitlements, p.mac,"
+    " a.display_name, a.given_name, a.family_name, a.emails, a.is_active, a.mac"
+    " FROM principals p LEFT JOIN accounts a ON a.id = p.id"
+)
+
+# A membership of a group that there is not belongs to what is verified, too.
+_GROUPS = (
+    "SELECT p.id, p.kind, p.name, p.folded, p.external_id, p.roles, p.entitlements, p.mac"
+    " FROM memberships m LEFT JOIN principals p ON p.id = m.group_id"
+)
+
+IS_AMONG = "p.id IN (SELECT value FROM json_each(?))"
+"""The condition that a principal is one of a list of ids."""
+
+
+def verify_principal(connection: sqlite3.Connection, row: Sequence[Any]) -> None:
+    """Raises RightsDamaged for a row of PRINCIPAL that was changed."""
+    integrity.of(connection).require(row[7], "principal", *row[:7])
 
 
 def find_principal(connection: sqlite3.Connection, folded: str) -> int | None:
     """The id of the user, service principal or group of that name."""
-    row = connection.execute("SELECT id FROM principals WHERE folded = ?", (folded,)).fetchone()
-    return row[0] if row else None
+    row = connection.execute(f"{PRINCIPAL} WHERE p.folded = ?", (folded,)).fetchone()
+    if row is None:
+        return None
+    verify_principal(connection, row)
+    return int(row[0])
 
 
 def kind_of(connection: sqlite3.Connection, principal_id: int) -> Kind:
     """What the principal of that id is."""
-    return Kind(connection.execute("SELECT kind FROM principals WHERE id = ?", (principal_id,)).fetchone()[0])
+    row = connection.execute(f"{PRINCIPAL} WHERE p.id = ?", (principal_id,)).fetchone()
+    verify_principal(connection, row)
+    return Kind(row[1])
 
 
 def groups_of(connection: sqlite3.Connection, principal_id: int) -> tuple[Group, ...]:
-    """The groups that a principal belongs to, by id."""
-    rows = connection.execute(
-        "SELECT p.id, p.name FROM memberships m JOIN principals p ON p.id = m.group_id WHERE m.member_id = ?"
-        " ORDER BY p.id",
-        (principal_id,),
-    )
-    return tuple(Group(*row) for row in rows)
+    """The groups that a principal belongs to, by id. Whether it does, only its account's MAC tells (`account`)."""
+    rows = connection.execute(f"{_GROUPS} WHERE m.member_id = ? ORDER BY m.group_id", (principal_id,))
+    return tuple(group(connection, row) for row in rows)
 
 
-ACCOUNT = (
-    "SELECT p.id, p.kind, p.name, a.display_name, a.given_name, a.family_name, a.emails, a.is_active, p.roles,"
-    " p.entitlements, p.external_id FROM principals p JOIN accounts a ON a.id = p.id"
-)
+def group(connection: sqlite3.Connection, row: Sequence[Any]) -> Group:
+    """The group in a row of PRINCIPAL."""
+    verify_principal(connection, row)
+    if row[1] != Kind.GROUP:
+        raise RightsDamaged("group", str(row[0]))
+    return Group(row[0], row[2])
 
 
 def find_user(connection: sqlite3.Connection, user_id: int) -> User | None:
     """The user or service principal of that id."""
-    row = connection.execute(f"{ACCOUNT} WHERE p.id = ?", (user_id,)).fetchone()
-    return account(row, groups_of(connection, row[0])) if row else None
+    row = connection.execute(f"{ACCOUNT} WHERE p.id = ? AND p.kind <> 'group'", (user_id,)).fetchone()
+    return account(connection, row, groups_of(connection, row[0])) if row else None
 
 
 def find_user_named(connection: sqlite3.Connection, folded: str) -> User | None:
     """The user of that name, or the service principal of that application id."""
-    row = connection.execute(f"{ACCOUNT} WHERE p.folded = ?", (folded,)).fetchone()
-    return account(row, groups_of(connection, row[0])) if row else None
+    row = connection.execute(f"{ACCOUNT} WHERE p.folded = ? AND p.kind <> 'group'", (folded,)).fetchone()
+    return account(connection, row, groups_of(connection, row[0])) if row else None
 
 
-def account(row: sqlite3.Row, groups: tuple[Group, ...]) -> User:
-    """The user or service principal in a row of ACCOUNT."""
-    principal_id, kind, name, display_name, given_name, family_name, emails, is_active, *lists, external_id = row
-    roles, entitlements = (tuple(json.loads(each)) for each in lists)
+def account(connection: sqlite3.Connection, row: Sequence[Any], groups: tuple[Group, ...]) -> User:
+    """The user or service principal in a row of ACCOUNT, which belongs to these groups; raises RightsDamaged."""
+    verify_principal(connection, row)
+    integrity.of(connection).require(row[13], "account", row[0], *row[8:13], [each.id for each in groups])
+    principal_id, kind, name, _, external_id, roles, entitlements, _ = row[:8]
+    display_name, given_name, family_name, emails, is_active, _ = row[8:]
     profile = Profile(
         name=name,
         display_name=display_name,
@@ -128,14 +286,20 @@ def account(row: sqlite3.Row, groups: tuple[Group, ...]) -> User:
         family_name=family_name,
         emails=tuple(Email(*email) for email in json.loads(emails)),
         is_active=bool(is_active),
-        roles=roles,
-        entitlements=entitlements,
+        roles=tuple(json.loads(roles)),
+        entitlements=tuple(json.loads(entitlements)),
         external_id=external_id,
     )
     return User(principal_id, profile, groups, Kind(kind))
 
 
 # --- tokens and client secrets ---
+
+_TOKENS = (
+    "SELECT t.id, t.created_ms, t.expires_ms, t.comment, t.owner_id, t.creator_id, t.kind, t.mac_version, t.mac,"
+    " t.row_mac, coalesce(p.name, '') FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id"
+)
+"""The last column, the name of whoever made it, is for lists: it decides nothing."""
 
 
 def insert_token(
@@ -144,64 +308,89 @@ def insert_token(
     *,
     owner_id: int,
     creator_id: int,
-    mac: bytes,
+    mac: TokenMac,
     kind: TokenKind = TokenKind.PERSONAL,
 ) -> None:
     """Records a token, which its owner or an admin made, or a client secret."""
+    row = (info.id, info.created_ms, info.expires_ms, info.comment, owner_id, creator_id, kind, mac.version, mac.mac)
     connection.execute(
-        "INSERT INTO tokens (id, owner_id, creator_id, mac, comment, created_ms, expires_ms, kind)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (info.id, owner_id, creator_id, mac, info.comment, info.created_ms, info.expires_ms, kind),
+        "INSERT INTO tokens (id, created_ms, expires_ms, comment, owner_id, creator_id, kind, mac_version, mac,"
+        " row_mac) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, integrity.of(connection).mac("token", *row)),
     )
 
 
-def find_token_mac(connection: sqlite3.Connection, token_id: str) -> bytes | None:
-    """The MAC of the token of that id."""
-    row = connection.execute("SELECT mac FROM tokens WHERE id = ?", (token_id,)).fetchone()
-    return row[0] if row else None
+def find_token_mac(connection: sqlite3.Connection, token_id: str) -> TokenMac | None:
+    """The MAC of the token of that id, as it is stored; the token is verified when it is read."""
+    row = connection.execute("SELECT mac_version, mac FROM tokens WHERE id = ?", (token_id,)).fetchone()
+    return TokenMac(*row) if row else None
 
 
 def find_token(connection: sqlite3.Connection, token_id: str) -> StoredToken | None:
     """A token or client secret and its owner, whether or not it has expired."""
-    row = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, owner_id, kind FROM tokens WHERE id = ?", (token_id,)
-    ).fetchone()
+    row = _verified_token(connection, token_id)
     if row is None:
         return None
     owner = find_user(connection, row[4])
-    return StoredToken(TokenInfo(*row[:4]), owner, TokenKind(row[5])) if owner else None
+    return StoredToken(TokenInfo(*row[:4]), owner, TokenKind(row[6]), row[7]) if owner else None
+
+
+def renew_token_mac(connection: sqlite3.Connection, token_id: str, before: int, mac: TokenMac) -> None:
+    """Records the MAC of a token under another version of its key, if it still is under the version of `before`."""
+    row = _verified_token(connection, token_id)
+    if row is None or row[7] != before:
+        return
+    _replace_token(connection, (*row[:7], mac.version, mac.mac))
 
 
 def tokens_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[TokenInfo]:
     """A principal's tokens that have not expired, oldest first."""
-    rows = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment FROM tokens"
-        " WHERE owner_id = ? AND kind = 'personal' AND expires_ms > ? ORDER BY created_ms, rowid",
-        (owner_id, now_ms),
-    )
-    return [TokenInfo(*row) for row in rows]
+    return [TokenInfo(*row[:4]) for row in _tokens_of(connection, owner_id, TokenKind.PERSONAL, now_ms)]
 
 
 def client_secrets_of(connection: sqlite3.Connection, owner_id: int, *, now_ms: int) -> list[ClientSecret]:
     """A service principal's client secrets that have not expired, oldest first."""
+    rows = _tokens_of(connection, owner_id, TokenKind.CLIENT_SECRET, now_ms)
+    return [ClientSecret(TokenInfo(*row[:4]), TokenMac(*row[7:9])) for row in rows]
+
+
+def _tokens_of(connection: sqlite3.Connection, owner_id: int, kind: TokenKind, now_ms: int) -> Iterator[Sequence[Any]]:
     rows = connection.execute(
-        "SELECT id, created_ms, expires_ms, comment, mac FROM tokens"
-        " WHERE owner_id = ? AND kind = 'client_secret' AND expires_ms > ? ORDER BY created_ms, rowid",
-        (owner_id, now_ms),
+        f"{_TOKENS} WHERE t.owner_id = ? AND t.kind = ? AND t.expires_ms > ? ORDER BY t.created_ms, t.rowid",
+        (owner_id, kind, now_ms),
+    ).fetchall()
+    return (row for row in rows if _is_intact_token(connection, row))
+
+
+def _verified_token(connection: sqlite3.Connection, token_id: str) -> Sequence[Any] | None:
+    row: Sequence[Any] | None = connection.execute(f"{_TOKENS} WHERE t.id = ?", (token_id,)).fetchone()
+    if row is not None:
+        integrity.of(connection).require(row[9], "token", *row[:9])
+    return row
+
+
+def _is_intact_token(connection: sqlite3.Connection, row: Sequence[Any]) -> bool:
+    """Whether a token may be listed: one that was changed lets nobody in and is as good as none."""
+    return integrity.of(connection).is_intact(row[9], "token", *row[:9])
+
+
+def _replace_token(connection: sqlite3.Connection, row: Sequence[Any]) -> None:
+    """Records what may change of a token that was verified: its comment and its MAC."""
+    connection.execute(
+        "UPDATE tokens SET comment = ?, mac_version = ?, mac = ?, row_mac = ? WHERE id = ?",
+        (row[3], row[7], row[8], integrity.of(connection).mac("token", *row), row[0]),
     )
-    return [ClientSecret(TokenInfo(*row[:4]), row[4]) for row in rows]
-
-
-_MANAGED = (
-    "SELECT t.id, t.created_ms, t.expires_ms, t.comment, t.owner_id, t.creator_id, coalesce(p.name, '')"
-    " FROM tokens t LEFT JOIN principals p ON p.id = t.creator_id WHERE t.kind = 'personal'"
-)
 
 
 def find_managed_token(connection: sqlite3.Connection, token_id: str, *, now_ms: int) -> ManagedToken | None:
     """Anybody's token that has not expired."""
-    row = connection.execute(f"{_MANAGED} AND t.id = ? AND t.expires_ms > ?", (token_id, now_ms)).fetchone()
-    return _managed(row) if row else None
+    row = connection.execute(
+        f"{_TOKENS} WHERE t.kind = 'personal' AND t.id = ? AND t.expires_ms > ?", (token_id, now_ms)
+    ).fetchone()
+    if row is None:
+        return None
+    integrity.of(connection).require(row[9], "token", *row[:9])
+    return _managed(row)
 
 
 def newest_tokens(
@@ -210,19 +399,22 @@ def newest_tokens(
     """The newest tokens that have not expired, oldest first: everybody's, or those that some principals made."""
     made_by = "" if creators is None else " AND t.creator_id IN (SELECT value FROM json_each(?))"
     rows = connection.execute(
-        f"{_MANAGED} AND t.expires_ms > ?{made_by} ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
+        f"{_TOKENS} WHERE t.kind = 'personal' AND t.expires_ms > ?{made_by}"
+        " ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
         (now_ms, *([] if creators is None else [json.dumps(list(creators))]), count),
     ).fetchall()
-    return [_managed(row) for row in reversed(rows)]
+    return [_managed(row) for row in reversed(rows) if _is_intact_token(connection, row)]
 
 
-def _managed(row: sqlite3.Row) -> ManagedToken:
-    return ManagedToken(TokenInfo(*row[:4]), *row[4:])
+def _managed(row: Sequence[Any]) -> ManagedToken:
+    return ManagedToken(TokenInfo(*row[:4]), owner_id=row[4], creator_id=row[5], creator_name=row[10])
 
 
 def comment_token(connection: sqlite3.Connection, token_id: str, comment: str) -> None:
     """Changes what a token is said to be for."""
-    connection.execute("UPDATE tokens SET comment = ? WHERE id = ?", (comment, token_id))
+    row = _verified_token(connection, token_id)
+    if row is not None:
+        _replace_token(connection, (*row[:3], comment, *row[4:9]))
 
 
 def delete_token(connection: sqlite3.Connection, token_id: str) -> None:
@@ -240,8 +432,8 @@ def delete_expired_tokens(connection: sqlite3.Connection, owner_id: int, *, now_
 
 def find_scope(connection: sqlite3.Connection, folded: str) -> Scope | None:
     """The scope of that name."""
-    row = connection.execute("SELECT id, uuid, name FROM scopes WHERE folded = ?", (folded,)).fetchone()
-    return Scope(*row) if row else None
+    found = _verified_scope(connection, "folded = ?", folded)
+    return found.scope if found else None
 
 
 def scopes(connection: sqlite3.Connection) -> list[Scope]:
@@ -257,16 +449,20 @@ def count_scopes(connection: sqlite3.Connection) -> int:
 def insert_scope(connection: sqlite3.Connection, name: str, *, folded: str, uuid: bytes) -> Scope:
     """Adds an empty scope without ACLs."""
     cursor = connection.execute("INSERT INTO scopes (uuid, name, folded) VALUES (?, ?, ?)", (uuid, name, folded))
-    return Scope(_new_id(cursor), uuid, name)
+    scope = Scope(_new_id(cursor), uuid, name)
+    _authenticate_scope(connection, _GrantedScope(scope, folded, 0, {}))
+    return scope
 
 
 def delete_scope(connection: sqlite3.Connection, scope: Scope) -> int:
-    """Deletes a scope with its secrets and ACLs; how many values were destroyed with it."""
-    values = connection.execute(
-        "SELECT count(*) FROM versions v JOIN keys k ON k.id = v.key_id WHERE k.scope_id = ?", (scope.id,)
+    """Deletes a scope with its secrets, keys and ACLs; how many values and keys were destroyed with it."""
+    destroyed = connection.execute(
+        "SELECT (SELECT count(*) FROM versions v JOIN keys k ON k.id = v.key_id WHERE k.scope_id = ?1)"
+        " + (SELECT count(*) FROM scope_keys WHERE scope_id = ?1)",
+        (scope.id,),
     ).fetchone()[0]
     connection.execute("DELETE FROM scopes WHERE id = ?", (scope.id,))
-    return int(values)
+    return int(destroyed)
 
 
 # A key exists while its last version is not older than its last deletion: `last_version >= first_version`.
@@ -283,20 +479,29 @@ def find_key(connection: sqlite3.Connection, scope: Scope, folded: str) -> Key |
 def find_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> SealedSecret | None:
     """The version of a secret that is read."""
     row = connection.execute(
-        "SELECT k.id, k.key, v.version, v.record FROM keys k"
-        " JOIN versions v ON v.key_id = k.id AND v.version = k.last_version"
-        " WHERE k.scope_id = ? AND k.folded = ? AND k.last_version >= k.first_version",
+        f"{_SEALED} WHERE k.scope_id = ? AND k.folded = ? AND v.version = k.last_version"
+        " AND k.last_version >= k.first_version",
         (scope.id, folded),
     ).fetchone()
-    return SealedSecret(*row) if row else None
+    return _sealed(row) if row else None
 
 
 def find_version(connection: sqlite3.Connection, key: Key, version: int) -> SealedSecret | None:
     """A version of a secret, if it is kept."""
-    row = connection.execute(
-        "SELECT record FROM versions WHERE key_id = ? AND version = ?", (key.id, version)
-    ).fetchone()
-    return SealedSecret(key.id, key.name, version, row[0]) if row else None
+    row = connection.execute(f"{_SEALED} WHERE v.key_id = ? AND v.version = ?", (key.id, version)).fetchone()
+    return _sealed(row) if row else None
+
+
+# A value whose key is gone is found all the same: it does not open.
+_SEALED = (
+    "SELECT k.id, k.key, v.version, v.record, v.key_version, coalesce(sk.record, x'') FROM versions v JOIN keys k"
+    " ON k.id = v.key_id LEFT JOIN scope_keys sk ON (sk.scope_id, sk.version) = (k.scope_id, v.key_version)"
+)
+
+
+def _sealed(row: sqlite3.Row) -> SealedSecret:
+    key_id, key, version, record, *wrapped = row
+    return SealedSecret(key_id, key, version, record, WrappedKey(*wrapped))
 
 
 def versions(connection: sqlite3.Connection, key: Key) -> list[VersionInfo]:
@@ -350,8 +555,8 @@ def next_version(connection: sqlite3.Connection, scope: Scope, name: str, *, fol
 def insert_version(connection: sqlite3.Connection, secret: SealedSecret, *, created_ms: int) -> None:
     """Records the value of a version."""
     connection.execute(
-        "INSERT INTO versions (key_id, version, created_ms, record) VALUES (?, ?, ?, ?)",
-        (secret.key_id, secret.version, created_ms, secret.record),
+        "INSERT INTO versions (key_id, version, created_ms, record, key_version) VALUES (?, ?, ?, ?, ?)",
+        (secret.key_id, secret.version, created_ms, secret.record, secret.wrapped_key.version),
     )
 
 
@@ -402,63 +607,145 @@ def holders(connection: sqlite3.Connection) -> set[str]:
 # --- access control lists ---
 
 
+@dataclass(frozen=True, slots=True)
+class _GrantedScope:
+    """A scope with all that is granted on it: what one MAC covers."""
+
+    scope: Scope
+    folded: str
+    generation: int
+    granted: Mapping[int, tuple[int, int]]
+    """By principal, in the order in which it was first granted: id of the row, permission."""
+
+    @property
+    def content(self) -> tuple[Any, ...]:
+        rows = [[row_id, principal_id, level] for principal_id, (row_id, level) in self.granted.items()]
+        return (self.scope.name, self.scope.id, self.scope.uuid, self.folded, self.generation, rows)
+
+
+_SCOPE = "SELECT id, uuid, name, folded, generation, mac FROM scopes"
+
+
+def _verified_scope(connection: sqlite3.Connection, condition: str, value: str | int) -> _GrantedScope | None:
+    """The scope that a condition on one value finds; raises RightsDamaged."""
+    row = connection.execute(f"{_SCOPE} WHERE {condition}", (value,)).fetchone()
+    if row is None:
+        return None
+    found = _stored_scope(connection, row)
+    integrity.of(connection).require(row[5], "scope", *found.content)
+    return found
+
+
+def _stored_scope(connection: sqlite3.Connection, row: Sequence[Any]) -> _GrantedScope:
+    rows = connection.execute("SELECT id, principal_id, permission FROM acls WHERE scope_id = ? ORDER BY id", (row[0],))
+    granted = {principal_id: (row_id, level) for row_id, principal_id, level in rows}
+    return _GrantedScope(Scope(*row[:3]), row[3], row[4], granted)
+
+
+def _authenticate_scope(connection: sqlite3.Connection, found: _GrantedScope) -> None:
+    connection.execute(
+        "UPDATE scopes SET generation = ?, mac = ? WHERE id = ?",
+        (found.generation, integrity.of(connection).mac("scope", *found.content), found.scope.id),
+    )
+
+
+def _granted(connection: sqlite3.Connection, scope_id: int) -> _GrantedScope:
+    """A scope that something else refers to."""
+    found = _verified_scope(connection, "id = ?", scope_id)
+    if found is None:
+        raise RightsDamaged("scope", str(scope_id))
+    return found
+
+
 def find_scope_and_standing(
     connection: sqlite3.Connection, folded: str, principal_id: int
 ) -> tuple[Scope, Standing] | None:
     """The scope of that name, and what decides about a principal in it."""
-    # One row for the principal itself and one for each of its groups.
-    rows = connection.execute(
-        "SELECT s.id, s.uuid, s.name, p.kind, p.name, a.permission FROM scopes s"
-        " CROSS JOIN (SELECT ?1 AS id UNION ALL SELECT group_id FROM memberships WHERE member_id = ?1) who"
-        " JOIN principals p ON p.id = who.id"
-        " LEFT JOIN acls a ON a.scope_id = s.id AND a.principal_id = who.id WHERE s.folded = ?2",
-        (principal_id, folded),
-    ).fetchall()
-    return (Scope(*rows[0][:3]), _standing(rows)) if rows else None
-
-
-def _standing(rows: list[sqlite3.Row]) -> Standing:
-    return Standing(
-        groups=frozenset(row[4] for row in rows if row[3] == "group"),
-        granted=tuple(Permission(row[5]) for row in rows if row[5] is not None),
+    found = _verified_scope(connection, "folded = ?", folded)
+    if found is None:
+        return None
+    user = find_user(connection, principal_id)
+    if user is None:
+        return found.scope, Standing(frozenset(), ())
+    concerned = [user.id, *(each.id for each in user.groups)]
+    return found.scope, Standing(
+        groups=frozenset(each.name for each in user.groups),
+        granted=tuple(Permission(found.granted[each][1]) for each in concerned if each in found.granted),
     )
 
 
 def put_grant(connection: sqlite3.Connection, scope: Scope, principal_id: int, permission: Permission) -> None:
     """Grants a permission in place of the principal's older one, which keeps its place in the list."""
-    connection.execute(
+    before = _granted(connection, scope.id)
+    row_id = connection.execute(
         "INSERT INTO acls (scope_id, principal_id, permission) VALUES (?, ?, ?)"
-        " ON CONFLICT (scope_id, principal_id) DO UPDATE SET permission = excluded.permission",
+        " ON CONFLICT (scope_id, principal_id) DO UPDATE SET permission = excluded.permission RETURNING id",
         (scope.id, principal_id, int(permission)),
-    )
+    ).fetchone()[0]
+    granted = {**before.granted, principal_id: (row_id, int(permission))}
+    _authenticate_scope(connection, replace(before, generation=before.generation + 1, granted=granted))
 
 
 def find_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> Grant | None:
     """What is granted to the principal of that name itself."""
-    row = connection.execute(
-        "SELECT p.name, a.permission FROM acls a JOIN principals p ON p.id = a.principal_id"
-        " WHERE a.scope_id = ? AND p.folded = ?",
-        (scope.id, folded),
-    ).fetchone()
-    return Grant(row[0], Permission(row[1])) if row else None
+    principal_id = find_principal(connection, folded)
+    granted = _granted(connection, scope.id).granted
+    if principal_id is None or principal_id not in granted:
+        return None
+    name = connection.execute("SELECT name FROM principals WHERE id = ?", (principal_id,)).fetchone()[0]
+    return Grant(name, Permission(granted[principal_id][1]))
 
 
 def grants(connection: sqlite3.Connection, scope: Scope) -> list[Grant]:
     """All that is granted on a scope, in the order in which it was first granted."""
+    granted = _granted(connection, scope.id).granted
     rows = connection.execute(
-        "SELECT p.name, a.permission FROM acls a JOIN principals p ON p.id = a.principal_id"
-        " WHERE a.scope_id = ? ORDER BY a.id",
-        (scope.id,),
-    )
-    return [Grant(name, Permission(permission)) for name, permission in rows]
+        f"{PRINCIPAL} WHERE {IS_AMONG}",
+        (json.dumps(list(granted)),),
+    ).fetchall()
+    for row in rows:
+        verify_principal(connection, row)
+    named = {row[0]: row[2] for row in rows}
+    for principal_id in granted.keys() - named.keys():
+        raise RightsDamaged("principal", str(principal_id))
+    return [Grant(named[principal_id], Permission(level)) for principal_id, (_, level) in granted.items()]
 
 
 def delete_grant(connection: sqlite3.Connection, scope: Scope, folded: str) -> None:
     """Takes away what is granted to the principal of that name."""
-    connection.execute(
-        "DELETE FROM acls WHERE scope_id = ? AND principal_id = (SELECT id FROM principals WHERE folded = ?)",
-        (scope.id, folded),
+    principal_id = find_principal(connection, folded)
+    if principal_id is not None:
+        _take_away(connection, _granted(connection, scope.id), principal_id)
+
+
+def take_away_everywhere(connection: sqlite3.Connection, principal_id: int) -> None:
+    """Takes away what is granted to a principal on any scope. One that is damaged stays so, and nobody has it."""
+    for row in connection.execute("SELECT scope_id FROM acls WHERE principal_id = ?", (principal_id,)).fetchall():
+        with contextlib.suppress(RightsDamaged):
+            _take_away(connection, _granted(connection, row[0]), principal_id)
+
+
+def _take_away(connection: sqlite3.Connection, before: _GrantedScope, principal_id: int) -> None:
+    connection.execute("DELETE FROM acls WHERE scope_id = ? AND principal_id = ?", (before.scope.id, principal_id))
+    granted = {each: row for each, row in before.granted.items() if each != principal_id}
+    _authenticate_scope(connection, replace(before, generation=before.generation + 1, granted=granted))
+
+
+# --- stores that are older than MACs of rights ---
+
+
+def authenticate_all(connection: sqlite3.Connection) -> None:
+    """Makes the MACs of scopes, tokens and the platform of what is stored, whatever that is. The directory's and the
+    endpoints' are made by functions of the same name."""
+    for row in connection.execute(_SCOPE).fetchall():
+        _authenticate_scope(connection, _stored_scope(connection, row))
+    made = integrity.of(connection)
+    connection.executemany(
+        "UPDATE tokens SET row_mac = ? WHERE id = ?",
+        [(made.mac("token", *row[:9]), row[0]) for row in connection.execute(_TOKENS).fetchall()],
     )
+    for row in connection.execute(_PLATFORM).fetchall():
+        _authenticate_platform(connection, row[:5])
 
 
 def _new_id(cursor: sqlite3.Cursor) -> int:

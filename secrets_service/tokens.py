@@ -1,8 +1,10 @@
 """Personal access tokens and client secrets: how they look, and how a presented one is compared with what is stored.
 
-A prefix that tells which of them it is, a public id (12 characters), 256 random bits (43) and a CRC-32 (6), all base62.
-Only the id and a MAC are stored, so a copy of the database authenticates nobody. The check sum spares a typing mistake
-the look-up, never the answer: every token that is not right is refused in the same words.
+A prefix that tells which of them it is, a public id (12 characters), 256 random bits (43) and a CRC-32 (6), all
+base62. Only the id and a MAC are stored, so a copy of the database authenticates nobody. The key of the MAC has
+versions: which one it was is stored beside it, and a MAC of an older one is renewed when its token is used, since
+only then the token is there. The check sum spares a typing mistake the look-up, never the answer: every token that is
+not right is refused in the same words.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ import hashlib
 import hmac
 import secrets
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from secrets_service.model import SecretBytes, TokenKind
+from secrets_service.model import SecretBytes, TokenKind, TokenMac
 
 PREFIXES = {TokenKind.PERSONAL: "dapi", TokenKind.CLIENT_SECRET: "dose"}
 _PREFIX_LENGTH = 4
@@ -40,20 +43,36 @@ class Presented:
         return body + _check_sum(body)
 
 
-class TokenMac:
-    """The MAC under which tokens are stored."""
+class TokenMacs:
+    """The MACs under which tokens are stored; `keys` are the versions of their key, of which the highest is in use."""
 
-    def __init__(self, key: SecretBytes) -> None:
-        self._key = key
+    def __init__(self, keys: Mapping[int, SecretBytes]) -> None:
+        self._keys = dict(sorted(keys.items()))
+        self.current = max(self._keys)
+        """The version of the key that is in use."""
 
-    def of(self, token: Presented) -> bytes:
+    def of(self, token: Presented) -> TokenMac:
         """What is stored of a token."""
-        return hmac.digest(self._key.reveal(), token.id.encode() + token.secret.reveal(), hashlib.sha256)
+        return self._under(self.current, token)
+
+    def candidates(self, token: Presented) -> tuple[TokenMac, ...]:
+        """What may be stored of a token, one for each version, the one in use last."""
+        return tuple(self._under(version, token) for version in self._keys)
+
+    def _under(self, version: int, token: Presented) -> TokenMac:
+        key = self._keys[version].reveal()
+        return TokenMac(version, hmac.digest(key, token.id.encode() + token.secret.reveal(), hashlib.sha256))
 
 
-def is_same(mac: bytes, stored: bytes | None) -> bool:
-    """Whether a token's MAC is the stored one; as much work when nothing is stored under its id."""
-    return hmac.compare_digest(mac, stored or bytes(len(mac))) and stored is not None
+def is_one_of(candidates: tuple[TokenMac, ...], stored: TokenMac | None) -> bool:
+    """Whether what is stored is that of the token; as much work when nothing is stored under its id.
+
+    The one of the stored version is compared, and no other.
+    """
+    version = candidates[-1].version if stored is None else stored.version
+    mine = next((each for each in candidates if each.version == version), candidates[-1])
+    theirs = TokenMac(mine.version, bytes(len(mine.mac))) if stored is None else stored
+    return hmac.compare_digest(mine.mac, theirs.mac) and mine.version == theirs.version and stored is not None
 
 
 def make(kind: TokenKind = TokenKind.PERSONAL) -> Presented:

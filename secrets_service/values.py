@@ -1,5 +1,7 @@
 """Values at rest: every put makes a version, sealed at its own place, and what need not be kept is destroyed.
 
+A value is sealed under the newest key of its scope, and opened under the one that it was sealed under.
+
 The rule: the newest versions since the key was last deleted are kept, as many as configured, and those that a running
 replica holds. All else goes in the transaction that makes it superfluous. Methods run inside a transaction, after the
 caller's permission was checked.
@@ -11,9 +13,10 @@ import logging
 import sqlite3
 from collections.abc import Callable, Iterable
 
-from secrets_service import names, store
-from secrets_service.cipher import Cipher, Damaged, Place
-from secrets_service.errors import SecretDamaged
+from secrets_service import names, places, store
+from secrets_service.cipher import Damaged
+from secrets_service.errors import ScopeDamaged, SecretDamaged
+from secrets_service.keyring import Keyring
 from secrets_service.model import Key, Scope, SealedSecret, SecretBytes
 
 log = logging.getLogger(__name__)
@@ -22,23 +25,38 @@ log = logging.getLogger(__name__)
 class SecretValues:
     """The values of secrets; `keep` is how many versions of each stay, `now` tells Unix seconds."""
 
-    def __init__(self, cipher: Cipher, *, keep: int, now: Callable[[], float]) -> None:
-        self._cipher = cipher
+    def __init__(self, keyring: Keyring, *, keep: int, now: Callable[[], float]) -> None:
+        self._keyring = keyring
         self._keep = keep
         self._now = now
+
+    def prepare(self, connection: sqlite3.Connection, scope: Scope) -> None:
+        """Gives a new scope the key under which its values are sealed."""
+        key = self._keyring.new_scope_key(scope.uuid, 1)
+        store.insert_scope_key(connection, scope, key, created_ms=self._now_ms())
 
     def add(self, connection: sqlite3.Connection, scope: Scope, key: str, value: SecretBytes) -> tuple[int, int]:
         """Makes a new version; its number, and how many older ones were destroyed."""
         folded = names.folded(key)
         key_id, version = store.next_version(connection, scope, key, folded=folded)
-        record = self._cipher.seal(value, _place(scope, folded, version))
-        store.insert_version(connection, SealedSecret(key_id, key, version, record), created_ms=int(self._now() * 1000))
+        wrapped = store.newest_scope_key(connection, scope)
+        if wrapped is None:
+            raise ScopeDamaged(scope.name)
+        try:
+            cipher = self._keyring.of_scope(scope.uuid, wrapped)
+        except Damaged:
+            log.error("key of a scope is damaged", extra={"scope": scope.name})
+            raise ScopeDamaged(scope.name) from None
+        record = cipher.seal(value, places.secret(scope, folded, version))
+        sealed = SealedSecret(key_id, key, version, record, wrapped)
+        store.insert_version(connection, sealed, created_ms=self._now_ms())
         return version, store.drop_versions(connection, key_id, keep=self._keep)
 
     def open(self, scope: Scope, sealed: SealedSecret) -> SecretBytes:
         """The value of a version; raises SecretDamaged."""
         try:
-            return self._cipher.open(sealed.record, _place(scope, names.folded(sealed.key), sealed.version))
+            cipher = self._keyring.of_scope(scope.uuid, sealed.wrapped_key)
+            return cipher.open(sealed.record, places.secret(scope, names.folded(sealed.key), sealed.version))
         except Damaged:
             log.error("stored secret is damaged", extra={"scope": scope.name, "key": sealed.key})
             raise SecretDamaged(scope.name, sealed.key) from None
@@ -58,7 +76,5 @@ class SecretValues:
         concerned = store.release(connection, replica_ids)
         return sum(store.drop_versions(connection, key_id, keep=self._keep) for key_id in concerned)
 
-
-def _place(scope: Scope, folded: str, version: int) -> Place:
-    """Where the value of a version belongs; there alone it opens."""
-    return Place(kind="secret", scope=scope.uuid, key=folded, version=version, field="value")
+    def _now_ms(self) -> int:
+        return int(self._now() * 1000)

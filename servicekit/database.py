@@ -9,6 +9,7 @@ the WAL-reset bug of SQLite before 3.51.3.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import fcntl
 import logging
@@ -22,7 +23,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import aiosqlite
 
-from servicekit.errors import StartError
+from servicekit.errors import DataLoss, StartError
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,11 @@ class Database:
         """Runs a function as one transaction: all of it is on stable storage afterwards, or none when it raises."""
         return await _hop(self._writer, _transaction, "BEGIN IMMEDIATE", function, *args, **kwargs)
 
+    async def equip(self, function: Callable[[sqlite3.Connection], None]) -> None:
+        """Runs a function once on each connection: for what a connection has to know besides its database."""
+        for connection in (self._writer, *self._readers):
+            await _hop(connection, function)
+
     async def erase(self) -> None:
         """Leaves nothing of what was deleted in the files: the log beside the database is moved into it and emptied.
 
@@ -94,9 +100,12 @@ def _transaction(
     try:
         result = function(connection, *args, **kwargs)
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
+        if isinstance(error, sqlite3.OperationalError) and "decode to UTF-8" in str(error):
+            log.error("stored text is no text")
+            raise DataLoss("What is stored is damaged and was not used. Restore the data from a backup.") from None
         raise
     return result
 
@@ -116,16 +125,19 @@ async def _hop(
 
 
 @asynccontextmanager
-async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]:
+async def opened(
+    path: Path, migrations: Traversable, *, kind: type[sqlite3.Connection] = sqlite3.Connection
+) -> AsyncIterator[Database]:
     """Opens the database at `path`, brings its schema up to date, and closes it in the end.
 
-    `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Raises
-    DatabaseError when another process has it open, when it is damaged, or when it is newer than this program.
+    `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Connections are
+    of the given kind. Raises DatabaseError when another process has it open, when it is damaged, or when it is newer
+    than this program.
     """
     lock = _locked(path)
     try:
         existed = path.stat().st_size > 0
-        writer = await aiosqlite.connect(path, isolation_level=None)
+        writer = await aiosqlite.connect(path, isolation_level=None, factory=kind)
         readers: list[aiosqlite.Connection] = []
         try:
             try:
@@ -135,9 +147,10 @@ async def opened(path: Path, migrations: Traversable) -> AsyncIterator[Database]
             except sqlite3.DatabaseError as error:
                 raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
             for _ in range(READERS):
-                reader = await aiosqlite.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+                address = f"{path.absolute().as_uri()}?mode=ro"
+                reader = await aiosqlite.connect(address, uri=True, isolation_level=None, factory=kind)
                 readers.append(reader)
-                await _hop(reader, lambda connection: connection.execute("PRAGMA busy_timeout=5000").fetchone())
+                await _hop(reader, _prepare_reader)
             yield Database(writer, readers, existed)
         finally:
             await asyncio.gather(*(reader.close() for reader in readers))
@@ -171,8 +184,20 @@ def _owned(path: Path) -> int:
     return descriptor
 
 
+def _prepare_reader(connection: sqlite3.Connection) -> None:
+    for pragma in ("busy_timeout=5000", "trusted_schema=OFF"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
 def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "busy_timeout=5000"):
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+        "busy_timeout=5000",
+        "trusted_schema=OFF",  # a schema that somebody else has written runs no function of ours
+    ):
         connection.execute(f"PRAGMA {pragma}")
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
@@ -182,7 +207,30 @@ def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable
     if applied > len(scripts):
         raise DatabaseError(f"{path} was written by a newer version of this program. Install that version.")
     for number, script in enumerate(scripts[applied:], start=applied + 1):
-        sql = script.read_text(encoding="utf-8")
-        connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version={number};\nCOMMIT;")
+        _apply(connection, number, script)
         log.info("migration applied", extra={"database": path.name, "migration": script.name})
+    _refuse_foreign_code(connection, path, scripts)
     _emptied(connection)  # a process that was killed may have left deleted content there
+
+
+def _apply(connection: sqlite3.Connection, number: int, script: Traversable) -> None:
+    sql = script.read_text(encoding="utf-8")
+    connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version={number};\nCOMMIT;")
+
+
+def _refuse_foreign_code(connection: sqlite3.Connection, path: Path, scripts: list[Traversable]) -> None:
+    """Raises DatabaseError when the database has triggers or views that the migrations do not make.
+
+    They would run with every change of ours, whoever wrote them.
+    """
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
+        for number, script in enumerate(scripts, start=1):
+            _apply(fresh, number, script)
+        expected = _code(fresh)
+    if foreign := _code(connection) ^ expected:
+        name = min(foreign)[0]
+        raise DatabaseError(f"{path} has other triggers or views than this program ({name}). Restore it from a backup.")
+
+
+def _code(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    return set(connection.execute("SELECT name, sql FROM sqlite_master WHERE type IN ('trigger', 'view')"))

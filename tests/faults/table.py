@@ -24,6 +24,7 @@ _VERSIONS = "tests/service/test_versions.py"
 _BUILDS = "tests/service/test_model_environments.py"
 _GPUS = "tests/service/test_gpus.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
+_INTEGRITY = "tests/unit/secrets_service/test_integrity.py"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
@@ -174,10 +175,10 @@ FAULTS = (
         file="servicekit/database.py",
         old="""        if connection.in_transaction:
             connection.execute("ROLLBACK")
-        raise""",
+""",
         new="""        if connection.in_transaction:
             connection.execute("COMMIT")
-        raise""",
+""",
         tests=(
             "tests/unit/servicekit/test_database.py::test_transaction_that_raises_leaves_nothing_and_the_next_one_works",
             f"{_DIRECTORY}::test_last_active_admin_stays",
@@ -188,8 +189,8 @@ FAULTS = (
         name="any-secret-goes",
         property="S10",
         file="secrets_service/tokens.py",
-        old="hmac.compare_digest(mac, stored or bytes(len(mac))) and stored is not None",
-        new="stored is not None",
+        old="hmac.compare_digest(mine.mac, theirs.mac) and mine.version",
+        new="mine.version",
         tests=(
             f"{_IDENTITY}::test_secret_of_one_token_does_not_go_with_the_id_of_another",
             "tests/unit/secrets_service/test_tokens.py::test_only_the_right_secret_under_the_right_id_matches",
@@ -207,12 +208,12 @@ FAULTS = (
         name="known-token-id-shows",
         property="S10",
         file="secrets_service/authority.py",
-        old="""    if not tokens.is_same(mac, store.find_token_mac(connection, token_id)):
+        old="""    if not tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)):
         return None
     return store.find_token(connection, token_id)
 """,
         new="""    found = store.find_token(connection, token_id)
-    return found if tokens.is_same(mac, store.find_token_mac(connection, token_id)) else None
+    return found if tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)) else None
 """,
         tests=(
             "tests/unit/secrets_service/test_authority.py"
@@ -268,6 +269,92 @@ FAULTS = (
             f"{_SECRETS}::test_old_ciphertext_of_a_key_does_not_open_again",
             "tests/unit/secrets_service/test_cipher.py::test_record_opens_at_no_other_place",
         ),
+    ),
+    Fault(
+        name="key-version-not-bound",
+        property="S2",
+        file="secrets_service/cipher.py",
+        old="            self._version,\n            place.field",
+        new="            place.field",
+        tests=(
+            "tests/unit/secrets_service/test_cipher.py"
+            "::test_record_that_states_another_version_does_not_open_under_that_one",
+            "tests/unit/secrets_service/test_vectors.py::test_both_implementations_open_what_the_other_seals",
+        ),
+    ),
+    Fault(
+        name="key-made-over-data",
+        property="S4",
+        file="secrets_service/foundation.py",
+        old="        if await database.read(store.holds_data):",
+        new="        if False:",
+        tests=(f"{_SECRETS}::test_store_that_lost_what_it_begins_with_is_not_founded_again",),
+    ),
+    Fault(
+        name="old-token-mac-stays",
+        property="S5",
+        file="secrets_service/authority.py",
+        old="        if stored.mac_version != self._macs.current:",
+        new="        if stored.mac_version > self._macs.current:",
+        tests=(
+            "tests/unit/secrets_service/test_authority.py"
+            "::test_mac_under_an_older_key_is_renewed_when_its_token_is_used",
+            "tests/service/test_first_format.py::test_tokens_get_a_mac_under_the_new_key_when_they_are_used",
+        ),
+    ),
+    Fault(
+        name="migration-in-parts",
+        property="R26",
+        file="secrets_service/first_format.py",
+        old="    for signing_key in store.signing_keys(connection):",
+        new="    connection.execute('COMMIT')\n    connection.execute('BEGIN')\n"
+        "    for signing_key in store.signing_keys(connection):",
+        tests=("tests/service/test_first_format.py::test_start_that_is_killed_at_any_step_is_finished_by_the_next",),
+    ),
+    Fault(
+        name="acl-set-not-authenticated",
+        property="S3",
+        file="secrets_service/store.py",
+        old="""    integrity.of(connection).require(row[5], "scope", *found.content)
+""",
+        new="",
+        tests=(
+            f"{_INTEGRITY}::test_no_edit_gains_a_right_and_every_edit_of_what_decides_is_noticed",
+            "tests/service/test_rights.py::test_scope_whose_acls_were_edited_is_closed_and_the_other_is_not",
+        ),
+    ),
+    Fault(
+        name="generation-alone-authenticated",
+        property="S3",
+        file="secrets_service/store.py",
+        old="self.folded, self.generation, rows)",
+        new="self.folded, self.generation)",
+        tests=(f"{_INTEGRITY}::test_no_edit_gains_a_right_and_every_edit_of_what_decides_is_noticed",),
+    ),
+    Fault(
+        name="edit-blessed-by-a-change",
+        property="S3",
+        file="secrets_service/directory_store.py",
+        old="""    integrity.of(connection).require(row[5], "account", account_id, *row[:5], sorted(belongs))
+""",
+        new="",
+        tests=(f"{_INTEGRITY}::test_later_change_does_not_bless_an_edit",),
+    ),
+    Fault(
+        name="rights-believed-at-every-start",
+        property="S3",
+        file="secrets_service/foundation.py",
+        old="    if not keyring.rights_are_authenticated:",
+        new="    if keyring.current:",
+        tests=("tests/service/test_rights.py::test_rights_are_made_authentic_once_in_the_life_of_a_store",),
+    ),
+    Fault(
+        name="foreign-trigger-runs",
+        property="S3",
+        file="servicekit/database.py",
+        old="    _refuse_foreign_code(connection, path, scripts)\n",
+        new="",
+        tests=("tests/service/test_rights.py::test_service_does_not_start_with_a_trigger_that_is_not_its_own",),
     ),
     Fault(
         name="nonce-reused",
@@ -386,7 +473,7 @@ FAULTS = (
         name="new-endpoints-believed",
         property="S15",
         file="secrets_service/foundation.py",
-        old="        grant_store.older_endpoints_are_known(connection)  # there are none\n",
+        old="        store.older_endpoints_are_known(connection)  # there are none\n",
         new="",
         tests=(f"{_GRANTS}::test_a_new_database_takes_nobodys_word_for_endpoints",),
     ),
@@ -818,8 +905,10 @@ FAULTS = (
         name="comment-in-sql",
         property="S26",
         file="secrets_service/store.py",
-        old="""connection.execute("UPDATE tokens SET comment = ? WHERE id = ?", (comment, token_id))""",
-        new="""connection.execute(f"UPDATE tokens SET comment = '{comment}' WHERE id = ?", (token_id,))""",
+        old="""        "UPDATE tokens SET comment = ?, mac_version = ?, mac = ?, row_mac = ? WHERE id = ?",
+        (row[3], row[7],""",
+        new="""        f"UPDATE tokens SET comment = '{row[3]}', mac_version = ?, mac = ?, row_mac = ? WHERE id = ?",
+        (row[7],""",
         tests=("tests/service/test_injection.py::test_hostile_text_is_text",),
     ),
     # --- causes ---

@@ -27,6 +27,7 @@ from tests.support.eventually import eventually
 from tests.support.platform import running_pair
 from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal
 from tests.support.serving import RunningServing, ServingCaller
+from tests.support.stores import rewrite
 
 State = pb.EndpointState
 SECRET = "{{secrets/team/api.key}}"
@@ -405,10 +406,7 @@ async def test_an_endpoint_that_is_older_than_grants_goes_on_and_is_granted_at_i
             made = await platform.ann.serving.create("demo", environment={"A": SECRET})
             await platform.ann.serving.settled("demo")
             token = platform.ann.secrets.metadata[0][1].removeprefix("Bearer ")
-        with closing(sqlite3.connect(directory / "secrets" / "secrets.db")) as connection:
-            connection.execute("DELETE FROM endpoints")
-            connection.execute("UPDATE platform SET knows_older_endpoints = 0")
-            connection.commit()
+        rewrite(directory, "DELETE FROM endpoints", "UPDATE platform SET knows_older_endpoints = 0")
         async with running_pair(directory) as (secrets, serving):
             platform = Platform(directory, secrets, serving)
             ann = serving.public(token)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import closing
-from typing import Any
+from pathlib import Path
 
 import grpc
 import pytest
@@ -26,6 +24,7 @@ from tests.support.secrets import (
     refusal,
     running_secrets,
 )
+from tests.support.stores import rewrite
 
 INVALID = "INVALID_PARAMETER_VALUE"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
@@ -367,13 +366,14 @@ async def test_what_is_no_endpoint_digest_or_name_is_refused(service: RunningSec
 # --- endpoints that are older than grants ---
 
 
-def as_before_grants(database: Any) -> None:
-    """Makes a database one of the time before grants."""
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("DELETE FROM launch_grants")
-        connection.execute("DELETE FROM endpoints")
-        connection.execute("UPDATE platform SET knows_older_endpoints = 0")
-        connection.commit()
+def as_before_grants(directory: Path) -> None:
+    """Makes a store one of the time before grants."""
+    rewrite(
+        directory,
+        "DELETE FROM launch_grants",
+        "DELETE FROM endpoints",
+        "UPDATE platform SET knows_older_endpoints = 0",
+    )
 
 
 async def test_an_older_endpoint_is_granted_at_its_next_launch_what_its_creator_may_read() -> None:
@@ -384,7 +384,7 @@ async def test_an_older_endpoint_is_granted_at_its_next_launch_what_its_creator_
             bob = await service.user("bob")
             bob_id = (await bob(bob.scim.GetMe, identity_pb2.GetMeRequest())).id
             admin_id = (await service.admin(service.admin.scim.GetMe, identity_pb2.GetMeRequest())).id
-        as_before_grants(directory / "secrets" / "secrets.db")
+        as_before_grants(directory)
         mine, his, late = (uuid.uuid4().hex for _ in range(3))
         async with running_secrets(directory) as service:
             assert kinds(await service.resolve(mine, PASSWORD)) == ["NOT_GRANTED"]  # nobody said so far who made it

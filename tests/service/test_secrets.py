@@ -270,8 +270,28 @@ def _directory(key: Path) -> None:
     key.mkdir()
 
 
+def _writable_by_the_group(key: Path) -> None:
+    key.chmod(0o620)
+
+
+def _for_nobody(key: Path) -> None:
+    key.chmod(0o000)
+
+
 @pytest.mark.parametrize(
-    "harm", [_lost, _wrong, _empty, _truncated, _too_long, _readable_by_others, _symbolic_link, _directory]
+    "harm",
+    [
+        _lost,
+        _wrong,
+        _empty,
+        _truncated,
+        _too_long,
+        _readable_by_others,
+        _writable_by_the_group,
+        _for_nobody,
+        _symbolic_link,
+        _directory,
+    ],
 )
 async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callable[[Path], None]) -> None:
     with data_directory() as directory:
@@ -281,12 +301,12 @@ async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callabl
             database, key = service.settings.database, service.settings.root_key
         kept, content = key.read_bytes(), _dump(database)
         harm(key)
-        harmed = None if key.is_dir() or not key.exists() else key.read_bytes()
+        harmed = _content_of(key)
         with pytest.raises(StartError, match="root key"):
             async with running_secrets(directory):
                 pass
         assert _dump(database) == content
-        assert harmed == (None if key.is_dir() or not key.exists() else key.read_bytes())
+        assert _content_of(key) == harmed
         # The way out that the message names works.
         if key.is_dir():
             key.rmdir()
@@ -295,6 +315,39 @@ async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callabl
         key.chmod(0o400)
         async with running_secrets(directory) as service:
             assert await service.admin.get("Shop", "key") == CANARY
+
+
+@pytest.mark.parametrize(
+    ("edit", "cause"),
+    [
+        ("DELETE FROM platform", "holds data"),
+        ("DELETE FROM keyring", "has lost its keyring"),
+        ("UPDATE keyring SET record = substr(record, 1, 60)", "is damaged"),
+        ("UPDATE keyring SET record = zeroblob(100)", "is damaged"),
+        ("UPDATE keyring SET root_key_id = 'another'", "was sealed under another"),
+        ("UPDATE platform SET store_id = zeroblob(16)", "is damaged"),
+        ("DELETE FROM signing_keys", "has lost its signing keys"),
+        ("UPDATE signing_keys SET record = zeroblob(100)", "is damaged"),
+    ],
+)
+async def test_store_that_lost_what_it_begins_with_is_not_founded_again(edit: str, cause: str) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+            database, key = service.settings.database, service.settings.root_key
+        with closing(sqlite3.connect(database)) as connection:
+            connection.execute(edit)
+            connection.commit()
+        before, content, token = key.read_bytes(), _dump(database), service.admin_token
+        with pytest.raises(StartError, match=cause):
+            async with running_secrets(directory):
+                pass
+        assert (key.read_bytes(), _dump(database)) == (before, content)
+        assert service.settings.admin_token.read_text().strip() == token
+
+
+def _content_of(key: Path) -> bytes | None:
+    return None if key.is_dir() or not key.exists() else key.read_bytes()
 
 
 def _dump(database: Path) -> list[str]:

@@ -14,8 +14,8 @@ PACKAGES = ("secrets_service", "serving_service", "gateway", "servicekit", "tess
 
 DOORS = {
     "secrets_service/store.py": frozenset[str](),
-    "secrets_service/directory_store.py": frozenset({"ACCOUNT"}),
-    "secrets_service/grant_store.py": frozenset[str](),
+    "secrets_service/directory_store.py": frozenset({"ACCOUNT", "IS_AMONG", "PRINCIPAL"}),
+    "secrets_service/grant_store.py": frozenset({"ACCOUNT", "IS_AMONG"}),
     "serving_service/store.py": frozenset[str](),
     # A table of the same shape in two services.
     "servicekit/once.py": frozenset[str](),
@@ -52,7 +52,7 @@ def test_constants_that_are_used_elsewhere_come_from_a_door() -> None:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
-    assert DOORS["secrets_service/directory_store.py"] <= assigned
+    assert DOORS["secrets_service/directory_store.py"] | DOORS["secrets_service/grant_store.py"] <= assigned
 
 
 def test_statements_stand_at_the_doors_alone() -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secrets_service import access, directory_store, store
-from secrets_service.app import MIGRATIONS
 from secrets_service.model import Permission, Profile, Scope, Standing
+from tests.support.stores import a_store
 
 USERS = ["ann", "ben", "cat"]
 GROUPS = ["admins", "users", "staff"]
@@ -27,14 +23,6 @@ grants = st.lists(
     ),
     max_size=12,
 )
-
-
-@contextmanager
-def a_store() -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(":memory:")) as connection:
-        for script in sorted(MIGRATIONS.iterdir(), key=lambda entry: entry.name):
-            connection.executescript(script.read_text())
-        yield connection
 
 
 @settings(max_examples=300, deadline=None)

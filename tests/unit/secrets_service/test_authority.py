@@ -13,38 +13,39 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secrets_service import directory_store, store, tokens
-from secrets_service.app import MIGRATIONS
 from secrets_service.authority import Authority, SigningKeys
 from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Profile, SecretBytes, TokenInfo
-from secrets_service.tokens import Presented, TokenMac
-from servicekit import database, identity
+from secrets_service.tokens import Presented, TokenMacs
+from servicekit import identity
 from servicekit.context import Principal
 from servicekit.identity import InvalidToken
 from tests.support.answers import plain_answers
+from tests.support.stores import opened_store
 
-MAC = TokenMac(SecretBytes(b"m" * 32))
+OLD_KEY, KEY = SecretBytes(b"o" * 32), SecretBytes(b"m" * 32)
+MACS = TokenMacs({0: OLD_KEY, 1: KEY})
 
 
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
-    async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
+    async with opened_store(tmp_path / "secrets.db") as opened:
         yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
 def an_authority(opened: RememberingDatabase, *, now: Callable[[], float] = lambda: 0.0) -> Authority:
-    return Authority(opened, MAC, SigningKeys({"k": Ed25519PrivateKey.generate()}), None, workspace_id="1", now=now)
+    return Authority(opened, MACS, SigningKeys({"k": Ed25519PrivateKey.generate()}), None, workspace_id="1", now=now)
 
 
-async def a_token(opened: RememberingDatabase) -> Presented:
+async def a_token(opened: RememberingDatabase, macs: TokenMacs = MACS) -> Presented:
     """A new user's token, which is good for the first thousand seconds."""
     token = tokens.make()
 
     def insert(connection: sqlite3.Connection) -> None:
         user = directory_store.insert_account(connection, Profile(name="bob"), folded="bob", groups=[])
         info = TokenInfo(token.id, created_ms=0, expires_ms=1_000_000, comment="")
-        store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=MAC.of(token))
+        store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=macs.of(token))
 
     await opened.write(insert)
     return token
@@ -79,6 +80,52 @@ async def test_wrong_secret_is_looked_up_as_an_unknown_id_is_however_well_the_to
             await authority.authenticate(refused.text)
     assert asked == [wrong.id, unknown.id] * 2
     assert (await authority.authenticate(token.text)).token_id == token.id
+
+
+async def test_mac_under_an_older_key_is_renewed_when_its_token_is_used(opened: RememberingDatabase) -> None:
+    token, authority = await a_token(opened, TokenMacs({0: OLD_KEY})), an_authority(opened)
+    with pytest.raises(InvalidToken):
+        await authority.authenticate(Presented(token.id, SecretBytes(bytes(32))).text)
+    before = await opened.read(store.find_token_mac, token.id)
+    assert before is not None
+    assert before.version == 0
+    for _ in range(2):
+        assert (await authority.authenticate(token.text)).token_id == token.id
+        assert await opened.read(store.find_token_mac, token.id) == MACS.of(token)
+    with pytest.raises(InvalidToken):
+        await authority.authenticate(Presented(token.id, SecretBytes(bytes(32))).text)
+
+
+async def test_token_whose_mac_cannot_be_renewed_is_good_all_the_same(
+    opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, authority = await a_token(opened, TokenMacs({0: OLD_KEY})), an_authority(opened)
+
+    def full(*_: Any) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "renew_token_mac", full)
+        for _ in range(2):
+            assert (await authority.authenticate(token.text)).token_id == token.id
+    assert (await authority.authenticate(token.text)).token_id == token.id
+    assert await opened.read(store.find_token_mac, token.id) == MACS.of(token)
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, -1])
+async def test_mac_is_compared_under_the_version_that_is_stored_and_no_other(
+    opened: RememberingDatabase, version: int
+) -> None:
+    """The MAC under one key, said to be under another, or under one that there is not."""
+    token, authority = await a_token(opened), an_authority(opened)
+    await opened.write(
+        lambda connection: connection.execute("UPDATE tokens SET mac_version = ?", (version,)).fetchone()
+    )
+    if version == 1:
+        assert (await authority.authenticate(token.text)).token_id == token.id
+    else:
+        with pytest.raises(InvalidToken):
+            await authority.authenticate(token.text)
 
 
 def test_newest_key_signs_and_all_verify() -> None:

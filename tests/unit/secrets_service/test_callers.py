@@ -8,33 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from secrets_service import callers, directory_store
-from secrets_service.app import MIGRATIONS
-from secrets_service.cipher import Cipher
+from secrets_service import callers, directory_store, store
 from secrets_service.directory import Accounts, Directory
 from secrets_service.errors import AdminsOnly
 from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
-from secrets_service.model import USERS, Kind, Profile, SecretBytes
+from secrets_service.model import USERS, Kind, Profile
 from secrets_service.personal_tokens import Tokens
 from secrets_service.scopes import SecretScopes
 from secrets_service.throttle import Throttle
-from secrets_service.tokens import TokenMac
+from secrets_service.tokens import TokenMacs
 from secrets_service.values import SecretValues
-from servicekit import database
 from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
 from servicekit.policy import AUTHENTICATED
 from tessera.policy import ADMIN
 from tests.support.answers import plain_answers
 from tests.support.policy import serving
-
-KEY = SecretBytes(b"k" * 32)
+from tests.support.stores import KEYRING, opened_store
 
 
 @pytest.fixture
 async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
-    async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
+    async with opened_store(tmp_path / "secrets.db") as opened:
         yield RememberingDatabase(opened, plain_answers(), AccessFeed())
 
 
@@ -56,8 +52,8 @@ async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_th
 @pytest.mark.parametrize("facts", [{"is_active": False}, {"is_there": False}])
 async def test_who_was_taken_away_meanwhile_makes_nothing(opened: RememberingDatabase, facts: dict[str, bool]) -> None:
     caller = await a_caller(opened, **facts)
-    scopes = SecretScopes(opened, SecretValues(Cipher(KEY, b"s" * 16), keep=1, now=lambda: 0.0))
-    tokens = Tokens(opened, TokenMac(KEY), Throttle(10, lambda: 0.0), lambda: 0.0)
+    scopes = SecretScopes(opened, SecretValues(KEYRING, keep=1, now=lambda: 0.0))
+    tokens = Tokens(opened, TokenMacs(KEYRING.token_mac_keys()), Throttle(10, lambda: 0.0), lambda: 0.0)
     users = Accounts(Directory(opened), Kind.USER)
     for row, call in (
         (AUTHENTICATED, scopes.create_scope(scope="s", initial_manage_principal="", caller=caller)),
@@ -76,7 +72,9 @@ async def test_what_an_assertion_says_about_groups_makes_nobody_an_admin(opened:
 
     def leave(connection: sqlite3.Connection) -> None:
         callers.require_admin(connection, caller, "do this")
-        connection.execute("DELETE FROM memberships")
+        admins = store.find_principal(connection, ADMINS)
+        assert admins is not None
+        directory_store.change_members(connection, admins, added=[], removed=[int(caller.id)])
 
     with serving(ADMIN):
         await opened.write(leave)

@@ -6,10 +6,10 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-from secrets_service import directory_store, store
+from secrets_service import directory_store, first_format, store
 from secrets_service.app import MIGRATIONS
 from secrets_service.model import Email, Kind, Profile
-from servicekit import database
+from tests.support.stores import opened_store
 
 BEFORE = """
 INSERT INTO principals (id, kind, name, folded) VALUES (1, 'group', 'users', 'users'), (2, 'user', 'Ada', 'ada');
@@ -25,7 +25,8 @@ PRAGMA user_version = 1;
 async def test_users_keep_what_they_had_when_service_principals_come(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / "secrets.db")) as old:
         old.executescript((MIGRATIONS / "0001_initial.sql").read_text() + BEFORE)
-    async with database.opened(tmp_path / "secrets.db", MIGRATIONS) as opened:
+    async with opened_store(tmp_path / "secrets.db") as opened:
+        await opened.write(first_format.authenticate_rights)
         user = await opened.read(store.find_user, 2)
         assert user is not None
         assert (user.kind, [group.name for group in user.groups]) == (Kind.USER, ["users"])

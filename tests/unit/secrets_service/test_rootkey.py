@@ -14,8 +14,9 @@ from servicekit.errors import StartError
 def test_key_is_made_private_and_random(tmp_path: Path) -> None:
     first = rootkey.load_or_make(tmp_path / "a" / "root.key")
     second = rootkey.load_or_make(tmp_path / "b" / "root.key")
-    assert len(first) == 32
-    assert first.reveal() != second.reveal()
+    assert len(first.key) == 32
+    assert first.key.reveal() != second.key.reveal()
+    assert first.id != second.id
     assert (tmp_path / "a" / "root.key").stat().st_mode & 0o777 == 0o600
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["root.key"]
 
@@ -24,7 +25,7 @@ def test_existing_key_is_used_and_never_replaced(tmp_path: Path) -> None:
     path = tmp_path / "root.key"
     path.write_bytes(b"x" * 32)
     path.chmod(0o400)
-    assert rootkey.load_or_make(path).reveal() == b"x" * 32
+    assert rootkey.load_or_make(path).key.reveal() == b"x" * 32
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 31, b"x" * 33])

@@ -6,8 +6,7 @@ import contextlib
 import json
 import sqlite3
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,24 +14,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from secrets_service import directory_store, names, scim_filter
-from secrets_service.app import MIGRATIONS
 from secrets_service.directory_store import FILTERED, SORTED, Selection
 from secrets_service.errors import InvalidFilter
 from secrets_service.model import Email, Kind, Profile
 from secrets_service.scim_filter import AllOf, AnyOf, Comparison, Operator
+from tests.support.stores import a_store
 
 ATTRIBUTES = FILTERED[Kind.USER]
 
 Tree = tuple[str, Any, Any]
 """("and" or "or", left, right), or (operator, attribute, text)."""
-
-
-@contextmanager
-def a_store() -> Iterator[sqlite3.Connection]:
-    with closing(sqlite3.connect(":memory:")) as connection:
-        for script in sorted(MIGRATIONS.iterdir(), key=str):
-            connection.executescript(script.read_text())
-        yield connection
 
 
 def page(connection: sqlite3.Connection, **wanted: Any) -> list[int]:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secrets_service import tokens
-from secrets_service.model import SecretBytes, TokenKind
-from secrets_service.tokens import Presented, TokenMac
+from secrets_service.model import SecretBytes, TokenKind, TokenMac
+from secrets_service.tokens import Presented, TokenMacs
 
-MAC = TokenMac(SecretBytes(b"m" * 32))
+MACS = TokenMacs({2: SecretBytes(b"m" * 32), 1: SecretBytes(b"o" * 32)})
 
 
 def test_token_has_the_documented_prefix_and_only_letters_and_digits() -> None:
@@ -60,13 +60,24 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
 
 def test_only_the_right_secret_under_the_right_id_matches() -> None:
     token, other = tokens.make(), tokens.make()
-    stored = MAC.of(token)
-    assert tokens.is_same(MAC.of(token), stored)
+    stored, candidates = MACS.of(token), MACS.candidates(token)
+    assert tokens.is_one_of(candidates, stored)
     for wrong in (other, Presented(other.id, token.secret), Presented(token.id, other.secret)):
-        assert not tokens.is_same(MAC.of(wrong), stored)
-    assert not tokens.is_same(MAC.of(token), None)
-    assert not tokens.is_same(bytes(32), None)
-    assert not tokens.is_same(TokenMac(SecretBytes(b"M" * 32)).of(token), stored)
+        assert not tokens.is_one_of(MACS.candidates(wrong), stored)
+    assert not tokens.is_one_of(candidates, None)
+    assert not tokens.is_one_of((TokenMac(2, bytes(32)),), None)
+    assert not tokens.is_one_of(TokenMacs({2: SecretBytes(b"M" * 32)}).candidates(token), stored)
+
+
+def test_mac_of_every_version_matches_as_what_it_is_and_new_ones_are_of_the_newest() -> None:
+    token = tokens.make()
+    old, new = MACS.candidates(token)
+    assert (old.version, new.version, MACS.current) == (1, 2, 2)
+    assert new == MACS.of(token)
+    for stored in (old, new):
+        assert tokens.is_one_of((old, new), stored)
+        for version in {0, 1, 2, 3} - {stored.version}:
+            assert not tokens.is_one_of((old, new), TokenMac(version, stored.mac))
 
 
 def test_no_two_tokens_are_alike() -> None:
