@@ -954,6 +954,46 @@ FAULTS = (
         new="known.wanted = 1",
         tests=("tests/unit/serving_service/test_scaling.py::test_what_cannot_be_woken_is_not_tried_again_for_nobody",),
     ),
+    # --- bad models, bad callers, strangers ---
+    Fault(
+        name="need-forgotten-at-a-restart",
+        property="R5",
+        file="serving_service/scaling.py",
+        old="need = Need(0, (now,) * min(count, limits.upper))",
+        new="need = Need()",
+        tests=(
+            "tests/service/test_kill_points_of_scaling.py::test_a_kill_at_any_point_of_scaling_comes_to_the_same_end",
+        ),
+    ),
+    Fault(
+        name="stranger-listened-to",
+        property="R13",
+        file="serving_service/shim/life.py",
+        old="    listener.bind(str(path))\n    path.chmod(0o600)\n    listener.listen(512)\n",
+        new="    with contextlib.suppress(OSError):\n        listener.bind(str(path))\n        listener.listen(512)\n",
+        tests=(
+            "tests/service/test_strangers.py::test_no_query_goes_to_a_stranger_that_listens_where_a_replica_was_to_be",
+        ),
+    ),
+    Fault(
+        name="stalled-body-waited-for",
+        property="R14",
+        file="gateway/invocations.py",
+        old="            async with asyncio.timeout(self._deadline):\n                return await request.more()",
+        new="            async with asyncio.timeout(None):\n                return await request.more()",
+        tests=(
+            "tests/service/test_gateway.py"
+            "::test_a_body_that_does_not_come_whole_in_time_is_a_504_that_says_so_and_leaves_its_place",
+        ),
+    ),
+    Fault(
+        name="log-without-bound",
+        property="contract 5.14",
+        file="serving_service/shim/ring.py",
+        old="while self._size > self._capacity:",
+        new="while self._size < 0:",
+        tests=("tests/e2e/test_bad_models.py::test_what_a_model_prints_without_end_is_kept_to_its_last_lines",),
+    ),
 )
 
 

@@ -13,9 +13,9 @@ import contextlib
 import shutil
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tessera.serving.v1 import serving_pb2 as pb
 from tests.support import processes, tiny_runner
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
+from tests.support.http import Answer
 from tests.support.mortal_serving import MortalServing, mortal_serving
 from tests.support.secrets import RunningSecrets, running_secrets
 from tests.support.seed import seeded
@@ -39,7 +40,7 @@ WITHIN = 10.0
 PLATFORMS = 3
 """That work at once."""
 
-ROUTE_ACK_SECONDS = 0.1
+SETTINGS = {"route_ack_seconds": 0.1}
 """For as long a successor waits for gateways before it stops anything; there are none here."""
 
 LONGEST_SECONDS = 0.3
@@ -47,6 +48,9 @@ LONGEST_SECONDS = 0.3
 
 AGAIN = 0.3
 """How often the successor is killed too."""
+
+BY_THE_CLOCK = " write add_measures"
+"""A step that belongs to no change."""
 
 UNITS = 4
 """Of concurrency, in one replica."""
@@ -63,6 +67,10 @@ class Platform:
 
     secrets: RunningSecrets
     serving: MortalServing
+    url: str = ""
+    """Of its gateway, where it has one."""
+    queries: list[asyncio.Task[Answer]] = field(default_factory=list)
+    """That are under way through it."""
 
     async def caller(self, request_id: str | None = None) -> ServingCaller:
         """The admin; with an id, everything that it changes is one request."""
@@ -77,6 +85,11 @@ class Platform:
     @property
     def ledger(self) -> Path:
         return self.directory / "ledger"
+
+    @property
+    def gate(self) -> Path:
+        """The file that models may wait for before they answer."""
+        return self.directory / "gate"
 
     def version(self, says: str, **environment: str) -> pb.ServedEntityInput:
         """A served entity of a model that answers with `says`."""
@@ -114,6 +127,16 @@ async def _nothing(platform: Platform, caller: ServingCaller) -> None:
 async def _create(platform: Platform, caller: ServingCaller) -> None:
     config = pb.EndpointCoreConfigInput(served_entities=[platform.version("1")])
     await caller(caller.stub.CreateServingEndpoint, pb.CreateServingEndpointRequest(name=NAME, config=config))
+
+
+async def created(platform: Platform, caller: ServingCaller) -> None:
+    await _create(platform, caller)
+    await at_rest(platform)
+
+
+async def _stopped(platform: Platform, caller: ServingCaller) -> None:
+    await _stop(platform, caller)
+    await at_rest(platform)
 
 
 async def _update(platform: Platform, caller: ServingCaller) -> None:
@@ -157,18 +180,26 @@ class Change:
     folders: int = 1
     """How many replicas are there in the end, those too that are kept for their logs."""
     surge: int = 1
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """Of Serving, beside those that all have."""
+    later: Mapping[str, float] = field(default_factory=dict)
+    """What of them is another one once it was killed."""
+    is_quiet: bool = False
+    """Whether it is not asked in the end, since that would change how many run."""
+    then: Step = _nothing
+    """What must go well after the end."""
 
 
 CHANGES = {
     "create": Change(_create),
-    "update": Change(_update, (_create,), surge=2),
-    "update to two replicas": Change(_update_to_two_replicas, (_create,), running=2, folders=2, surge=3),
-    "rollback": Change(_update_that_fails, (_create,), folders=2, surge=2),
-    "stop": Change(_stop, (_create,), running=0),
-    "start": Change(_start, (_create, _stop)),
-    "delete": Change(_delete, (_create,), running=0, folders=0),
-    "delete during an update": Change(_delete, (_create, _update_that_hangs), running=0, folders=0, surge=2),
-    "restart": Change(_nothing, (_create,)),
+    "update": Change(_update, (created,), surge=2),
+    "update to two replicas": Change(_update_to_two_replicas, (created,), running=2, folders=2, surge=3),
+    "rollback": Change(_update_that_fails, (created,), folders=2, surge=2),
+    "stop": Change(_stop, (created,), running=0),
+    "start": Change(_start, (created, _stopped)),
+    "delete": Change(_delete, (created,), running=0, folders=0),
+    "delete during an update": Change(_delete, (created, _update_that_hangs), running=0, folders=0, surge=2),
+    "restart": Change(_nothing, (created,)),
 }
 """The last is no change: Serving is killed while it finds again what there is."""
 
@@ -180,10 +211,7 @@ async def running_platform() -> AsyncIterator[Platform]:
         await secrets.admin.create_scope("scope")
         await secrets.admin.put("scope", "key", "value")
         await stack.enter_async_context(no_replicas(secrets.settings.data_dir))
-        serving = await stack.enter_async_context(
-            mortal_serving(secrets.settings.data_dir, route_ack_seconds=ROUTE_ACK_SECONDS)
-        )
-        yield Platform(secrets, serving)
+        yield Platform(secrets, await stack.enter_async_context(mortal_serving(secrets.settings.data_dir)))
 
 
 @pytest.fixture(scope="module")
@@ -194,15 +222,18 @@ async def platforms() -> AsyncIterator[list[Platform]]:
 
 async def _prepared(platform: Platform, change: Change) -> None:
     """Nothing but what the change is made to, at rest."""
+    settings = {**SETTINGS, **change.settings}
+    if platform.serving.settings != settings:
+        await platform.serving.kill()
+        platform.serving.settings = settings
     if platform.serving.ended.is_set():
         await platform.serving.start()
         await _recovered(platform)
     shutil.rmtree(platform.ledger, ignore_errors=True)
     platform.ledger.mkdir()
+    platform.gate.unlink(missing_ok=True)
     for step in change.before:
         await step(platform, await platform.caller(uuid.uuid4().hex))
-        if step is not _update_that_hangs:
-            await _at_rest(platform)
 
 
 async def _recovered(platform: Platform) -> None:
@@ -214,7 +245,7 @@ async def _recovered(platform: Platform) -> None:
     await eventually(is_so, what="Serving has recovered")
 
 
-async def _at_rest(platform: Platform) -> None:
+async def at_rest(platform: Platform) -> None:
     caller = await platform.caller()
     endpoint = await caller.settled(NAME)
     await eventually(
@@ -222,7 +253,7 @@ async def _at_rest(platform: Platform) -> None:
     )
 
 
-async def _seen(platform: Platform) -> dict[str, Any]:
+async def _seen(platform: Platform, change: Change) -> dict[str, Any]:
     """What can be seen from outside, but for ids, times and the numbers of configurations."""
     caller = await platform.caller()
     seen: dict[str, Any] = {"running": platform.running(), "folders": platform.folders()}
@@ -234,7 +265,8 @@ async def _seen(platform: Platform) -> dict[str, Any]:
     for which in ("config", "pending_config"):
         config = getattr(endpoint, which)
         seen[which] = [(entity.entity_version, str(entity.state)) for entity in config.served_entities]
-        if which == "config" and config.served_entities and endpoint.state.suspend != State.STOPPED:
+        is_asked = endpoint.state.suspend != State.STOPPED and not change.is_quiet
+        if which == "config" and config.served_entities and is_asked:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 seen["answer"] = (await caller.query(NAME))[1]
     if endpoint.state.config_update == State.UPDATE_FAILED:
@@ -247,10 +279,10 @@ async def _end_of(platform: Platform, change: Change) -> dict[str, Any]:
     seen: list[dict[str, Any]] = []
 
     async def is_reached() -> bool:
-        seen[:] = [await _seen(platform)]
-        is_updating = "IN_PROGRESS" in seen[0].get("state", "")
+        seen[:] = [await _seen(platform, change)]
+        is_under_way = "IN_PROGRESS" in seen[0].get("state", "") or "Phase " in str(seen[0].get("config"))
         replicas = [seen[0][what] for what in ("running", "folders", "records")]
-        return not is_updating and replicas == [change.running, change.folders, change.folders]
+        return not is_under_way and replicas == [change.running, change.folders, change.folders]
 
     await eventually(is_reached, what="the end")
     return seen[0]
@@ -268,7 +300,7 @@ async def _cleared(platform: Platform) -> None:
     await eventually(is_clear, what="nothing is left")
 
 
-async def _points_of(platform: Platform, change: Change) -> tuple[list[str], dict[str, Any]]:
+async def points_of(platform: Platform, change: Change) -> tuple[list[str], dict[str, Any]]:
     """The points that a change passes, each once, and its end.
 
     Of two between which nothing happens, the end of one step and the beginning of the next, it is the first.
@@ -284,7 +316,9 @@ async def _points_of(platform: Platform, change: Change) -> tuple[list[str], dic
     end = await _end_of(platform, change)
     points = await platform.serving.passed()
     assert tiny_runner.most_at_once(platform.ledger) <= change.surge
+    await change.then(platform, await platform.caller())
     await _cleared(platform)
+    points = [point for point in points if not point.endswith(BY_THE_CLOCK)]
     is_new = [not (one.startswith("after") and next_.startswith("before")) for one, next_ in pairwise(points)]
     return list(dict.fromkeys(compress(points, [True, *is_new]))), end
 
@@ -294,13 +328,10 @@ class Case:
     """One change that is cut short: at a point, or so many seconds after it began."""
 
     name: str
+    change: Change
     point: str = ""
     seconds: tuple[float, ...] = ()
     """The second and later ones count from the start of the successor."""
-
-    @property
-    def change(self) -> Change:
-        return CHANGES[self.name]
 
     def __str__(self) -> str:
         return f"{self.name}, killed {self.point or 'after ' + ' and '.join(f'{each:.3f} s' for each in self.seconds)}"
@@ -320,6 +351,7 @@ async def _proved(platform: Platform, case: Case, end: dict[str, Any]) -> None:
         await case.change.act(platform, await platform.caller(request_id))
         is_answered = True
     await killing
+    platform.serving.settings = {**SETTINGS, **case.change.settings, **case.change.later}
     await platform.serving.start()
     if not is_answered:
         await case.change.act(platform, await platform.caller(request_id))
@@ -328,7 +360,10 @@ async def _proved(platform: Platform, case: Case, end: dict[str, Any]) -> None:
 
 async def _killed(platform: Platform, case: Case) -> None:
     if case.point:
-        await eventually(platform.serving.ended.is_set, within=WITHIN, what=f"{case.point} is passed")
+        try:
+            await eventually(platform.serving.ended.is_set, within=WITHIN)
+        except AssertionError:
+            raise AssertionError(f"it was not passed, but {await platform.serving.passed()}") from None
         return
     first, *later = case.seconds
     await asyncio.sleep(first)  # the moment is the case, nothing is waited for
@@ -346,7 +381,7 @@ async def _ends_alike(platform: Platform, case: Case, end: dict[str, Any]) -> No
     async def is_alike() -> bool:
         seen[:] = [{"running": platform.running(), "folders": platform.folders()}]
         if seen[0].items() <= end.items():
-            seen[:] = [await _seen(platform)]
+            seen[:] = [await _seen(platform, case.change)]
         return seen[0] == end
 
     try:
@@ -355,10 +390,11 @@ async def _ends_alike(platform: Platform, case: Case, end: dict[str, Any]) -> No
         raise AssertionError(f"the end is {seen[0]} instead of {end}") from None
     most = tiny_runner.most_at_once(platform.ledger)
     assert most <= case.change.surge, f"{most} ran at once"
+    await case.change.then(platform, await platform.caller())
     await _cleared(platform)
 
 
-async def _all_proved(platforms: Sequence[Platform], cases: Iterable[Case], ends: dict[str, dict[str, Any]]) -> None:
+async def all_proved(platforms: Sequence[Platform], cases: Iterable[Case], ends: dict[str, dict[str, Any]]) -> None:
     """Proves the cases, on several platforms at once because most of the time is spent waiting."""
     waiting = iter(cases)
 
@@ -380,19 +416,20 @@ async def _all_proved(platforms: Sequence[Platform], cases: Iterable[Case], ends
     [pytest.param(name, marks=pytest.mark.long) if name == "update" else name for name in CHANGES],
 )
 async def test_a_kill_at_any_point_of_a_change_comes_to_the_same_end(platforms: list[Platform], name: str) -> None:
-    points, end = await _points_of(platforms[0], CHANGES[name])
+    points, end = await points_of(platforms[0], CHANGES[name])
     assert points
-    await _all_proved(platforms, (Case(name, point) for point in points), {name: end})
+    await all_proved(platforms, (Case(name, CHANGES[name], point) for point in points), {name: end})
 
 
 @pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.long)])
 async def test_a_kill_at_any_moment_of_a_change_comes_to_the_same_end(platforms: list[Platform], count: int) -> None:
     chance = seeded()
     names = [name for name in CHANGES if name != "restart"]
-    ends = {name: (await _points_of(platforms[0], CHANGES[name]))[1] for name in names}
+    ends = {name: (await points_of(platforms[0], CHANGES[name]))[1] for name in names}
     cases = []
     for _ in range(count):
         again = chance.random() < AGAIN
         moments = (chance.uniform(0, LONGEST_SECONDS), *([chance.uniform(0, LONGEST_SECONDS)] if again else []))
-        cases.append(Case(chance.choice(names), seconds=moments))
-    await _all_proved(platforms, cases, ends)
+        name = chance.choice(names)
+        cases.append(Case(name, CHANGES[name], seconds=moments))
+    await all_proved(platforms, cases, ends)

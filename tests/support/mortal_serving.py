@@ -1,8 +1,8 @@
 """Serving as a process that dies where it is told to, and is there again within a fraction of a second.
 
-`python -m tests.support.mortal_serving DIRECTORY ROUTE_ACK_SECONDS` imports everything once and forks the service anew
-for every start. While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see
-`tests/support/failpoints.py`) and `passed`, which it answers with the points that it passed since.
+`python -m tests.support.mortal_serving DIRECTORY` imports everything once and forks the service anew for every start.
+While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see `tests/support/failpoints.py`) and
+`passed`, which it answers with the points that it passed since.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,10 @@ START_SECONDS = 20.0
 class MortalServing:
     """The service; `channel` leads to the gateway socket of the process that was started last."""
 
-    def __init__(self, address: str, nursery: asyncio.subprocess.Process) -> None:
+    def __init__(self, address: str, nursery: asyncio.subprocess.Process, settings: Mapping[str, float]) -> None:
         self.channel: grpc.aio.Channel
+        self.settings = settings
+        """Those that are not the default ones, from the next start on."""
         self.pid = 0
         self._born: asyncio.Future[None]
         self._address = address
@@ -98,7 +100,7 @@ class MortalServing:
 
     def _order(self, word: str, point: str | None) -> None:
         assert self._nursery.stdin is not None
-        self._nursery.stdin.write(f"{json.dumps([word, point])}\n".encode())
+        self._nursery.stdin.write(f"{json.dumps([word, point, dict(self.settings)])}\n".encode())
 
     async def _read(self) -> None:
         assert self._nursery.stdout is not None
@@ -111,27 +113,28 @@ class MortalServing:
 
 
 @contextlib.asynccontextmanager
-async def mortal_serving(directory: Path, *, route_ack_seconds: float = 5.0) -> AsyncIterator[MortalServing]:
-    """The service on a data directory, not started yet, and killed in the end."""
+async def mortal_serving(directory: Path, **settings: float) -> AsyncIterator[MortalServing]:
+    """The service on a data directory, with these settings, not started yet, and killed in the end."""
     address = sockets.socket_address(serving_settings(directory).sockets, callee="serving", caller="gateway")
     nursery = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory), str(route_ack_seconds)),
+        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    serving = MortalServing(address, nursery)
+    serving = MortalServing(address, nursery, settings)
     try:
         yield serving
     finally:
         await serving.close()
 
 
-def _main(directory: Path, route_ack_seconds: float) -> None:
+def _main(directory: Path) -> None:
     while (order := _next_order()) is not None:
-        if order[0] != "start":
+        word, point, settings = order
+        if word != "start":
             continue  # it was meant for one that has just ended
         if (child := os.fork()) == 0:
-            asyncio.run(_serve(serving_settings(directory, route_ack_seconds=route_ack_seconds), deadly=order[1]))
+            asyncio.run(_serve(serving_settings(directory, **settings), deadly=point))
         _tell(child)
         os.waitpid(child, 0)
         _tell("ended")
@@ -144,21 +147,22 @@ async def _serve(settings: ServingSettings, *, deadly: str | None) -> None:
     async with app.running(settings, launcher=a_launcher(settings), registry=MannerRegistry(settings.data_dir)):
         _tell("serving")
         while (order := await asyncio.to_thread(_next_order)) is not None:
-            if order[0] == "watch":
-                points.watch(order[1])
+            word, point, _ = order
+            if word == "watch":
+                points.watch(point)
                 _tell()
             else:
                 _tell(*points.passed)
 
 
-def _next_order() -> list[str] | None:
+def _next_order() -> list[Any] | None:
     """Byte by byte, so that nothing is taken that is meant for the next one who reads."""
     line = b""
     while not line.endswith(b"\n"):
         if not (piece := os.read(0, 1)):
             return None
         line += piece
-    order: list[str] = json.loads(line)
+    order: list[Any] = json.loads(line)
     return order
 
 
@@ -167,4 +171,4 @@ def _tell(*words: object) -> None:
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]), float(sys.argv[2]))
+    _main(Path(sys.argv[1]))

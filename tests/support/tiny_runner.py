@@ -3,8 +3,9 @@
 `python -I -S tests/support/tiny_runner.py LISTEN_FD REPORT_FD`, as a launch's `command()` runs it. Every request is
 answered with `SAYS`, what the environment gave it to say; one whose body asks for a `stream`, in `PIECES` pieces. With
 `FAILS` it says that it cannot load, for that reason; with `HANGS` it says nothing; with `FORKS` it has a descendant
-that has left its session and ignores TERM. With `LEDGER`, a folder, it takes the first place there that nobody has who
-runs, and leaves a trace of it (`most_at_once`).
+that has left its session and ignores TERM. Once there is the file `GATE` it answers queries, and not before; once there
+is the file `DOOM` it crashes. With `LEDGER`, a folder, it takes the first place there that nobody has who runs, and
+leaves a trace of it (`most_at_once`).
 """
 
 import fcntl
@@ -54,16 +55,30 @@ def _fork_away() -> None:
     os.waitpid(child, 0)
 
 
+def _wait_for_gate() -> None:
+    while "GATE" in os.environ and not os.path.exists(os.environ["GATE"]):  # noqa: PTH110
+        time.sleep(_PIECE_SECONDS)
+
+
+def _crash_at(doom: str) -> None:
+    while not os.path.exists(doom):  # noqa: PTH110
+        time.sleep(_PIECE_SECONDS)
+    os._exit(3)
+
+
 def _answer(connection: socket.socket, says: bytes) -> None:
     with connection, connection.makefile("rb") as requests:
-        while requests.readline():
+        while line := requests.readline():
             length, is_last = 0, False
             while (header := requests.readline()) not in (b"\r\n", b""):
                 name, _, value = header.partition(b":")
                 if name.lower() == b"content-length":
                     length = int(value)
                 is_last = is_last or header.lower() == b"connection: close\r\n"
-            if b"stream" in requests.read(length):
+            body = requests.read(length)
+            if line.startswith(b"POST"):  # else it is asked whether it lives
+                _wait_for_gate()
+            if b"stream" in body:
                 connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
                 for _ in range(PIECES):
                     connection.sendall(b"%x\r\n%b\r\n" % (len(says), says))
@@ -86,6 +101,8 @@ def _main(listen_fd: int, report_fd: int) -> None:
     if "HANGS" not in os.environ:
         os.write(report_fd, json.dumps({"event": "ready", "load_seconds": 0.01}).encode() + b"\n")
         os.close(report_fd)
+    if "DOOM" in os.environ:
+        threading.Thread(target=_crash_at, args=(os.environ["DOOM"],), daemon=True).start()
     says = os.environ.get("SAYS", "").encode()
     with socket.socket(fileno=listen_fd) as listener:
         while True:
