@@ -115,9 +115,10 @@ def processes_below(folder: Path) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def silent_index() -> Iterator[dict[str, str]]:
-    """An index that takes every request and never answers."""
+    """An index that takes every request and never answers; whoever waits for it does so for longer than any test."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield {"UV_DEFAULT_INDEX": f"http://user:{PASSWORD}@127.0.0.1:{listener.getsockname()[1]}/simple"}
+        address = f"http://user:{PASSWORD}@127.0.0.1:{listener.getsockname()[1]}/simple"
+        yield {"UV_DEFAULT_INDEX": address, "UV_HTTP_TIMEOUT": "3600"}
 
 
 # --- which environment ----------------------------------------------------------------------------------------------
@@ -296,7 +297,8 @@ async def test_a_build_ends_whole_when_the_last_who_waits_gives_up(workshop: Wor
             await asyncio.gather(first, return_exceptions=True)
             assert processes_below(workshop.folder)
             second.cancel()
-            await asyncio.gather(second, return_exceptions=True)
+            async with asyncio.timeout(SECONDS / 2):
+                await asyncio.gather(second, return_exceptions=True)
             assert processes_below(workshop.folder) == []
             assert workshop.built() == set()
 
