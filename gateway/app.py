@@ -30,6 +30,7 @@ from servicekit import background, channels, context, policy, tls, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, RequestContext
 from servicekit.errors import ServiceError
+from servicekit.failed_logins import FailedLogins
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
 from servicekit.measures import Measures
@@ -116,6 +117,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             document=Document(rules, public_url),
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
+            failed_logins=FailedLogins(settings.failed_logins),
             calls=Calls(metrics.registry, "tessera_http_requests", "Requests over HTTP", kind="route", ending="status"),
         )
         metrics.watch("tessera_endpoints", "Endpoints that this gateway knows.", table.count)
@@ -177,6 +179,7 @@ class Gateway:
         document: Document,
         public_url: str,
         trusted_proxies: Sequence[Network],
+        failed_logins: FailedLogins,
         calls: Calls,
     ) -> None:
         self._rules = rules
@@ -186,6 +189,7 @@ class Gateway:
         self._document = document
         self._public_url = public_url
         self._trusted_proxies = trusted_proxies
+        self._failed_logins = failed_logins
         self._calls = calls
         self._workspace: tuple[bytes, bytes] | None = None
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
@@ -234,6 +238,10 @@ class Gateway:
             self._calls.ended(request.route or NO_ROUTE, str(answer.status or GONE), time.perf_counter() - began)
 
     def _refuse(self, request: Request, answer: Answer, error: Exception) -> None:
+        if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
+            refused = self._failed_logins.refusal(error, self._source(request), {"request_id": request.id})
+            too_many = refused is not error
+            error = error.too_many(refused) if too_many and isinstance(error, CredentialRefused) else refused
         refusal = errors.render(error, request.service)
         if refusal.status == 500:
             log.error(
@@ -241,16 +249,13 @@ class Gateway:
                 extra={"request_id": request.id, "method": request.method, "path": request.path},
                 exc_info=(type(error), error, error.__traceback__),
             )
-        if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
-            facts = {"request_id": request.id, "reason": error.reason}
-            log.info("credential refused", extra=facts | self._source(request).fields())
         if not answer.status:
             answer.decision = None
             self._name_workspace(answer)
             answer.whole(refusal.status, refusal.headers, refusal.body)
 
     def _source(self, request: Request) -> Source:
-        """Where a request comes from; for the log alone."""
+        """Where a request comes from: for the log, and for counting wrong credentials."""
         address, scheme = request.source()
         return source(
             address,

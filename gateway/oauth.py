@@ -48,6 +48,10 @@ class CredentialRefused(OAuthError):
     code = grpc.StatusCode.PERMISSION_DENIED
     reason = "PERMISSION_DENIED"
 
+    def too_many(self, refusal: ServiceError) -> OAuthError:
+        """The same error, when there were too many of them before: with the text and the time of `refusal`."""
+        return OAuthError(self.error, refusal.message, status=429, retry_after=refusal.retry_after)
+
 
 class OAuth:
     """Discovery and tokens. `secrets` is the channel to Secrets."""

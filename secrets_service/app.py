@@ -33,6 +33,7 @@ from secrets_service.throttle import Throttle
 from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
 from servicekit import database, grpc_server, sockets, tls
+from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
@@ -95,6 +96,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 identify=by_own_token(authority),
                 certificate=await stack.enter_async_context(tls.followed(settings)),
                 trusted_proxies=settings.trusted_proxies,
+                failed_logins=FailedLogins(settings.failed_logins),
                 reflection=settings.offers_reflection,
             ),
             *(

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from servicekit import background, policy, tracing
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
+from servicekit.failed_logins import FailedLogins
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor, SourceOf
 from servicekit.metrics import ServiceMetrics
@@ -59,7 +60,10 @@ class Listener:
     """What the listener proves itself with; None: no TLS."""
 
     trusted_proxies: Sequence[Network] = ()
-    """Whose forwarding metadata is believed when a source is logged."""
+    """Whose forwarding metadata is believed about where a call comes from."""
+
+    failed_logins: FailedLogins = field(default_factory=lambda: FailedLogins(0))
+    """Counts wrong credentials of the public."""
 
     reflection: bool = False
     """Whether callers may ask for descriptors."""
@@ -139,6 +143,7 @@ def _server(
                 rows=rows,
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
+                failed_logins=listener.failed_logins,
                 calls=None if metrics is None else metrics.rpcs,
             ),
         ],

@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from servicekit import channels, context, once
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
+from servicekit.failed_logins import FailedLogins
 from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.metrics import Calls
 from servicekit.policy import OPEN, Decision, Row, Undecided
@@ -40,7 +41,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
     `rows` holds the policy's row for each method there is, by its path; error messages are cut after `longest_message`
-    bytes. `source` is for the log of refused credentials; None on a listener whose peer is known.
+    bytes. `source` and `failed_logins` are for refused credentials; `source` is None on a
+    listener whose peer is known.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         rows: Mapping[str, Row],
         longest_message: int,
         source: SourceOf | None,
+        failed_logins: FailedLogins,
         calls: Calls | None = None,
     ) -> None:
         self._identify = identify
@@ -57,6 +60,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self.longest_message = longest_message
         self.calls = calls
         self.source = source
+        self.failed_logins = failed_logins
 
     async def intercept_service(
         self,
@@ -204,12 +208,11 @@ class _Call:
             raise Undecided
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
-        self._code = error.code
-        facts = {**self._facts(), "reason": error.reason}
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
-            log.info("credential refused", extra=facts | self._chain.source(rpc).fields())
+            error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
         else:
-            log.info("call refused", extra=facts)
+            log.info("call refused", extra={**self._facts(), "reason": error.reason})
+        self._code = error.code
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:

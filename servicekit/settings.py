@@ -298,6 +298,14 @@ class ServiceSettings:
         " believed when a source is logged. Not set: nobody's are.",
     )
 
+    failed_logins: int = setting(
+        "TESSERA_FAILED_LOGINS_PER_MINUTE",
+        count,
+        default=10,
+        help="How many wrong credentials of one address are answered as such in a minute, and twice as many at once;"
+        " beyond that they are answered 429. A good one is taken at any time. 0: any number.",
+    )
+
     otlp_endpoint: str | None = setting(
         "TESSERA_OTLP_ENDPOINT",
         origin,

@@ -13,6 +13,7 @@ from importlib.resources import files
 
 from servicekit import channels, database, grpc_server, sockets, tls
 from servicekit.access import AccessTable
+from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
@@ -203,6 +204,7 @@ async def running(
                         identify=by_token(exchange),
                         certificate=await stack.enter_async_context(tls.followed(settings)),
                         trusted_proxies=settings.trusted_proxies,
+                        failed_logins=FailedLogins(settings.failed_logins),
                         reflection=settings.has_reflection,
                     ),
                     Listener(

@@ -994,6 +994,14 @@ FAULTS = (
         new="while self._size < 0:",
         tests=("tests/e2e/test_bad_models.py::test_what_a_model_prints_without_end_is_kept_to_its_last_lines",),
     ),
+    Fault(
+        name="wrong-tokens-without-end",
+        property="S11",
+        file="servicekit/failed_logins.py",
+        old="        if on_time - now > self._tolerance:",
+        new="        if on_time - now > self._tolerance and address in self._throttled:",
+        tests=("tests/unit/servicekit/test_failed_logins.py::test_twenty_at_once_and_then_ten_a_minute",),
+    ),
 )
 
 

@@ -129,7 +129,7 @@ TAKEN: dict[str, tuple[Callable[[Platform], Awaitable[Any]], int]] = {
 async def test_right_that_is_taken_away_is_gone_at_every_gateway(platform: Platform, name: str) -> None:
     take_away, refusal = TAKEN[name]
     async with AsyncExitStack() as stack:
-        settings = GatewaySettings(data_dir=platform.secrets.settings.data_dir, listen="127.0.0.1:0")
+        settings = GatewaySettings(data_dir=platform.secrets.settings.data_dir, listen="127.0.0.1:0", failed_logins=0)
         second = await stack.enter_async_context(gateway_app.running(settings))
         loads = [Load(url, platform.tokens["ben"]) for url in (platform.url, second) for _ in range(CLIENTS)]
         is_over = asyncio.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -106,3 +107,44 @@ async def _answered_over_tls(url: str, authority: CertificateAuthority) -> bytes
         return await reader.read()
     finally:
         writer.close()
+
+
+async def test_guessing_is_slowed_down_and_a_good_token_is_taken_at_any_time() -> None:
+    """S11, over REST; one client that keeps to itself could not tell a refusal of its own from one of its address."""
+    async with platform(failed_logins=10) as gateway:
+
+        async def status(token: str) -> int:
+            return (await fetch(gateway.url, "GET", "/api/2.0/serving-endpoints", token=token)).status
+
+        good = await status("owner-token")
+        wrong = [await status(f"wrong-{number}") for number in range(60)]
+        assert wrong[:20] == [403] * 20
+        assert wrong[25:] == [429] * 35
+        assert await status("owner-token") == good
+        refused = await fetch(gateway.url, "GET", SCOPES, token="wrong")
+        assert refused.json()["error_code"] == "REQUEST_LIMIT_EXCEEDED"
+        assert 1 <= int(refused.headers["retry-after"]) <= 6
+        form = {"grant_type": "client_credentials", "scope": "all-apis", "client_id": "a", "client_secret": "wrong"}
+        oauth = await fetch(
+            gateway.url,
+            "POST",
+            "/oidc/v1/token",
+            body=urlencode(form).encode(),
+            headers={"content-type": "application/x-www-form-urlencoded"},
+        )
+        assert (oauth.status, oauth.json()["error"]) == (429, "invalid_client")
+        assert (await fetch(gateway.url, "GET", SCOPES)).status == 401
+        assert (await fetch(gateway.url, "GET", SCOPES, headers=FORWARDED, token="wrong")).status == 429
+
+
+async def test_guessing_over_grpc_is_slowed_down_and_a_good_token_is_taken_at_any_time() -> None:
+    async with running_secrets(failed_logins=10) as service:
+        refusals = []
+        for number in range(60):
+            caller = service.public(f"wrong-{number}")
+            refusals.append(
+                (await refusal(caller(caller.secrets.ListScopes, secrets_pb2.ListScopesRequest()))).code.name
+            )
+        assert refusals[:20] == ["PERMISSION_DENIED"] * 20
+        assert refusals[25:] == ["RESOURCE_EXHAUSTED"] * 35
+        await service.admin(service.admin.secrets.ListScopes, secrets_pb2.ListScopesRequest())

@@ -347,7 +347,7 @@ async def platform(**settings: Any) -> AsyncIterator[Platform]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
         authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
         await stack.enter_async_context(neighbours(directory, authority, serving, access))
-        configured = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", **settings)
+        configured = GatewaySettings(**{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, **settings})
         url = await stack.enter_async_context(app.running(configured))
         await serving.until(lambda: serving.acknowledged > 0)
         await access.until_followed()

@@ -67,7 +67,7 @@ async def running_platform(**changes: Any) -> AsyncIterator[Platform]:
         own = await stack.enter_async_context(AsyncExitStack())
         secrets = await own.enter_async_context(running_secrets(directory, **changes))
         serving = await stack.enter_async_context(running_serving(directory))
-        settings = GatewaySettings(data_dir=directory, listen="127.0.0.1:0")
+        settings = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", failed_logins=0)
         url = await stack.enter_async_context(gateway_app.running(settings))
         made = await secrets.admin(secrets.admin.tokens.CreateToken, identity_pb2.CreateTokenRequest(comment="second"))
         # Not the operator's own, which a renewal takes away.

@@ -1,0 +1,94 @@
+"""How often one address may fail to prove who it is: guessing is slow, and nobody is locked out (S11).
+
+The rule: every credential is looked at, however many before it were wrong. Only what a wrong one is answered changes,
+and that the log hears no more of it. Whoever has a good one at the same address notices nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from servicekit.errors import ServiceError, TooManyRequests, Unauthenticated
+from servicekit.source import Source
+
+log = logging.getLogger(__name__)
+
+MOST_ADDRESSES = 10_000
+"""How many addresses are remembered; then the one that failed the longest ago is forgotten."""
+
+IPV6_NETWORK = 64
+"""Bits of an address of version 6 that tell who it belongs to; the others are its owner's to choose."""
+
+
+class TooManyFailures(TooManyRequests):
+    """Credentials from this address were wrong too often of late; so was this one."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(
+            "Invalid access token, and too many of them from this address. Use a valid one, or try again in"
+            f" {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+
+class FailedLogins:
+    """Counts the failures of each address: `per_minute` in the long run, twice that at once; 0: any number.
+
+    `now` tells seconds on a clock that nobody can set.
+    """
+
+    def __init__(self, per_minute: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        # The generic cell rate algorithm (ITU-T I.371): of each address, when a failure would be on time.
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._tolerance = self._interval * max(2 * per_minute - 1, 0)
+        self._now = now
+        self._on_time: OrderedDict[str, float] = OrderedDict()
+        self._throttled: set[str] = set()
+
+    def refusal(self, error: ServiceError, source: Source, facts: dict[str, str]) -> ServiceError:
+        """Counts that a request from `source` was refused for its credential; returns what it is to be answered.
+
+        The log is told, with `facts`, as long as there are not too many.
+        """
+        address = _owner(source.address)
+        wait = self._failed(address)
+        if wait is None:
+            self._throttled.discard(address)
+            log.info("credential refused", extra=facts | {"reason": error.reason} | source.fields())
+            return error
+        if address not in self._throttled:
+            self._throttled.add(address)
+            log.warning("too many credentials refused, no more of this address are logged", extra=source.fields())
+        # To send none at all is no guess, and clients look for that answer.
+        return error if isinstance(error, Unauthenticated) else TooManyFailures(math.ceil(wait))
+
+    def _failed(self, address: str) -> float | None:
+        """Counts a failure; seconds until another one would not be too many, when this one is."""
+        if not self._interval:
+            return None
+        now = self._now()
+        on_time = max(self._on_time.get(address, now), now)
+        if on_time - now > self._tolerance:
+            return on_time - now - self._tolerance
+        self._on_time[address] = on_time + self._interval
+        self._on_time.move_to_end(address)
+        if len(self._on_time) > MOST_ADDRESSES:
+            forgotten, _ = self._on_time.popitem(last=False)
+            self._throttled.discard(forgotten)
+        return None
+
+
+def _owner(address: str) -> str:
+    """The part of an address that its owner cannot choose."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if parsed.version == 4:
+        return address
+    return str(ipaddress.ip_network((parsed, IPV6_NETWORK), strict=False))
