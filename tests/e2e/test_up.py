@@ -26,6 +26,7 @@ from tessera.cli.platform import Config, Platform
 from tessera.cli.rest import RefusedError, Rest
 from tests.support import processes, stand_ins
 from tests.support.eventually import eventually
+from tests.support.registered_models import fingerprint, stack_environment
 from tests.support.stack import Stack, clean_environment, command, running_stack
 
 
@@ -241,34 +242,24 @@ async def test_services_end_within_five_seconds_when_up_is_killed_and_a_new_star
 
 
 async def test_stop_ends_replicas_too_and_the_next_start_brings_the_endpoint_back(directory: Path) -> None:
-    _register(directory)
-    with running_stack(directory) as stack:
+    with running_stack(directory, environment=stack_environment()) as stack:
         await _deploy(stack)
         assert stack.stop() == 0
         assert stack.processes() == {}
         assert replicas.living(directory / "run" / "sockets") == []
-    with running_stack(directory) as stack:
+    with running_stack(directory, environment=stack_environment()) as stack:
         await eventually(lambda: _answers(stack), within=30, what="an answer from the same endpoint")
 
 
 async def test_replica_goes_on_when_up_is_killed_and_the_next_start_keeps_it(directory: Path) -> None:
-    _register(directory)
-    with running_stack(directory) as stack:
+    with running_stack(directory, environment=stack_environment()) as stack:
         await _deploy(stack)
         stack.stop(signal.SIGKILL)
         (before,) = replicas.living(directory / "run" / "sockets")
-    with running_stack(directory) as stack:
+    with running_stack(directory, environment=stack_environment()) as stack:
         await eventually(lambda: _answers(stack), within=30, what="an answer from the same replica")
         assert replicas.living(directory / "run" / "sockets") == [before]
     assert replicas.living(directory / "run" / "sockets") == []
-
-
-def _register(directory: Path) -> None:
-    registry = f"sqlite:///{directory / 'registry.db'}"
-    environment = {**clean_environment(), "MLFLOW_TRACKING_URI": registry, "MLFLOW_REGISTRY_URI": registry}
-    program = (sys.executable, "-P", "-m", "tessera.cli.demo_model", str(directory / "artifacts"), "model-name")
-    done = subprocess.run(program, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 async def _deploy(stack: Stack) -> None:
@@ -279,10 +270,10 @@ async def _deploy(stack: Stack) -> None:
 
 
 def _answers(stack: Stack) -> bool:
-    question = json.dumps({"dataframe_records": [{"question": ""}]})
+    question = json.dumps({"dataframe_records": [{"ask": "fingerprint:TEXT_ENV_VAR_NAME"}]})
     with contextlib.suppress(RefusedError), _rest(stack) as rest:
         answer = rest.call("POST", "/serving-endpoints/endpoint-name/invocations", question)
-        return bool(answer["predictions"][0]["text"] == "plain-text-env-value")
+        return bool(answer["predictions"] == [fingerprint("plain-text-env-value")])
     return False
 
 
