@@ -340,6 +340,7 @@ class Case:
 async def _proved(platform: Platform, case: Case, end: dict[str, Any]) -> None:
     """Makes the change, kills Serving in it, starts it again, and looks at the end."""
     await _prepared(platform, case.change)
+    platform.serving.settings = {**platform.serving.settings, **case.change.later}
     if case.change.act is _nothing:
         await platform.serving.kill()
         await platform.serving.start(deadly=case.point)
@@ -351,7 +352,6 @@ async def _proved(platform: Platform, case: Case, end: dict[str, Any]) -> None:
         await case.change.act(platform, await platform.caller(request_id))
         is_answered = True
     await killing
-    platform.serving.settings = {**SETTINGS, **case.change.settings, **case.change.later}
     await platform.serving.start()
     if not is_answered:
         await case.change.act(platform, await platform.caller(request_id))
@@ -421,15 +421,19 @@ async def test_a_kill_at_any_point_of_a_change_comes_to_the_same_end(platforms: 
     await all_proved(platforms, (Case(name, CHANGES[name], point) for point in points), {name: end})
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.long)])
-async def test_a_kill_at_any_moment_of_a_change_comes_to_the_same_end(platforms: list[Platform], count: int) -> None:
+def drawn(changes: Mapping[str, Change], count: int, longest: float) -> list[Case]:
+    """Changes that are cut short at moments within so many seconds, some of them twice."""
     chance = seeded()
-    names = [name for name in CHANGES if name != "restart"]
-    ends = {name: (await points_of(platforms[0], CHANGES[name]))[1] for name in names}
     cases = []
     for _ in range(count):
-        again = chance.random() < AGAIN
-        moments = (chance.uniform(0, LONGEST_SECONDS), *([chance.uniform(0, LONGEST_SECONDS)] if again else []))
-        name = chance.choice(names)
-        cases.append(Case(name, CHANGES[name], seconds=moments))
-    await all_proved(platforms, cases, ends)
+        again = [chance.uniform(0, longest)] if chance.random() < AGAIN else []
+        name = chance.choice(list(changes))
+        cases.append(Case(name, changes[name], seconds=(chance.uniform(0, longest), *again)))
+    return cases
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.long)])
+async def test_a_kill_at_any_moment_of_a_change_comes_to_the_same_end(platforms: list[Platform], count: int) -> None:
+    changes = {name: change for name, change in CHANGES.items() if name != "restart"}
+    ends = {name: (await points_of(platforms[0], change))[1] for name, change in changes.items()}
+    await all_proved(platforms, drawn(changes, count, LONGEST_SECONDS), ends)

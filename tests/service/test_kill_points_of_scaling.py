@@ -17,12 +17,15 @@ from gateway.settings import GatewaySettings
 from servicekit import admission
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.service import test_kill_points as kill_points
-from tests.service.test_kill_points import NAME, UNITS, Case, Change, Platform, Step, all_proved, points_of
+from tests.service.test_kill_points import NAME, UNITS, Case, Change, Platform, Step, all_proved, drawn, points_of
 from tests.support.eventually import eventually
 from tests.support.http import fetch
 from tests.support.serving import ServingCaller
 
 PLATFORMS = 3
+
+LONGEST_SECONDS = 1.0
+"""Most scalings are over by then."""
 
 MANY, FEW = UNITS + 2, 2
 """How many queries are under way at a time: more than one replica takes, and fewer."""
@@ -149,3 +152,12 @@ async def test_a_kill_at_any_point_of_scaling_comes_to_the_same_end(
     points, end = await points_of(platforms[0], change)
     assert points
     await all_proved(platforms, (Case(name, change, point) for point in points), {name: end})
+
+
+@pytest.mark.long
+async def test_a_kill_at_any_moment_of_scaling_comes_to_the_same_end(
+    platforms: list[Platform], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "LOAD_SECONDS", 0.1)
+    ends = {name: (await points_of(platforms[0], change))[1] for name, change in SCALINGS.items()}
+    await all_proved(platforms, drawn(SCALINGS, 100, LONGEST_SECONDS), ends)
