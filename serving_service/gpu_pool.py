@@ -45,8 +45,8 @@ class GpuPool:
         count, total = gpus.needed(entity.workload_type), len(self.machine.devices)
         if count > total:
             raise GpusImpossible(
-                f"A replica of {entity.workload_type} takes {_gpus(count)}, and this machine has {_gpus(total)} to"
-                " give. Update the endpoint to another workload_type."
+                f"A replica of {entity.workload_type} takes {_gpus(count)}, and this machine had {_gpus(total)} to give"
+                " when Serving started, whose log says more. Update the endpoint to another workload_type."
             )
         if self.machine.has_driver and gpus.VISIBLE in entity.environment:
             raise GpusImpossible(

@@ -100,7 +100,7 @@ async def test_no_gpu_is_ever_two_replicas_own_and_none_is_lost(operations: list
 
 async def test_what_this_machine_cannot_give_is_said_with_what_helps(tmp_path: Path) -> None:
     async with running_pool(tmp_path, devices=2) as pool:
-        with pytest.raises(GpusImpossible, match=r"takes 4 GPUs, and this machine has 2 GPUs .* another workload_type"):
+        with pytest.raises(GpusImpossible, match=r"takes 4 GPUs, and this machine had 2 GPUs .* another workload_type"):
             await started(pool, "r1", "MULTIGPU_MEDIUM")
         variables = {gpus.VISIBLE: "0"}
         with pytest.raises(GpusImpossible, match=r"CUDA_VISIBLE_DEVICES belongs to the platform .* without it"):
@@ -111,7 +111,7 @@ async def test_where_there_is_no_driver_nothing_is_said_of_gpus(tmp_path: Path) 
     async with database.opened(tmp_path / "serving.db", MIGRATIONS) as opened:
         pool = GpuPool(opened, Machine())
         assert await pool.take(an_endpoint(), on_gpus("CPU", environment={gpus.VISIBLE: ""}), "r1") is None
-        with pytest.raises(GpusImpossible, match="has 0 GPUs"):
+        with pytest.raises(GpusImpossible, match="had 0 GPUs"):
             await pool.take(an_endpoint(), on_gpus("GPU_SMALL"), "r1")
 
 
@@ -255,6 +255,25 @@ async def test_what_replicas_have_is_known_after_a_restart_and_free_when_they_en
         await eventually(is_replaced, within=60)
         await ready(admin, "first")
         assert await visible(admin, "first") == uuid(0)
+
+
+@pytest.mark.parametrize("killed", ["model", "shim"])
+async def test_what_ended_while_nobody_looked_has_given_its_gpu_back(host: Host, killed: str) -> None:
+    host.smi.has(a_gpu(0))
+    async with host.running() as (serving, admin):
+        await create(admin, "only")
+        await ready(admin, "only")
+        ((replica_id, process),) = (await serving.replicas()).items()
+        lock = Path(serving.launcher._directory, replica_id, "lock")
+    os.kill(process if killed == "model" else json.loads(lock.read_bytes())["pid"], signal.SIGKILL)
+    async with host.running() as (serving, admin):
+
+        async def is_replaced() -> bool:
+            return list((await serving.replicas()).values()) not in ([], [process])
+
+        await eventually(is_replaced, within=60)
+        await ready(admin, "only")
+        assert await visible(admin, "only") == uuid(0)
 
 
 async def test_a_launch_that_fails_keeps_no_gpu(host: Host) -> None:
