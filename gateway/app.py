@@ -25,6 +25,7 @@ from gateway.oauth import CredentialRefused, OAuth
 from gateway.openapi.document import Document
 from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
+from gateway.streams import Streams
 from gateway.transcoding import Transcoder
 from servicekit import background, channels, context, policy, tls, tracing
 from servicekit.access import AccessTable
@@ -136,6 +137,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         application = Traced(gateway) if tracing.is_on() else gateway
         tls_context = None if certificate is None else certificate.http_context
         await stack.enter_async_context(http_server.serving(application, listening, tls_context))
+        stack.callback(gateway.streams.stop)  # before the server waits for what is under way
         await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url
 
@@ -192,6 +194,7 @@ class Gateway:
         self._failed_logins = failed_logins
         self._calls = calls
         self._workspace: tuple[bytes, bytes] | None = None
+        self.streams = Streams(exchange)
         # Everything that is not one message in and one message out, each with its reason; `openapi/base.json` describes
         # them to users.
         specials: dict[str, _Handle] = {
@@ -235,7 +238,8 @@ class Gateway:
             self._refuse(request, answer, error)
         finally:
             # Of a path that is not there the name is the caller's own.
-            self._calls.ended(request.route or NO_ROUTE, str(answer.status or GONE), time.perf_counter() - began)
+            seconds = None if request.is_stream else time.perf_counter() - began
+            self._calls.ended(request.route or NO_ROUTE, str(answer.status or GONE), seconds)
 
     def _refuse(self, request: Request, answer: Answer, error: Exception) -> None:
         if isinstance(error, (*CREDENTIAL_REFUSED, CredentialRefused)):
@@ -308,6 +312,13 @@ class Gateway:
             channels.check_request_id(chosen)
             metadata.append((channels.CHOSEN, "true"))
         body = await read_body(request, CONTROL_BODY_LIMIT)
+        if binding.is_stream:
+            request.is_stream = True
+            pieces = self._transcoder.stream(
+                binding, parameters, request.query_string, metadata, longest_silence=CONTROL_DEADLINE
+            )
+            await self.streams.pass_on(request, answer, identity.principal, pieces)
+            return
         transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
         )

@@ -70,7 +70,8 @@ class Request:
 
     __slots__ = (
         *("_body", "_heard", "_size", "_wire", "fields", "headers", "id", "is_complete", "is_gone"),
-        *("is_kept", "ends_with_caller", "method", "path", "query_string", "route", "service", "task", "version"),
+        *("is_kept", "is_stream", "ends_with_caller", "method", "path", "query_string", "route", "service"),
+        *("task", "version"),
     )
 
     def __init__(
@@ -87,6 +88,8 @@ class Request:
         self.service: ServiceDescriptor | None = None
         self.route = ""
         """The method and the path's template, once that is known."""
+        self.is_stream = False
+        """Whether the answer takes as long as somebody reads it."""
         self.is_complete = False
         """Whether all of the body has arrived; it may still have to be read."""
         self.is_kept = is_kept

@@ -75,6 +75,11 @@ class Binding:
         return media_type
 
     @property
+    def is_stream(self) -> bool:
+        """Whether the answer comes in pieces, for as long as there are any."""
+        return bool(self.method.server_streaming)
+
+    @property
     def success_status(self) -> int:
         """200, but 201 where SCIM creates something (RFC 7644, 3.3)."""
         is_scim = self.service.GetOptions().Extensions[options_pb2.error_shape] == options_pb2.ERROR_SHAPE_SCIM
@@ -167,8 +172,8 @@ def _binding(method: MethodDescriptor, rule: http_pb2.HttpRule) -> Binding:
     verb = rule.WhichOneof("pattern")
     if verb is None or verb == "custom" or rule.response_body:
         raise ValueError(f"{where}: a rule needs one of get, put, post, delete and patch, and no response_body.")
-    if method.client_streaming or method.server_streaming:
-        raise ValueError(f"{where}: a stream has no REST form here.")
+    if method.client_streaming or (method.server_streaming and method.output_type.full_name != HTTP_BODY):
+        raise ValueError(f"{where}: of streams only answers that are pieces of {HTTP_BODY} have a REST form here.")
     media_type = method.GetOptions().Extensions[options_pb2.answers_with]
     if bool(media_type) != (method.output_type.full_name == HTTP_BODY):
         raise ValueError(f"{where}: {HTTP_BODY} and the option answers_with belong together.")

@@ -13,6 +13,9 @@ from servicekit.errors import StartError
 
 BACKLOG = 2048
 
+SILENT_SECONDS = 60
+"""How long a connection says nothing before the kernel asks whether the other side is there."""
+
 DRAIN_SECONDS = 5.0
 """How long requests under way may take to finish when the gateway stops."""
 
@@ -30,6 +33,9 @@ def bound(listen: str) -> socket.socket:
         raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
     # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and an answer would wait for 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A caller whose network is gone does not hang up: one who follows a stream would be taken for there for ever.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
     return listening
 
 

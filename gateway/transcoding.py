@@ -1,6 +1,6 @@
 """An HTTP request becomes a message, the message a call, the answer JSON; the same way for every RPC.
 
-An answer that is a google.api.HttpBody is passed on as it is.
+An answer that is a google.api.HttpBody is passed on as it is, and a stream of them piece by piece.
 
 The rule: what fills the message is decided by the binding alone; query, body and path, in this order, replace whole
 fields of the one before. No operation has code of its own here.
@@ -8,7 +8,8 @@ fields of the one before. No operation has code of its own here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from google.protobuf.message_factory import GetMessageClass
 from gateway.http_rules import ALL, HTTP_BODY, Binding
 from gateway.json_codec import MAX_DEPTH, Codec, CodecError, codec_for, parse
 from servicekit import channels
+from servicekit.errors import DeadlineExceeded
 
 MAX_QUERY_FIELDS = 1000
 
@@ -51,7 +53,8 @@ class _Call:
     read: Callable[[Any], tuple[bytes, str]]
     """Body and content type of what is answered."""
     channel: grpc.aio.Channel
-    invoke: grpc.aio.UnaryUnaryMultiCallable[Message, Message]
+    invoke: Any
+    """The method of a stub: for one answer, or for a stream of them."""
 
 
 class Transcoder:
@@ -90,6 +93,35 @@ class Transcoder:
         warnings = tuple(str(value) for name, value in trailers or () if name == channels.WARNING)
         return Transcoded(*call.read(response), warnings)
 
+    async def stream(
+        self,
+        binding: Binding,
+        path_params: Mapping[str, str],
+        query_string: bytes,
+        metadata: Sequence[tuple[str, str]],
+        *,
+        longest_silence: float,
+    ) -> AsyncGenerator[HttpBody, None]:
+        """As `handle`, for a binding that is a stream: its pieces, until either side ends it.
+
+        Raises DeadlineExceeded when nothing comes for so many seconds.
+        """
+        call = self._calls[binding.method.full_name]
+        request = request_message(call.request, binding, path_params, query_string, b"")
+        await channels.until_connected(call.channel, within=channels.RESTART_SECONDS)
+        answering = call.invoke(request, metadata=tuple(metadata))
+        try:
+            while True:
+                async with asyncio.timeout(longest_silence):
+                    piece = await answering.read()
+                if not isinstance(piece, HttpBody):  # the end of the stream
+                    return
+                yield piece
+        except TimeoutError:
+            raise DeadlineExceeded(f"The {binding.service.name} service does not go on with its answer.") from None
+        finally:
+            answering.cancel()
+
 
 def request_message(
     codec: Codec, binding: Binding, path_params: Mapping[str, str], query_string: bytes, body: bytes
@@ -108,11 +140,12 @@ def request_message(
 
 def _call(channel: grpc.aio.Channel, method: MethodDescriptor) -> _Call:
     request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+    open_call: Any = channel.unary_stream if method.server_streaming else channel.unary_unary
     return _Call(
         codec_for(method.input_type),
         _raw if method.output_type.full_name == HTTP_BODY else _encoder(method),
         channel,
-        channel.unary_unary(
+        open_call(
             f"/{method.containing_service.full_name}/{method.name}",
             request_serializer=request.SerializeToString,
             response_deserializer=response.FromString,

@@ -179,6 +179,8 @@ class _Call:
                 if hasattr(answers, "__aiter__"):
                     async for answer in answers:
                         self._require_decision()
+                        if self._is_judged_anew():
+                            await self._authenticate()
                         yield answer
                 else:  # health and reflection write through the context
                     self._require_decision()
@@ -198,9 +200,20 @@ class _Call:
 
     async def _begin(self) -> None:
         context.enter(context.RequestContext(self._request_id))
+        await self._authenticate()
+
+    async def _authenticate(self) -> None:
         request = await self._chain.authenticate(self._method, self._metadata, self._request_id)
         self._decision = request.decision
         context.enter(request)
+
+    def _is_judged_anew(self) -> bool:
+        """Whether each message of a stream is decided about by itself, for a caller who is asked for again (S12).
+
+        So it is where a token says who calls; a peer looks after its own caller. The answer to a query is one answer.
+        """
+        row = None if self._decision is None else self._decision.row
+        return self._chain.source is not None and row is not None and bool(row.subject) and not row.is_inference
 
     def _require_decision(self) -> None:
         """Keeps an answer back for which nobody asked whether the caller may have it."""

@@ -29,6 +29,7 @@ from serving_service.controller import Doors
 from serving_service.controllers import Controllers
 from serving_service.endpoints import Endpoints
 from serving_service.environment import SecretReferences
+from serving_service.followers import Followers
 from serving_service.gpu_loads import GpuLoads
 from serving_service.gpu_pool import GpuPool
 from serving_service.helper_variables import HelperVariables
@@ -172,12 +173,14 @@ async def running(
             memory_limit=settings.limits.memory,
             gpus=GpuLoads(smi, gpus) if smi and gpus.machine.devices else None,
         )
+        followers = Followers()
         endpoints = Endpoints(
             opened,
             registry,
             references,
             controllers,
             build_logs,
+            followers,
             access=access,
             settlement=settlement,
             answers=Answers(Unsealed(), time.time),
@@ -220,7 +223,7 @@ async def running(
                 ],
                 table=POLICY,
                 readiness={"database": opened.ping},
-                # Routes last: its streams end with it, and would hold the service up if they did not.
+                # Who is followed comes last: streams end with these jobs, and would hold the service up otherwise.
                 jobs={
                     "registry": registry.run,
                     "environments": environments.run,
@@ -233,6 +236,7 @@ async def running(
                     "notices": outbox.run,
                     "loads": routes.loads.run,
                     "routes": routes.run,
+                    "followers": followers.run,
                 },
                 message_limit=MESSAGE_LIMIT,
                 metrics=metrics,

@@ -31,6 +31,7 @@ class BuildLogs:
 
     def end(self, endpoint_id: str, version: int, entity: str, said: EnvironmentLog) -> None:
         """Keeps the log of a launch whose environment is there or never will be; the launch does not wait for that."""
+        said.is_over = True
         task = asyncio.create_task(self._keep(endpoint_id, version, entity, said), name="build log")
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
@@ -44,6 +45,10 @@ class BuildLogs:
             log.warning("a build log cannot be kept", extra={"endpoint": endpoint_id, "entity": entity})
         if self._open.get((endpoint_id, version, entity)) is said:  # else that of another launch, which goes on
             del self._open[endpoint_id, version, entity]
+
+    def opened(self, endpoint_id: str, version: int, entity: str) -> EnvironmentLog | None:
+        """The log that is being written, or was a moment ago."""
+        return self._open.get((endpoint_id, version, entity))
 
     async def text(self, endpoint_id: str, version: int, entity: str) -> str:
         """The log as it is now; empty before anything was said."""

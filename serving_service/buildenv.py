@@ -20,7 +20,7 @@ from pathlib import Path
 import uv
 
 from serving_service.shim.masking import Masker
-from serving_service.shim.ring import LineRing, LineWriter
+from serving_service.shim.ring import Excerpt, LineRing, LineWriter
 
 LOG_BYTES = 256 << 10
 LINE_BYTES = 4_096
@@ -80,6 +80,10 @@ class BuildLog:
 
     def text(self) -> str:
         return self._ring.tail(LOG_BYTES)
+
+    def since(self, position: int) -> Excerpt:
+        """What came after the first `position` lines."""
+        return self._ring.since(position, LOG_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,15 @@ UNREADABLE_SECONDS = 1.0
 """Until something that did not answer is asked again."""
 
 
+@dataclass(frozen=True)
+class LastEnded:
+    """The last replica of an entity that ended and whose log is kept."""
+
+    replica_id: str
+    position: int
+    """How many lines it had printed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Doors:
     """What every controller works with."""
@@ -94,6 +103,7 @@ class EndpointController:
         """The version of the model of each served entity, by its configuration and its name."""
         self.processes: dict[str, int] = {}
         """The process of each replica that is ready."""
+        self._last_ended: dict[tuple[int, str], LastEnded] = {}
         self._probing: dict[str, asyncio.Task[None]] = {}
         self._condemned: dict[str, str] = {}
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
@@ -208,6 +218,25 @@ class EndpointController:
                 return text
         return await self._doors.database.read(store.last_log, self.endpoint_id, version, entity)
 
+    def handles(self, version: int, entity: str) -> dict[str, ReplicaHandle]:
+        """The replicas of an entity that can be asked for their output, the oldest first."""
+        return {
+            each.id: self._handles[each.id]
+            for each in self._replicas.values()
+            if (each.version, each.entity) == (version, entity) and each.id in self._handles
+        }
+
+    def last_ended(self, version: int, entity: str) -> LastEnded | None:
+        """Whose output the kept log of an entity is; None when that is not known."""
+        return self._last_ended.get((version, entity))
+
+    def has_replicas(self, version: int, entity: str) -> bool:
+        """Whether any replica of an entity starts, answers, or is still being stopped."""
+        return any(
+            (each.version, each.entity) == (version, entity) and each.phase is not Phase.ENDED
+            for each in self._replicas.values()
+        )
+
     async def run(self) -> None:
         """Works until the endpoint is deleted and nothing is left of it."""
         self._spawn(self._timeline.run())
@@ -272,6 +301,7 @@ class EndpointController:
             (config.version, each.name): each.model.version for config in wanted.values() for each in config.entities
         }
         self._retries = {key: retry for key, retry in self._retries.items() if key[0] in wanted}
+        self._last_ended = {key: last for key, last in self._last_ended.items() if key[0] in wanted}
         if endpoint.pending is not None and endpoint.pending.version not in self._deadlines:
             # Timed on the clock that nobody can set; what passed before this process started is taken from the record.
             left = endpoint.pending.created_at / 1000 + self._doors.deploy_deadline - time.time()
@@ -628,9 +658,11 @@ class EndpointController:
         if replica is None:
             return  # whoever stopped it has done so
         try:
-            if text := await handle.logs(KEPT_LOG_BYTES):
+            said = await handle.output(KEPT_LOG_BYTES)
+            if said.text:
                 write = self._doors.database.write
-                await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, text)
+                await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, said.text)
+                self._last_ended[replica.version, replica.entity] = LastEnded(replica_id, said.position)
         except (ReplicaGoneError, TimeoutError, OSError, RuntimeError, sqlite3.Error):
             log.warning("log of a replica that has ended cannot be kept", extra={"replica": replica_id})
 

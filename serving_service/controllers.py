@@ -14,7 +14,7 @@ from collections import Counter
 
 from servicekit.measures import Key
 from serving_service import store
-from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointController
+from serving_service.controller import STOP_GRACE_SECONDS, Doors, EndpointController, LastEnded
 from serving_service.launcher import Observation, ReplicaGoneError, ReplicaHandle
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ReplicaRecord
 from serving_service.phases import LaunchEvent
@@ -116,6 +116,21 @@ class Controllers:
         if controller is None:  # the service has just started
             return await self._doors.database.read(store.last_log, endpoint_id, version, entity)
         return await controller.logs(version, entity, max_bytes)
+
+    def handles(self, endpoint_id: str, version: int, entity: str) -> dict[str, ReplicaHandle]:
+        """The replicas of an entity that can be asked for their output, the oldest first."""
+        controller = self._controllers.get(endpoint_id)
+        return controller.handles(version, entity) if controller is not None else {}
+
+    def last_ended(self, endpoint_id: str, version: int, entity: str) -> LastEnded | None:
+        """Whose output the kept log of an entity is; None when that is not known."""
+        controller = self._controllers.get(endpoint_id)
+        return controller.last_ended(version, entity) if controller is not None else None
+
+    def has_replicas(self, endpoint_id: str, version: int, entity: str) -> bool:
+        """Whether any replica of an entity starts, answers, or is still being stopped; True while that is not known."""
+        controller = self._controllers.get(endpoint_id)
+        return controller is None or controller.has_replicas(version, entity)
 
     async def _recover(self, orphans: asyncio.TaskGroup) -> None:
         database, routes = self._doors.database, self._doors.routes

@@ -13,7 +13,7 @@ import logging
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,11 @@ from serving_service.errors import (
     TelemetryNotSupported,
     UpdateInProgress,
 )
+from serving_service.followers import Followers, News
 from serving_service.gpus import Machine
 from serving_service.model import ConfigUpdate, Deployment, Endpoint, EndpointConfig, EntityState, Minute, MinuteOfUse
 from serving_service.monitoring import Monitoring, Page
+from serving_service.outputs import LOG_BYTES, BuildOutput, ReplicaOutput
 from serving_service.phases import LaunchEvent
 from serving_service.registry import Registry
 from serving_service.settlement import Settlement
@@ -58,9 +60,6 @@ T = TypeVar("T")
 
 FILES_SECONDS = 8.0
 """How long a description waits for the files of models that are not here any more."""
-
-LOG_BYTES = 1 << 20
-"""How much of a log is handed out: its end."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +107,7 @@ class Endpoints:
         references: SecretReferences,
         controllers: Controllers,
         build_logs: BuildLogs,
+        followers: Followers,
         *,
         access: AccessTable,
         settlement: Settlement,
@@ -123,6 +123,7 @@ class Endpoints:
         self._references = references
         self._controllers = controllers
         self._build_logs = build_logs
+        self._followers = followers
         self._access = access
         self._settlement = settlement
         self._answers = answers
@@ -255,6 +256,41 @@ class Endpoints:
         endpoint, _ = await self._found(name, caller)
         config = _config_with(endpoint, entity, version)
         return await self._build_logs.text(endpoint.id, config.version, entity)
+
+    async def follow_logs(self, name: str, entity: str, *, caller: Callable[[], Principal]) -> AsyncIterator[str]:
+        """The output of a served entity as it comes, and signs of life, which are empty.
+
+        Ends when nothing of it is going to run any more; `caller` tells each time who asks.
+        """
+        first, _ = await self._found(name, caller())
+        output = ReplicaOutput(self._database, self._controllers, first.id, entity)
+
+        async def look() -> News:
+            endpoint = await self._same(first, caller())
+            config = _config_with(endpoint, entity, None)
+            is_all = endpoint.is_at_rest(config) and not self._controllers.has_replicas(
+                endpoint.id, config.version, entity
+            )
+            return News(await output.news(config.version), is_all)
+
+        async for text in self._followers.follow(caller().id, look):
+            yield text
+
+    async def follow_build_logs(
+        self, name: str, entity: str, version: int | None, *, caller: Callable[[], Principal]
+    ) -> AsyncIterator[str]:
+        """As `follow_logs`, how the environment of a served entity comes about, until it has or never will."""
+        first, _ = await self._found(name, caller())
+        config = _config_with(first, entity, version)
+        output = BuildOutput(self._build_logs, first.id, config.version, entity)
+
+        async def look() -> News:
+            endpoint = await self._same(first, caller())
+            is_pending = endpoint.pending is not None and endpoint.pending.version == config.version
+            return await output.news(is_awaited=is_pending and endpoint.is_updating)
+
+        async for text in self._followers.follow(caller().id, look):
+            yield text
 
     async def openapi(self, name: str, *, caller: Principal) -> bytes:
         """How the endpoint's entities are queried, as an OpenAPI document in JSON."""
@@ -573,6 +609,13 @@ class Endpoints:
         if endpoint is None or endpoint.is_deleted:
             raise EndpointNotFound(name)
         return endpoint, level
+
+    async def _same(self, known: Endpoint, caller: Principal) -> Endpoint:
+        """An endpoint as it is now, as `_found`; another one that has taken its name by now is not it."""
+        endpoint, _ = await self._found(known.name, caller)
+        if endpoint.id != known.id:
+            raise EndpointNotFound(known.name)
+        return endpoint
 
     async def _with_models(self, config: EndpointConfig) -> EndpointConfig:
         """The configuration with what the registry says about its models; raises for one that is not there."""

@@ -26,6 +26,7 @@ from serving_service.cgroups import Cgroups
 from serving_service.shim import cgroups as members
 from serving_service.shim import processes
 from serving_service.shim.confinement import Confinement
+from serving_service.shim.ring import Excerpt
 from serving_service.shim.spec import Spec
 from serving_service.shim.supervisor import is_held
 from serving_service.template import ShimRefusedError, Template
@@ -139,6 +140,9 @@ class ReplicaHandle(Protocol):
     async def logs(self, max_bytes: int) -> str:
         """The newest whole lines of output that fit into `max_bytes`; secrets of the launch are masked."""
 
+    async def output(self, max_bytes: int, *, after: int = 0) -> Excerpt:
+        """As `logs`, of what came after the first so many lines."""
+
     async def stop(self, grace_seconds: float, *, dismiss: bool = True) -> None:
         """Ends the replica and all its descendants: TERM, and KILL after `grace_seconds`; safe to repeat.
 
@@ -214,7 +218,11 @@ class LocalReplica:
                 return seen
 
     async def logs(self, max_bytes: int) -> str:
-        return str((await self._ask({"op": "logs", "max_bytes": max_bytes}))["logs"])
+        return (await self.output(max_bytes)).text
+
+    async def output(self, max_bytes: int, *, after: int = 0) -> Excerpt:
+        said = await self._ask({"op": "logs", "max_bytes": max_bytes, "after": after})
+        return Excerpt(said["logs"], said["position"], said["missing"])
 
     async def stop(self, grace_seconds: float, *, dismiss: bool = True) -> None:
         request = {"op": "stop", "grace_seconds": grace_seconds, "dismiss": dismiss}

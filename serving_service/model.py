@@ -136,6 +136,10 @@ class Endpoint:
         """Whether it is stopped and nobody is starting it."""
         return self.is_stopped and not self.is_updating
 
+    def is_at_rest(self, config: EndpointConfig) -> bool:
+        """Whether nothing of its active or pending configuration is going to run before somebody changes something."""
+        return self.is_stopped if config is self.active else not self.is_updating
+
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:

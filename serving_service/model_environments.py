@@ -27,6 +27,7 @@ from serving_service.caches import FolderCache
 from serving_service.helper_variables import HelperVariables
 from serving_service.launcher import ModelPython
 from serving_service.requirements import Needs, UnusableRequirements
+from serving_service.shim.ring import Excerpt
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +90,24 @@ class EnvironmentLog:
     """How the environment of one launch comes about; may be read meanwhile."""
 
     decision: list[str] = field(default_factory=list)
-    build: Callable[[], str] = str
+    """Complete when the build begins, if there is one."""
+    build: BuildLog | None = None
     outcome: str = ""
-    """The cause of a failure."""
+    """The cause of a failure, once it is over."""
+    is_over: bool = False
+    """Whether the environment is there, or never will be."""
 
     def text(self) -> str:
         """All of it as it is now."""
-        return "".join([*(f"{line}\n" for line in self.decision), self.build(), f"{self.outcome}\n".lstrip()])
+        built = self.build.text() if self.build else ""
+        return "".join([*(f"{line}\n" for line in self.decision), built, f"{self.outcome}\n".lstrip()])
+
+    def since(self, position: int) -> Excerpt:
+        """What was said after the first `position` lines; the outcome, where there is one, comes in the end."""
+        decided = self.decision[position:]
+        built = self.build.since(max(position - len(self.decision), 0)) if self.build else Excerpt("", 0, 0)
+        text = "".join([*(f"{line}\n" for line in decided), built.text, f"{self.outcome}\n".lstrip()])
+        return Excerpt(text, len(self.decision) + built.position, built.missing)
 
 
 class ModelEnvironments:
@@ -177,7 +189,7 @@ class ModelEnvironments:
         build = self._builds.get(asked)
         if build is None:
             build = self._begun(asked, needs)
-        said.build = build.log.text
+        said.build = build.log
         build.waiting += 1
         try:
             return await asyncio.shield(build.task)

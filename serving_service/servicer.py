@@ -18,6 +18,8 @@ from serving_service.query import AnswerHead, Queries
 from serving_service.routes import RouteTable
 from tessera.serving.v1 import serving_pb2 as pb
 
+FOLLOWED_TYPE = "text/plain; charset=utf-8"
+
 Call = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -157,6 +159,23 @@ class ServingEndpointsServicer:
         )
         return pb.ServedModelLogs(logs=logs)
 
+    async def FollowServedModelLogs(
+        self, request: pb.FollowServedModelLogsRequest, call: Call
+    ) -> AsyncIterator[HttpBody]:
+        pieces = self._endpoints.follow_logs(request.name, request.served_model_name, caller=current_caller)
+        async for text in pieces:
+            yield _piece(text)
+
+    async def FollowServedModelBuildLogs(
+        self, request: pb.FollowServedModelBuildLogsRequest, call: Call
+    ) -> AsyncIterator[HttpBody]:
+        version = request.config_version if request.HasField("config_version") else None
+        pieces = self._endpoints.follow_build_logs(
+            request.name, request.served_model_name, version, caller=current_caller
+        )
+        async for text in pieces:
+            yield _piece(text)
+
     async def GetServingEndpointOpenApi(self, request: pb.GetServingEndpointOpenApiRequest, call: Call) -> HttpBody:
         document = await self._endpoints.openapi(request.name, caller=current_caller())
         return HttpBody(content_type="application/json", data=document)
@@ -203,6 +222,10 @@ class MeteringServicer:
 
     async def Report(self, request: pb.MeasuresReport, call: Call) -> pb.MeasuresReceipt:
         return self._meters.receive(request)
+
+
+def _piece(text: str) -> HttpBody:
+    return HttpBody(content_type=FOLLOWED_TYPE, data=text.encode())
 
 
 def _first_message(head: AnswerHead) -> HttpBody:

@@ -118,6 +118,8 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/ListServingEndpointUsage": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServedModelBuildLogs": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/FollowServedModelLogs": CAN_MANAGE,
+    "tessera.serving.v1.ServingEndpoints/FollowServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServingEndpointOpenApi": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/Query": INFERENCE,
     "tessera.serving.v1.Routes/Watch": internal("gateway"),

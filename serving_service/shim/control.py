@@ -3,9 +3,9 @@
 Every request holds the `epoch` of who asks. Each Serving has a higher one than its predecessor, and only the highest
 that was ever heard is obeyed: one that was paused or cut off, and has a successor by now, does nothing more.
 
-Requests: `state`; `wait` (`state`: answers when it is another one, at the latest after 30 s); `logs` (`max_bytes`);
-`stop` (`grace_seconds`, `dismiss`); `dismiss`, which removes the directory of a replica that has ended, and ends the
-shim.
+Requests: `state`; `wait` (`state`: answers when it is another one, at the latest after 30 s); `logs` (`max_bytes`, and
+`after`: how many lines are known already); `stop` (`grace_seconds`, `dismiss`); `dismiss`, which removes the directory
+of a replica that has ended, and ends the shim.
 """
 
 import json
@@ -76,7 +76,8 @@ class Control:
             self.last_contact = time.monotonic()
             operation = asked["op"]
             if operation == "logs":
-                return {"logs": self._replica.log.tail(int(asked["max_bytes"]))}, False
+                said = self._replica.log.since(int(asked.get("after", 0)), int(asked["max_bytes"]))
+                return {"logs": said.text, "position": said.position, "missing": said.missing}, False
             if operation == "wait":
                 return self._replica.wait_for_change(str(asked["state"]), _WAIT_SECONDS), False
             if operation == "stop":

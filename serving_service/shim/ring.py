@@ -5,11 +5,24 @@ A line is kept once it is complete, because half a line may hold half a secret.
 
 import threading
 from collections import deque
+from itertools import islice
+from typing import NamedTuple
 
 from serving_service.shim.masking import Masker
 
 CUT_MARK = b" ...[line cut]"
 _LINE_OVERHEAD = 48  # what one kept line costs beside its bytes; counted, or empty lines would be free
+
+
+class Excerpt(NamedTuple):
+    """Some lines of a log, up to its end."""
+
+    text: str
+    """Whole lines, the oldest first, each ending in a newline."""
+    position: int
+    """How many lines there have been in all: from here on is what comes later."""
+    missing: int
+    """How many lines were asked for and are not among these: too old to be kept, or too many."""
 
 
 class LineRing:
@@ -19,25 +32,34 @@ class LineRing:
         self._capacity = capacity
         self._lines: deque[bytes] = deque()
         self._size = 0
+        self._count = 0  # of all lines, those included that are not kept any more
         self._lock = threading.Lock()
 
     def append(self, line: bytes) -> None:
         with self._lock:
             self._lines.append(line)
+            self._count += 1
             self._size += len(line) + _LINE_OVERHEAD
             while self._size > self._capacity:
                 self._size -= len(self._lines.popleft()) + _LINE_OVERHEAD
 
     def tail(self, max_bytes: int) -> str:
         """The newest whole lines that fit into `max_bytes`, oldest first, each ending in a newline."""
+        return self.since(0, max_bytes).text
+
+    def since(self, position: int, max_bytes: int) -> Excerpt:
+        """What came after the first `position` lines: the newest of it that fits into `max_bytes`."""
         chosen: list[bytes] = []
         with self._lock:
-            for line in reversed(self._lines):
+            count = self._count
+            asked = max(count - position, 0)
+            for line in islice(reversed(self._lines), asked):
                 max_bytes -= len(line) + 1
                 if max_bytes < 0:
                     break
                 chosen.append(line)
-        return "".join(line.decode("utf-8", "replace") + "\n" for line in reversed(chosen))
+        text = "".join(line.decode("utf-8", "replace") + "\n" for line in reversed(chosen))
+        return Excerpt(text, count, asked - len(chosen))
 
 
 class LineWriter:

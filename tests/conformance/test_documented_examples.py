@@ -7,7 +7,7 @@
   send        further request headers
   status      200 when it is not given
   answer      what the body must hold (tests/support/matching.py); says: texts that its message must hold
-  text        lines that the body must hold, which is plain text and no JSON
+  text        lines that the body must hold, which is plain text and no JSON; type: its media type, if not Prometheus's
   headers     what the answer's headers must hold
   eventually  true: the request is repeated until its answer is as expected
   keep        values of the answer to use in later steps, by path: {"id": "token_info.token_id"} makes `<id>`
@@ -111,9 +111,8 @@ def _attempt(live: Live, step: Step) -> tuple[Answer, list[str]]:
     if "text" in step:
         lines = answer.body.decode().splitlines()
         wrong += [f"answer: has no line {line!r}" for line in step["text"] if line not in lines]
-        return answer, wrong + broken_rules(
-            live, answer, {}, "", content_type="text/plain; version=0.0.4; charset=utf-8"
-        )
+        media_type = step.get("type", "text/plain; version=0.0.4; charset=utf-8")
+        return answer, wrong + broken_rules(live, answer, {}, "", content_type=media_type)
     try:
         document = answer.json()
     except ValueError:

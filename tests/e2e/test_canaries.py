@@ -321,6 +321,21 @@ def launch(sweep: Sweep, secret: Canary) -> None:
     logs = sweep.admin.logs("open", "one")
     assert logs.count("[secret]") >= 3
     assert "ValueError" in logs
+    follow(sweep, "open", "logs", b"[secret]", count=logs.count("[secret]") + 1)
+
+
+def follow(sweep: Sweep, name: str, log: str, needle: bytes, *, count: int = 1) -> None:
+    """What somebody is told who follows a log, until the needle has been in it so often."""
+    path = f"/api/2.0/tessera/serving-endpoints/{name}/served-models/one/{log}:follow"
+    with contextlib.closing(http.client.HTTPConnection(sweep.stack.url.removeprefix("http://"), timeout=60)) as line:
+        line.request("GET", path, headers={"authorization": f"Bearer {sweep.stack.token}"})
+        response = line.getresponse()
+        said = response.read1(1 << 20)
+        if log == "logs":
+            assert query(sweep, "print-environment") == 200
+        while said.count(needle) < count:
+            said += response.read1(1 << 20)
+    sweep.answers.append((f"the answer of GET {path}", Answer(response.status, dict(response.getheaders()), said)))
 
 
 def own_metrics(sweep: Sweep) -> list[str]:
@@ -342,6 +357,7 @@ def failed_build(sweep: Sweep) -> None:
     until(lambda: "error: " in sweep.admin.build_logs("unbuilt", "one"), within=60, what="the build has failed")
     read_all(sweep, "unbuilt")
     sweep.send("GET", f"{ENDPOINTS}/unbuilt/served-models/one/build-logs")
+    follow(sweep, "unbuilt", "build-logs", b"error: ")
     sweep.send("GET", "/api/2.0/tessera/serving-endpoints/unbuilt/events")
     sweep.admin.delete_endpoint("unbuilt")
 

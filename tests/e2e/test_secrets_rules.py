@@ -152,6 +152,7 @@ def test_endpoints_of_others_do_not_exist_for_those_who_may_not_see_them(admin: 
         ("DELETE", f"{ENDPOINTS}/hidden", None),
         ("GET", f"{ENDPOINTS}/hidden/served-models/one/logs", None),
         ("GET", f"{ENDPOINTS}/hidden/served-models/one/build-logs", None),
+        ("GET", "/api/2.0/tessera/serving-endpoints/hidden/served-models/one/logs:follow", None),
     ):
         assert other.refused(method, path, sent)[:2] == (404, "RESOURCE_DOES_NOT_EXIST")
     assert other.refused("POST", "/serving-endpoints/hidden/invocations", {})[:2] == (404, "ENDPOINT_NOT_FOUND")

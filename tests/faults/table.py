@@ -29,6 +29,7 @@ _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_chan
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
 
+_FOLLOW = "tests/service/test_follow.py"
 _CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
 
 FAULTS = (
@@ -673,6 +674,40 @@ FAULTS = (
         ),
     ),
     # --- logs ---
+    Fault(
+        name="follower-asked-for-once",
+        property="S12",
+        file="gateway/streams.py",
+        old="await self._check(request, caller)",
+        new="pass",
+        tests=(f"{_FOLLOW}::test_who_may_not_read_any_more_is_told_nothing_more",),
+    ),
+    Fault(
+        name="follower-of-grpc-asked-for-once",
+        property="S12",
+        file="servicekit/interceptors.py",
+        old="""                        if self._is_judged_anew():
+                            await self._authenticate()
+""",
+        new="",
+        tests=(f"{_FOLLOW}::test_who_may_not_read_any_more_is_told_nothing_more",),
+    ),
+    Fault(
+        name="last-words-lost",
+        property="contract 5.14",
+        file="serving_service/controller.py",
+        old="LastEnded(replica_id, said.position)",
+        new="LastEnded(replica_id, 0)",
+        tests=(f"{_FOLLOW}::test_last_words_of_a_replica_are_told_and_then_those_of_its_successor",),
+    ),
+    Fault(
+        name="left-out-in-silence",
+        property="contract 5.14",
+        file="serving_service/outputs.py",
+        old='f"--- {said.missing} lines are left out\\n" if said.missing else ""',
+        new='""',
+        tests=(f"{_FOLLOW}::test_what_could_not_be_told_is_left_out_and_counted",),
+    ),
     Fault(
         name="log-goes-with-its-replica",
         property="contract 5.14",

@@ -25,7 +25,7 @@ from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import an_input
 from tests.support.eventually import eventually
 from tests.support.platform import running_pair
-from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal
+from tests.support.secrets import TIMEOUT, Caller, RunningSecrets, data_directory, refusal
 from tests.support.serving import RunningServing, ServingCaller
 from tests.support.stores import rewrite
 
@@ -97,6 +97,16 @@ async def platform() -> AsyncIterator[Platform]:
             yield running
 
 
+async def first_piece(caller: ServingCaller) -> Any:
+    """How a log that is followed begins."""
+    request = pb.FollowServedModelLogsRequest(name="demo", served_model_name="ready-1")
+    call = caller.stub.FollowServedModelLogs(request, metadata=caller._metadata, timeout=TIMEOUT)
+    try:
+        return await call.read()
+    finally:
+        call.cancel()
+
+
 Operation = Callable[[ServingCaller], Awaitable[Any]]
 
 OPERATIONS: dict[str, tuple[int, Operation]] = {
@@ -110,6 +120,7 @@ OPERATIONS: dict[str, tuple[int, Operation]] = {
             pb.GetServedModelBuildLogsRequest(name="demo", served_model_name="ready-1"),
         ),
     ),
+    "follow logs": (MANAGE, lambda caller: first_piece(caller)),
     "update": (MANAGE, lambda caller: caller.update("demo", an_input("ready"))),
     "delete": (MANAGE, lambda caller: caller.delete("demo")),
 }

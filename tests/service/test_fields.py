@@ -263,6 +263,9 @@ CASES = {
         "GetServedModelLogs": Case(query={}, before=(ENDPOINT,)),
         "GetServingEndpointOpenApi": Case(query={}, before=(ENDPOINT,)),
         "GetServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
+        # Of what is stopped: that ends.
+        "FollowServedModelLogs": Case(query={}, before=(ENDPOINT, STOPPED)),
+        "FollowServedModelBuildLogs": Case(query={}, before=(ENDPOINT,)),
     },
 }
 EVERY_CASE = {f"{service}/{name}": case for service, cases in CASES.items() for name, case in cases.items()}

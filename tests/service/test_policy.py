@@ -128,6 +128,8 @@ GOLDEN = {
         "ListServingEndpointMetricsHistory": "endpoint CAN_VIEW",
         "GetServedModelLogs": "endpoint CAN_MANAGE",
         "GetServedModelBuildLogs": "endpoint CAN_MANAGE",
+        "FollowServedModelLogs": "endpoint CAN_MANAGE",
+        "FollowServedModelBuildLogs": "endpoint CAN_MANAGE",
         "Query": "endpoint CAN_QUERY",
     },
     "tessera.serving.v1.Routes": {"Watch": "gateway"},
@@ -322,6 +324,12 @@ REQUESTS: dict[str, Callable[[Things], Any]] = {
     "GetServingEndpointOpenApi": lambda it: serving.GetServingEndpointOpenApiRequest(name="steady"),
     "GetServedModelLogs": lambda it: serving.GetServedModelLogsRequest(name="steady", served_model_name="ready-1"),
     "GetServedModelBuildLogs": lambda it: serving.GetServedModelBuildLogsRequest(
+        name="steady", served_model_name="ready-1"
+    ),
+    "FollowServedModelLogs": lambda it: serving.FollowServedModelLogsRequest(
+        name="steady", served_model_name="ready-1"
+    ),
+    "FollowServedModelBuildLogs": lambda it: serving.FollowServedModelBuildLogsRequest(
         name="steady", served_model_name="ready-1"
     ),
     "Query": lambda it: serving.QueryRequest(name="steady"),

@@ -180,6 +180,24 @@ def _answer_gated(listener: socket.socket) -> None:
         threading.Thread(target=answer, args=(connection,), daemon=True).start()
 
 
+def _answer_talking(listener: socket.socket) -> None:
+    """Prints what it is asked to `say`, so many `times`, and ends where that is asked for."""
+    while True:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rb") as stream:
+            length = 0
+            while (line := stream.readline()) not in (b"\r\n", b""):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.partition(b":")[2])
+            if length:  # else it is asked whether it lives
+                asked = json.loads(stream.read(length))
+                sys.stdout.write(f"{asked['say']}\n" * asked.get("times", 1))
+                sys.stdout.flush()
+                if asked.get("dies"):
+                    os._exit(7)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+
+
 def main(manner: str, listen_fd: int, report_fd: int) -> None:
     surroundings = _surroundings()
     if manner == "dying":
@@ -218,6 +236,8 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
     with socket.socket(fileno=listen_fd) as listener:
         if manner == "gated":
             _answer_gated(listener)
+        if manner == "talking":
+            _answer_talking(listener)
         while True:
             connection, _ = listener.accept()
             with connection:

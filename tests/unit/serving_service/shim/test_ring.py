@@ -72,6 +72,25 @@ def test_the_tail_holds_whole_lines_only() -> None:
     assert ring.tail(0) == ""
 
 
+def test_what_comes_after_a_place_is_told_with_where_to_go_on_and_what_is_missing() -> None:
+    ring = LineRing(200)
+    assert ring.since(0, 100) == ("", 0, 0)
+    ring.append(b"one")
+    ring.append(b"two")
+    assert ring.since(0, 100) == ("one\ntwo\n", 2, 0)
+    assert ring.since(1, 100) == ("two\n", 2, 0)
+    assert ring.since(2, 100) == ("", 2, 0)
+    assert ring.since(7, 100) == ("", 2, 0)
+    for number in range(100):
+        ring.append(b"line %d" % number)
+    text, position, missing = ring.since(2, 1_000)
+    assert position == 102
+    assert text.endswith("line 98\nline 99\n")
+    assert text.count("\n") + missing == 100
+    assert missing > 0
+    assert ring.since(99, 16) == ("line 98\nline 99\n", 102, 1)
+
+
 def test_bytes_that_are_no_text_do_not_break_the_log() -> None:
     ring = LineRing(1_000)
     ring.append(b"\xff\x00ok")
