@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from servicekit.errors import StartError
 from servicekit.settings import SettingsError
-from tessera.cli import admin_token, demo, up
+from tessera.cli import admin_token, demo, endpoints, events, logs, up
 
-_COMMANDS = (up, demo, admin_token)
+INTERRUPTED, CLOSED = 130, 141
+"""The status of a command that a person ended, or whose output nobody reads any more; as shells have it."""
+
+_COMMANDS = (up, demo, endpoints, events, logs, admin_token)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"tessera: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read what was printed has enough. Nothing else is to be written there in the end, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.support.registered_models import (
     stack_environment,
 )
 from tests.support.sockets import short_directory
-from tests.support.stack import Stack, running_stack
+from tests.support.stack import Stack, clean_environment, running_stack
 from tests.support.wheels import index_variables, make_wheel, runner_wheels, variables_file
 
 DEPLOY_SECONDS = 180.0
@@ -60,11 +61,21 @@ def phases(api: Api, name: str, phase: str) -> list[tuple[str, str]]:
     return [(event["outcome"], event["message"]) for event in events if event["phase"] == phase]
 
 
+def command(stack: Stack, *arguments: str) -> str:
+    """What the command line prints, which ends by itself."""
+    environment = {**clean_environment(), "DATABRICKS_HOST": stack.url, "DATABRICKS_TOKEN": stack.token}
+    program = [sys.executable, "-P", "-m", "tessera.cli", *arguments]
+    ran = subprocess.run(program, env=environment, capture_output=True, text=True, check=True, timeout=DEPLOY_SECONDS)
+    return ran.stdout
+
+
 def test_a_model_runs_in_what_it_was_logged_with_and_nothing_makes_it_be_built_again(
     stack: Stack, api: Api, wheels: Path
 ) -> None:
     served = entity(INSTALLABLE, name="one", model=PACKAGED_MODEL, **KEY)
     api.create_endpoint("packaged", served)
+    followed = command(stack, "logs", "packaged", "--build", "--follow")
+    assert followed == api.build_logs("packaged", "one")
     api.deployed("packaged", within=DEPLOY_SECONDS)
     version, prefix, key = api.ask("packaged", "package:tiny", "prefix:", "fingerprint:OPENAI_API_KEY")
     (name,) = environments(stack)

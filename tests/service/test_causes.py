@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from gateway import app as gateway_app
+from gateway.settings import GatewaySettings
 from serving_service import registry as registry_module
 from serving_service.caches import FolderCache
 from serving_service.helper_variables import HelperVariables
@@ -29,6 +31,7 @@ from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support import faulty_models, model_servers
 from tests.support.builders import a_config_input, an_input
+from tests.support.command_line import login, tessera
 from tests.support.eventually import eventually
 from tests.support.faulty_models import FaultyRegistry
 from tests.support.platform import running_pair
@@ -76,6 +79,8 @@ class Stack:
     registry: FaultyRegistry
     gated: GatedRegistry
     models: dict[str, Path]
+    url: str
+    """Of the gateway, which the command line asks."""
     replicas: Path
     """Where the launcher makes the directories of its replicas."""
 
@@ -281,12 +286,21 @@ async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
         gated = GatedRegistry(registry.uri, cache, HelperVariables(None, service_environment=os.environ))
         replicas = serving_settings(directory).sockets / "replicas"
         launcher = FaultyLauncher(replicas, None, service_environment={"PATH": os.defpath})
-        async with running_pair(directory, launcher=launcher, registry=gated, **settings) as (secrets, serving):
+        async with (
+            running_pair(directory, launcher=launcher, registry=gated, **settings) as (secrets, serving),
+            gateway_app.running(GatewaySettings(data_dir=directory, listen="127.0.0.1:0")) as url,
+        ):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(registry_module, "DESCRIBE_SECONDS", SECONDS_TO_LOAD)
                 await gated.describe(faulty_models.NAME, registry.register(models["fine"]))  # so that mlflow is there
             yield Stack(
-                secrets=secrets, serving=serving, registry=registry, gated=gated, models=models, replicas=replicas
+                secrets=secrets,
+                serving=serving,
+                registry=registry,
+                gated=gated,
+                models=models,
+                url=url,
+                replicas=replicas,
             )
 
 
@@ -366,6 +380,7 @@ async def test_cause_is_the_same_wherever_one_looks(
             said = await admin.until(name, lambda each: says(each, event.message, induced.help))
             found = said if induced.passes else await admin.settled(name)
             events, log = await admin.events(name), await admin.logs(name, "one")
+            shown = [await command(stack, "events", name), await command(stack, "endpoints", name)]
         finally:
             for undo in scene.undo:
                 undo()
@@ -376,13 +391,22 @@ async def test_cause_is_the_same_wherever_one_looks(
     assert pb.LaunchEvent.Phase.Name(event.phase) == induced.phase.replace(" ", "_").upper()
     assert induced.thing.format(**expected) in cause
     assert cause in logged(caplog)
+    assert f"    {cause}\n" in shown[0]
+    assert f"      {cause}\n" in shown[1] or (induced.passes and cause in shown[1])
     deployment = found.pending_config.served_entities[0].state.deployment
     if induced.passes:
         assert deployment == pb.ServedEntityState.DEPLOYMENT_CREATING
     else:
         assert (message_of(found), deployment) == (cause, pb.ServedEntityState.DEPLOYMENT_FAILED)
         assert found.state.config_update == pb.EndpointState.UPDATE_FAILED
-    assert CANARY not in str((found, events, log, [record.__dict__ for record in caplog.records]))
+    assert CANARY not in str((found, events, log, shown, [record.__dict__ for record in caplog.records]))
+
+
+async def command(stack: Stack, *arguments: str) -> str:
+    """What the command line prints."""
+    ran = await tessera(login(stack.url, stack.secrets.admin_token), *arguments)
+    assert (ran.status, ran.complained) == (0, "")
+    return ran.said
 
 
 def says(endpoint: pb.ServingEndpointDetailed, *sentences: str) -> bool:

@@ -1,0 +1,152 @@
+"""The commands that ask a platform: what they print, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+
+from tests.support.builders import an_input
+from tests.support.command_line import Ran, login, running, tessera
+from tests.support.eventually import eventually
+from tests.support.platform import Platform, running_platform
+
+DEMO = "talking-1"
+
+
+@pytest.fixture(scope="module")
+async def platform() -> AsyncIterator[Platform]:
+    """With an endpoint that answers, and one whose update failed."""
+    async with running_platform() as running:
+        admin = running.endpoints_of("admin")
+        for name, model in (("demo", "talking"), ("broken", "ready")):
+            await admin.create(name, model)
+            await admin.settled(name)
+        await admin.query("demo", path=b'{"say": "some words"}')
+        failing = an_input("failing", name="new", environment_vars={"SAID": "no weights"})
+        await admin.update("broken", failing)
+        await admin.settled("broken")
+        yield running
+
+
+async def run(platform: Platform, *arguments: str) -> str:
+    """What a command prints that goes well."""
+    ran = await tessera(login(platform.url, platform.tokens["admin"]), *arguments)
+    assert (ran.status, ran.complained) == (0, "")
+    return ran.said
+
+
+async def complaint(environment: dict[str, str], *arguments: str) -> str:
+    """What a command says that does not."""
+    ran = await tessera(environment, *arguments)
+    assert (ran.status, ran.said) == (1, "")
+    return ran.complained
+
+
+async def test_endpoints_are_listed_with_their_states(platform: Platform) -> None:
+    first, *others = (await run(platform, "endpoints")).splitlines()
+    assert first.split() == ["NAME", "STATE", "UPDATE", "MODELS", "CREATOR"]
+    assert [line.split() for line in others] == [
+        ["broken", "READY", "UPDATE_FAILED", "ready", "1", "admin"],
+        ["demo", "READY", "NOT_UPDATING", "talking", "1", "admin"],
+    ]
+
+
+async def test_endpoint_is_told_with_the_cause_of_its_failure(platform: Platform) -> None:
+    cause = (
+        "Phase load failed: KeyError: no weights. Its log says more. Mend the model or its variables, then update the"
+        " endpoint."
+    )
+    assert (await run(platform, "endpoints", "broken")).splitlines() == [
+        "broken READY UPDATE_FAILED",
+        "  active configuration 1",
+        "    ready-1 (ready 1): READY",
+        "  pending configuration 2",
+        "    new (failing 1): FAILED",
+        f"      {cause}",
+    ]
+
+
+async def test_events_have_durations_and_causes(platform: Platform) -> None:
+    lines = (await run(platform, "events", "broken")).splitlines()
+    began = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.fullmatch(rf"{began}  ready-1 1 [0-9a-f]{{8}}  model download +\d+\.\d{{3}} s  succeeded", lines[0])
+    assert re.fullmatch(rf"{began}  new 2 [0-9a-f]{{8}}  load +\d+\.\d{{3}} s  failed", lines[-2])
+    assert lines[-1].startswith("    Phase load failed: KeyError: no weights. ")
+
+
+async def test_logs_are_shown(platform: Platform) -> None:
+    assert await run(platform, "logs", "demo") == "some words\n"
+    assert await run(platform, "logs", "demo", "--entity", DEMO) == "some words\n"
+    assert "nothing is built" in await run(platform, "logs", "demo", "--build")
+    assert await run(platform, "logs", "demo", "--build", "--follow") == await run(platform, "logs", "demo", "--build")
+
+
+async def test_logs_are_followed_to_their_end(platform: Platform) -> None:
+    admin = platform.endpoints_of("admin")
+    await admin.create("ending", "talking")
+    await admin.settled("ending")
+    async with running(login(platform.url, platform.tokens["admin"]), "logs", "ending", "--follow") as followed:
+        await admin.query("ending", path=b'{"say": "first"}')
+        await until(followed, "first\n")
+        await admin.query("ending", path=b'{"say": "second"}')
+        await until(followed, "first\nsecond\n")
+        await admin.stop("ending")
+    assert (followed.status, followed.complained) == (0, "")
+
+
+async def until(ran: Ran, words: str) -> None:
+    await eventually(lambda: words in ran.said, what=f"{words!r} is printed")
+
+
+async def test_follower_whose_endpoint_goes_is_told_why_it_ends(platform: Platform) -> None:
+    admin = platform.endpoints_of("admin")
+    await admin.create("going", "talking")
+    await admin.settled("going")
+    async with running(login(platform.url, platform.tokens["admin"]), "logs", "going", "--follow") as followed:
+        await admin.query("going", path=b'{"say": "words"}')
+        await until(followed, "words\n")
+        await admin.delete("going")
+    assert followed.status == 1
+    assert "404: Endpoint with name 'going' does not exist." in followed.complained
+
+
+async def test_what_cannot_be_done_is_said_in_one_line(platform: Platform) -> None:
+    admin = login(platform.url, platform.tokens["admin"])
+    for environment, arguments, words in (
+        ({}, ["endpoints"], "Set DATABRICKS_HOST and DATABRICKS_TOKEN"),
+        ({"DATABRICKS_HOST": platform.url}, ["endpoints"], "Set DATABRICKS_TOKEN"),
+        (
+            login("http://127.0.0.1:1", "x"),
+            ["events", "demo"],
+            "not answered by http://127.0.0.1:1: Connection refused",
+        ),
+        (login("http://127.0.0.1:port", "x"), ["endpoints"], "DATABRICKS_HOST is http://127.0.0.1:port"),
+        (login(platform.url, "dapi-wrong"), ["endpoints"], "403: Invalid access token."),
+        (login(platform.url, "two\nlines"), ["endpoints"], "DATABRICKS_TOKEN"),
+        (admin, ["endpoints", "none"], "404: Endpoint with name 'none' does not exist."),
+        (admin, ["events", "a/b"], "404"),
+        (admin, ["logs", "none", "--follow"], "404: Endpoint with name 'none' does not exist."),
+        (admin, ["logs", "broken"], "Name a served entity of broken with --entity. There are: new, ready-1."),
+        (admin, ["logs", "demo", "--entity", "none"], "has no served entity with name 'none'"),
+        (admin, ["logs", "demo", "--entity", "none", "--follow"], "has no served entity with name 'none'"),
+    ):
+        said = await complaint(environment, *arguments)
+        assert words in said, (arguments, said)
+        assert said.startswith("tessera: ")
+        assert said.count("\n") == 1
+
+
+async def test_wrong_usage_shows_what_there_is() -> None:
+    ran = await tessera({}, "nonsense")
+    assert ran.status == 2
+    for command in ("up", "demo", "endpoints", "events", "logs", "admin-token"):
+        assert command in ran.complained
+
+
+@pytest.mark.parametrize("command", ["endpoints", "events", "logs"])
+async def test_help_says_which_platform_is_asked(command: str) -> None:
+    ran = await tessera({}, command, "--help")
+    assert ran.status == 0
+    assert "DATABRICKS_HOST" in ran.said
