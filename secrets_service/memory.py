@@ -109,13 +109,33 @@ class RememberingDatabase:
             self._memory.move_to_end(key)
             found: T = self._memory[key]
             return found
-        changes = self._changes
+        since = self.mark()
         result = await self._database.read(function, *args)
-        if changes == self._changes and not self._writes_under_way and if_kept(result):
-            self._memory[key] = result
-            if len(self._memory) > CAPACITY:
-                self._memory.popitem(last=False)
+        if self.is_unchanged(since) and if_kept(result):
+            self._remember(key, result)
         return result
+
+    def recalled(self, function: Callable[..., T], *args: Hashable) -> T | None:
+        """What `remembered` would return without a trip to the database; None when it has to make one."""
+        return self._memory.get((function, args))
+
+    def remember(self, result: T, since: int, function: Callable[..., T | None], *args: Hashable) -> None:
+        """Has a result that was read together with another one be found by `remembered`, if it is still true."""
+        if self.is_unchanged(since):
+            self._remember((function, args), result)
+
+    def mark(self) -> int:
+        """Stands for this moment, for `is_unchanged`."""
+        return -1 if self._writes_under_way else self._changes
+
+    def is_unchanged(self, since: int) -> bool:
+        """Whether everything that was read since a mark is of one state, which is the present one."""
+        return since == self._changes and not self._writes_under_way
+
+    def _remember(self, key: Hashable, result: Any) -> None:
+        self._memory[key] = result
+        if len(self._memory) > CAPACITY:
+            self._memory.popitem(last=False)
 
     async def _writing(self, work: Coroutine[Any, Any, T]) -> T:
         self._writes_under_way += 1

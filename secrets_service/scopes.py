@@ -145,9 +145,7 @@ class SecretScopes:
         """A key as it is shown, and its value."""
         names.scope_name(scope)
         folded = names.folded(names.key_name(key))
-        row = await self._database.remembered(
-            _find_readable, names.folded(scope), folded, int(caller.id), if_kept=_is_short
-        )
+        row = await self._readable(names.folded(scope), folded, int(caller.id))
         if row is None:
             raise ScopeNotFound(scope)
         found, standing, sealed = row
@@ -155,6 +153,30 @@ class SecretScopes:
         if sealed is None:
             raise SecretNotFound(found.name, key)
         return sealed.key, self._values.open(found, sealed)
+
+    async def _readable(
+        self, scope: str, key: str, principal_id: int
+    ) -> tuple[Scope, Standing, SealedSecret | None] | None:
+        """As `_find_readable`, with as much of it from memory as there is.
+
+        How a principal stands in a scope is remembered by itself: there are fewer scopes than secrets, and it takes
+        longer to find out, since all of it is verified.
+        """
+        since = self._database.mark()
+        known = self._database.recalled(store.find_scope_and_standing, scope, principal_id)
+        if known is not None and access.allows(known[1], Permission.READ):
+            found, standing = known
+            sealed = await self._database.remembered(store.find_secret, found, key, if_kept=_is_short)
+            if self._database.is_unchanged(since):
+                return found, standing, sealed
+            since = self._database.mark()
+        row = await self._database.read(_find_readable, scope, key, principal_id)
+        if row is not None:
+            found, standing, sealed = row
+            self._database.remember((found, standing), since, store.find_scope_and_standing, scope, principal_id)
+            if _is_short(sealed):
+                self._database.remember(sealed, since, store.find_secret, found, key)
+        return row
 
     async def put_acl(self, *, scope: str, principal: str, permission: Permission, caller: Principal) -> None:
         """Grants a permission, in place of the principal's older one."""
@@ -263,6 +285,6 @@ def _find_readable(
     return found, standing, store.find_secret(connection, found, key) if may_read else None
 
 
-def _is_short(row: tuple[Scope, Standing, SealedSecret | None] | None) -> bool:
-    """Whether a read is worth its room in memory, sealed as it is. Names that do not exist are endless."""
-    return row is not None and row[2] is not None and len(row[2].record) <= LONGEST_REMEMBERED
+def _is_short(sealed: SealedSecret | None) -> bool:
+    """Whether a value is worth its room in memory, sealed as it is. Names that do not exist are endless."""
+    return sealed is not None and len(sealed.record) <= LONGEST_REMEMBERED

@@ -118,6 +118,40 @@ async def test_nothing_is_taken_from_memory_during_a_write(opened: RememberingDa
     assert await opened.remembered(late, "a") == 2
 
 
+async def test_what_was_read_together_is_remembered_apart_unless_a_write_came_between(
+    opened: RememberingDatabase,
+) -> None:
+    reading = Reading()
+    since = opened.mark()
+    opened.remember(7, since, reading, "a")
+    assert await opened.remembered(reading, "a") == opened.recalled(reading, "a") == 7
+    assert opened.recalled(reading, "b") is None
+    await opened.write(put, 2)
+    assert not opened.is_unchanged(since)
+    opened.remember(7, since, reading, "a")
+    assert opened.recalled(reading, "a") is None
+    assert await opened.remembered(reading, "a") == 2
+
+
+async def test_nothing_that_is_read_during_a_write_is_of_one_state(opened: RememberingDatabase) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(connection: sqlite3.Connection) -> None:
+        has_begun.set()
+        assert may_end.wait(10)
+
+    before = opened.mark()
+    writing = asyncio.create_task(opened.write(slow))
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    during = opened.mark()
+    assert not opened.is_unchanged(before)
+    assert not opened.is_unchanged(during)
+    may_end.set()
+    await writing
+    assert not opened.is_unchanged(during)
+    assert opened.is_unchanged(opened.mark())
+
+
 async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDatabase) -> None:
     has_begun, may_end = threading.Event(), threading.Event()
 
