@@ -93,7 +93,10 @@ class Place(Turn):
         if entity is None or not entity.can_answer:
             raise _not_ready(endpoint, name)
         if entity.replicas and all(replica in avoided for replica in entity.replicas):
-            raise BadRequest(f"Endpoint {endpoint.name} is not ready: {entity.name} is being started again.")
+            raise BadRequest(
+                f"Endpoint {endpoint.name} is not ready: {entity.name} takes no requests just now. If that goes on, it"
+                " is started again."
+            )
         self.entity = entity
         self._measured.chosen(entity.name, entity.version)
         tracing.current().set("tessera.entity", entity.name)

@@ -10,12 +10,22 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from typing import Any
 
 GARBAGE = b"\x16\x03\x01\x00\xa5 this is no HTTP\r\n\r\n"
+
+BOMB = """
+import os, signal
+try:
+    while True:
+        os.fork()
+except OSError:
+    signal.pause()
+"""
 
 _LISTEN_FD, _REPORT_FD = 3, 4
 _LINE = b"x" * 1_023 + b"\n"
@@ -63,16 +73,16 @@ class BadModel:
         _say(f"that were {mebibytes} MiB")
 
     def do_fork(self, connection: socket.socket, _: object) -> None:
-        """Forks for as long as that goes, and so does every child; none of them ends by itself."""
-        own = os.getpid()
+        """Has a program fork for as long as that goes, and all its children too, of which none ends by itself."""
+        self._answer(connection, "going to fork")
+        connection.close()
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", BOMB])
         with contextlib.suppress(OSError):
             while True:
-                if os.fork() == 0:
-                    os.closerange(_LISTEN_FD, 1_024)  # nobody is to wait for the end of what a child holds
-        while os.getpid() != own:
-            signal.pause()
+                if (child := os.fork()) == 0:
+                    os._exit(0)
+                os.waitpid(child, 0)
         _say("there can be no further process")
-        self._answer(connection, "forked")
 
     def do_close(self, connection: socket.socket, _: object) -> None:
         """Hangs up without a word."""
