@@ -18,6 +18,7 @@ from secrets_service.feed import AccessFeed
 from secrets_service.grants import LaunchGrants
 from secrets_service.identity_servicer import AuthorityServicer, ClientSecretsServicer, TokensServicer
 from secrets_service.issuer_keys import IssuerKeys
+from secrets_service.keys_servicer import KeysServicer
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Kind
 from secrets_service.oidc import ExternalIssuer
@@ -25,6 +26,7 @@ from secrets_service.permissions import EndpointPermissions
 from secrets_service.permissions_servicer import AccessFeedServicer, PermissionsServicer
 from secrets_service.personal_tokens import Tokens
 from secrets_service.resolver import References
+from secrets_service.rotation import KeyRotation
 from secrets_service.scim_servicer import ScimServicer
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
@@ -89,6 +91,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
         client_secrets = ClientSecrets(opened, base.token_macs, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
+        rotation = KeyRotation(settings.root_key, base, opened, now)
         by_peer = by_confirmed_assertion(authority)
         listeners = [
             Listener(
@@ -119,6 +122,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 services=[
                     (secrets_services["Secrets"], SecretsServicer(scopes, versions)),
                     (secrets_services["SecretResolver"], SecretResolverServicer(grants)),
+                    (secrets_services["Keys"], KeysServicer(rotation)),
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["ServicePrincipalSecrets"], ClientSecretsServicer(client_secrets)),
@@ -128,7 +132,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 ],
                 table=POLICY,
                 readiness={"database": file.ping},
-                jobs={"access feed": feed.run},
+                jobs={"access feed": feed.run, "key rotation": rotation.run},
                 message_limit=MESSAGE_LIMIT,
                 metrics=metrics,
             )

@@ -394,16 +394,24 @@ def _write_principal(
     )
 
 
-# --- stores that are older than MACs of rights ---
+# --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection) -> None:
-    """Makes the MACs of the directory of what is stored, whatever that is."""
+def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
+    """Makes the MACs of the directory anew: of what is stored where it is `believed`, else of what is verified."""
     made = integrity.of(connection)
     connection.executemany(
         "UPDATE principals SET mac = ? WHERE id = ?",
-        [(made.mac("principal", *row[:7]), row[0]) for row in connection.execute(PRINCIPAL).fetchall()],
+        [
+            (made.mac("principal", *row[:7]), row[0])
+            for row in connection.execute(PRINCIPAL).fetchall()
+            if believed or made.is_intact(row[7], "principal", *row[:7])
+        ],
     )
-    accounts = connection.execute("SELECT id, display_name, given_name, family_name, emails, is_active FROM accounts")
-    for account_id, *columns in accounts.fetchall():
-        _write_account(connection, account_id, tuple(columns), _stored_groups(connection, account_id))
+    accounts = connection.execute(
+        "SELECT id, display_name, given_name, family_name, emails, is_active, mac FROM accounts"
+    )
+    for account_id, *columns, mac in accounts.fetchall():
+        belongs = _stored_groups(connection, account_id)
+        if believed or made.is_intact(mac, "account", account_id, *columns, sorted(belongs)):
+            _write_account(connection, account_id, tuple(columns), belongs)

@@ -10,6 +10,7 @@ import grpc
 from secrets_service.model import Kind, Permission
 from servicekit.errors import (
     AlreadyExists,
+    BadRequest,
     Conflict,
     DataLoss,
     InvalidParameter,
@@ -181,6 +182,17 @@ class RightsDamaged(DataLoss):
             f"What is stored about {kind} {name} failed its integrity check, so nothing is allowed because of it."
             " Restore the service's data from a backup."
         )
+
+
+class RootKeyNotReplaced(BadRequest):
+    """There is no place for a new root key beside the one in use."""
+
+    def __init__(self, path: str, cause: str) -> None:
+        super().__init__(f"A new root key cannot be written beside {path}: {cause}. Let the service write there.")
+
+
+class RootKeyWrong(BadRequest):
+    """The file of the root key does not hold the one that is in use."""
 
 
 class PrincipalNotFound(NotFound):

@@ -115,7 +115,7 @@ def authenticate(connection: sqlite3.Connection, root: RootKey, keyring: Keyring
 def authenticate_rights(connection: sqlite3.Connection) -> None:
     """Makes the MACs of all rights of what is stored, whatever that is."""
     for part in (store, directory_store, grant_store):
-        part.authenticate_all(connection)
+        part.authenticate_all(connection, believed=True)
 
 
 def _migrate_scope(

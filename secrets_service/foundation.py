@@ -42,6 +42,7 @@ class Foundation:
 
     platform: Platform
     keyring: Keyring
+    integrity: Integrity
     token_macs: TokenMacs
     signing_keys: SigningKeys
 
@@ -55,7 +56,7 @@ async def opened(settings: SecretsSettings, database: Database, now: Callable[[]
                 f"{settings.database} holds data, but not what a store begins with. Restore it from a backup."
             )
         return await _founded(settings, database, now)
-    keyring = await _opened_keyring(settings, database, platform, now)
+    keyring, authenticated = await _opened_keyring(settings, database, platform, now)
     try:
         platform = await database.read(store.find_platform)
         keys = {
@@ -72,27 +73,29 @@ async def opened(settings: SecretsSettings, database: Database, now: Callable[[]
         ) from None
     if not keys:
         raise StartError(f"{settings.database} has lost its signing keys. Restore it from a backup.")
-    return Foundation(platform, keyring, TokenMacs(keyring.token_mac_keys()), SigningKeys(keys))
+    return Foundation(platform, keyring, authenticated, TokenMacs(keyring.token_mac_keys()), SigningKeys(keys))
 
 
 async def _opened_keyring(
     settings: SecretsSettings, database: Database, platform: Platform, now: Callable[[], float]
-) -> Keyring:
-    root = rootkey.load(settings.root_key)
+) -> tuple[Keyring, Integrity]:
     sealed = await database.read(store.find_keyring)
     if sealed is None:
+        root = rootkey.load(settings.root_key)
         keyring = await _migrated(settings, database, platform, root, now)
     else:
+        root = rootkey.load_wanted(settings.root_key, sealed.root_key_id)
         keyring = _unsealed(settings, platform, sealed, root)
-    await _equip(database, keyring)
+    authenticated = await _equip(database, keyring)
     if not keyring.rights_are_authenticated:
         keyring = await database.write(first_format.authenticate, root, keyring)
-    return keyring
+    return keyring, authenticated
 
 
-async def _equip(database: Database, keyring: Keyring) -> None:
+async def _equip(database: Database, keyring: Keyring) -> Integrity:
     authenticated = Integrity(keyring.rights_keys())
     await database.equip(lambda connection: integrity.equip(connection, authenticated))
+    return authenticated
 
 
 def _unsealed(settings: SecretsSettings, platform: Platform, sealed: SealedKeyring, root: RootKey) -> Keyring:
@@ -136,7 +139,7 @@ async def _founded(settings: SecretsSettings, database: Database, now: Callable[
     macs = TokenMacs(keyring.token_mac_keys())
     key_id, key = secrets.token_hex(8), Ed25519PrivateKey.generate()
     sealed = SealedSigningKey(key_id, keyring.seal(SecretBytes(key.private_bytes_raw()), places.signing_key(key_id)))
-    await _equip(database, keyring)
+    authenticated = await _equip(database, keyring)
     token, info = admin.write(settings.admin_token, now())
 
     def found(connection: sqlite3.Connection) -> Platform:
@@ -164,4 +167,4 @@ async def _founded(settings: SecretsSettings, database: Database, now: Callable[
         "first start: keep a safe copy of the root key; without it every stored value is lost",
         extra={"root_key": str(settings.root_key), "admin_token": str(settings.admin_token)},
     )
-    return Foundation(platform, keyring, macs, SigningKeys({key_id: key}))
+    return Foundation(platform, keyring, authenticated, macs, SigningKeys({key_id: key}))

@@ -298,11 +298,14 @@ def take_access_changes(connection: sqlite3.Connection) -> AccessChange | None:
 _CHANGED = ("endpoint", "principal", "token")
 
 
-# --- stores that are older than MACs of rights ---
+# --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection) -> None:
-    """Makes the MACs of endpoints of what is stored, whatever that is."""
-    for row in connection.execute("SELECT id, creator_id, is_inherited, is_deleted FROM endpoints").fetchall():
-        _authenticate(connection, _stored(connection, row))
+def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
+    """Makes the MACs of endpoints anew: of what is stored where it is `believed`, else of what is verified."""
+    made = integrity.of(connection)
+    for row in connection.execute("SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints").fetchall():
+        found = _stored(connection, row)
+        if believed or made.is_intact(row[4], "endpoint", *found.content):
+            _authenticate(connection, found)
     connection.execute("DELETE FROM access_changes")  # nothing has changed for those who enforce rights

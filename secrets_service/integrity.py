@@ -42,6 +42,15 @@ class Integrity:
 
     def __init__(self, keys: Mapping[int, SecretBytes]) -> None:
         self._keys = dict(keys)
+        self._current = max(keys)
+
+    def learn(self, keys: Mapping[int, SecretBytes]) -> None:
+        """Verifies under these keys too from now on."""
+        self._keys = {**self._keys, **keys}
+
+    def use(self, keys: Mapping[int, SecretBytes]) -> None:
+        """Goes over to other keys, the ones before included."""
+        self._keys = dict(keys)
         self._current = max(self._keys)
 
     def mac(self, kind: str, *content: Any) -> bytes:

@@ -39,7 +39,7 @@ _TOKEN_MAC = "token-mac"  # noqa: S105 (a label, not a token)
 
 
 class Keyring:
-    """The opened keyring of one store. It does not change: what changes it makes another."""
+    """The opened keyring of one store. A change makes another one, which this one can go over to (`learn`, `use`)."""
 
     def __init__(
         self,
@@ -104,22 +104,52 @@ class Keyring:
         """The same keyring, of a store whose rights have MACs from now on."""
         return Keyring(self._store_id, self._store_keys, self._inherited)
 
+    def with_new_store_key(self, now_ms: int) -> Keyring:
+        """The same keyring with one store key more, which is in use."""
+        store_keys = {**self._store_keys, max(self._store_keys) + 1: (now_ms, _new_key())}
+        return Keyring(
+            self._store_id, store_keys, self._inherited, rights_are_authenticated=self.rights_are_authenticated
+        )
+
+    def learn(self, other: Keyring) -> None:
+        """Opens from now on what another keyring of the same store opens, and goes on sealing under its own key."""
+        self._store_keys |= other._store_keys
+        self._ciphers |= other._ciphers
+        self._records |= other._records
+
+    def use(self, other: Keyring) -> None:
+        """Goes over to another keyring of the same store. Only to one that is on stable storage."""
+        self.learn(other)
+        self.current = other.current
+
+    def store_keys(self) -> dict[int, int]:
+        """The versions of the store key that are or were in use, and when each was made (Unix milliseconds)."""
+        made = {version: made_ms for version, (made_ms, _) in sorted(self._store_keys.items())}
+        return {version: made_ms for version, made_ms in made.items() if version <= self.current}
+
     # --- of a scope ---
 
     def new_scope_key(self, scope: bytes, version: int) -> WrappedKey:
         """A new key for the scope of that uuid, sealed."""
         return WrappedKey(version, self._ciphers[self.current].seal(_new_key(), _scope_place(scope, version)))
 
+    def rewrapped(self, scope: bytes, wrapped: WrappedKey) -> WrappedKey:
+        """The same key of a scope, sealed under the store key that is in use; raises Damaged."""
+        key = self._unwrapped(scope, wrapped)
+        return WrappedKey(wrapped.version, self._ciphers[self.current].seal(key, _scope_place(scope, wrapped.version)))
+
     def of_scope(self, scope: bytes, wrapped: WrappedKey) -> Cipher:
         """What seals and opens the values of a scope under a version of its key; raises Damaged."""
         return self._scope_cipher(scope, wrapped)
 
     def _opened_scope_key(self, scope: bytes, wrapped: WrappedKey) -> Cipher:
+        return Cipher(self._unwrapped(scope, wrapped), self._store_id, wrapped.version)
+
+    def _unwrapped(self, scope: bytes, wrapped: WrappedKey) -> SecretBytes:
         above = self._ciphers.get(stated_version(wrapped.record))
         if above is None:
             raise Damaged
-        key = above.open(wrapped.record, _scope_place(scope, wrapped.version))
-        return Cipher(key, self._store_id, wrapped.version)
+        return above.open(wrapped.record, _scope_place(scope, wrapped.version))
 
     # --- of no scope ---
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Generic, NoReturn, TypeVar
@@ -323,6 +323,28 @@ class SealedKeyring:
 
     root_key_id: str
     record: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreKeyUse:
+    """A store key, when it was made (Unix milliseconds), and how many scope keys and MACs of tokens are under it."""
+
+    version: int
+    made_ms: int
+    scope_keys: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyStatus:
+    """Which keys there are, and how much is not under the newest ones."""
+
+    root_key_id: str
+    store_keys: Sequence[StoreKeyUse]
+    scopes: int
+    oldest_scope_key_ms: int
+    """When the oldest of the keys was made that values are sealed under now."""
+    values_behind: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,9 @@
 """The root key file: 32 random bytes under which the keyring is sealed, and through it everything else.
 
-The rule: a key is made only when there is nothing yet that it should open, and it is never replaced.
+The rule: a key is made only when there is nothing yet that it should open, or by a rotation, and then the one before
+stays beside it. A rotation writes the new key to `<file>.next`, has the keyring sealed under it, and only then moves
+it into its place and the one before to `<file>.previous`. Which of them is right the database says, by the key's id:
+a start that finds the key of `.next` wanted finishes what a crash interrupted, and one that does not leaves it alone.
 """
 
 from __future__ import annotations
@@ -48,6 +51,33 @@ def load(path: Path) -> RootKey:
     if len(key) != LENGTH:
         raise StartError(f"The root key {path} must hold exactly {LENGTH} bytes. Put it back from your safe copy.")
     return RootKey.of(key)
+
+
+def load_wanted(path: Path, wanted: str) -> RootKey:
+    """As `load`, after a rotation that was interrupted once the store was sealed under the key of that id."""
+    staged = _beside(path, "next")
+    current = load(path) if os.path.lexists(path) or not os.path.lexists(staged) else None
+    if (current is None or current.id != wanted) and os.path.lexists(staged) and load(staged).id == wanted:
+        finish_rotation(path)
+    return load(path)
+
+
+def stage_rotation(path: Path) -> RootKey:
+    """Writes a new key beside the one in use, which stays in its place."""
+    key = os.urandom(LENGTH)
+    files.write_private(_beside(path, "next"), key, replace=True)
+    return RootKey.of(key)
+
+
+def finish_rotation(path: Path) -> None:
+    """Moves the new key into its place, and the one before beside it; after a crash in between, the rest of it."""
+    if os.path.lexists(path):
+        files.rename(path, _beside(path, "previous"))
+    files.rename(_beside(path, "next"), path)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
 
 
 def load_or_make(path: Path) -> RootKey:

@@ -488,7 +488,12 @@ def find_secret(connection: sqlite3.Connection, scope: Scope, folded: str) -> Se
 
 def find_version(connection: sqlite3.Connection, key: Key, version: int) -> SealedSecret | None:
     """A version of a secret, if it is kept."""
-    row = connection.execute(f"{_SEALED} WHERE v.key_id = ? AND v.version = ?", (key.id, version)).fetchone()
+    return sealed_version(connection, key.id, version)
+
+
+def sealed_version(connection: sqlite3.Connection, key_id: int, version: int) -> SealedSecret | None:
+    """A version of the secret of that id, if it is kept."""
+    row = connection.execute(f"{_SEALED} WHERE v.key_id = ? AND v.version = ?", (key_id, version)).fetchone()
     return _sealed(row) if row else None
 
 
@@ -731,21 +736,28 @@ def _take_away(connection: sqlite3.Connection, before: _GrantedScope, principal_
     _authenticate_scope(connection, replace(before, generation=before.generation + 1, granted=granted))
 
 
-# --- stores that are older than MACs of rights ---
+# --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection) -> None:
-    """Makes the MACs of scopes, tokens and the platform of what is stored, whatever that is. The directory's and the
-    endpoints' are made by functions of the same name."""
-    for row in connection.execute(_SCOPE).fetchall():
-        _authenticate_scope(connection, _stored_scope(connection, row))
+def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
+    """Makes the MACs of scopes, tokens and the platform anew: of what is stored, whatever that is, where it is
+    `believed`, else of what is verified. The directory's and the endpoints' are made by functions of the same name."""
     made = integrity.of(connection)
+    for row in connection.execute(_SCOPE).fetchall():
+        found = _stored_scope(connection, row)
+        if believed or made.is_intact(row[5], "scope", *found.content):
+            _authenticate_scope(connection, found)
     connection.executemany(
         "UPDATE tokens SET row_mac = ? WHERE id = ?",
-        [(made.mac("token", *row[:9]), row[0]) for row in connection.execute(_TOKENS).fetchall()],
+        [
+            (made.mac("token", *row[:9]), row[0])
+            for row in connection.execute(_TOKENS).fetchall()
+            if believed or _is_intact_token(connection, row)
+        ],
     )
     for row in connection.execute(_PLATFORM).fetchall():
-        _authenticate_platform(connection, row[:5])
+        if believed or made.is_intact(row[5], "platform", *row[:5]):
+            _authenticate_platform(connection, row[:5])
 
 
 def _new_id(cursor: sqlite3.Cursor) -> int:

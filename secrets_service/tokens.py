@@ -48,8 +48,13 @@ class TokenMacs:
 
     def __init__(self, keys: Mapping[int, SecretBytes]) -> None:
         self._keys = dict(sorted(keys.items()))
-        self.current = max(self._keys)
+        self.current = max(keys)
         """The version of the key that is in use."""
+
+    def use(self, keys: Mapping[int, SecretBytes]) -> None:
+        """Goes over to other keys, the ones before included."""
+        self._keys = dict(sorted(keys.items()))
+        self.current = max(keys)
 
     def of(self, token: Presented) -> TokenMac:
         """What is stored of a token."""

@@ -92,6 +92,11 @@ POLICY: Table = {
     "tessera.identity.v1.Authority/IssueToken": internal("gateway"),
     "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving"),
     "tessera.identity.v1.Authority/RenewAdminToken": internal("operator"),
+    # The keys that everything is sealed under.
+    "tessera.secrets.v1.Keys/GetKeyStatus": internal("operator"),
+    "tessera.secrets.v1.Keys/RotateRootKey": internal("operator"),
+    "tessera.secrets.v1.Keys/RotateStoreKey": internal("operator"),
+    "tessera.secrets.v1.Keys/RotateScopeKeys": internal("operator"),
     # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
     "tessera.identity.v1.Permissions/GetPermissions": CAN_MANAGE,
     "tessera.identity.v1.Permissions/SetPermissions": CAN_MANAGE,

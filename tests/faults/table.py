@@ -25,6 +25,7 @@ _BUILDS = "tests/service/test_model_environments.py"
 _GPUS = "tests/service/test_gpus.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
 _INTEGRITY = "tests/unit/secrets_service/test_integrity.py"
+_ROTATION = "tests/service/test_key_rotation.py"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
@@ -356,6 +357,35 @@ FAULTS = (
         old="    _refuse_foreign_code(connection, path, scripts)\n",
         new="",
         tests=("tests/service/test_rights.py::test_service_does_not_start_with_a_trigger_that_is_not_its_own",),
+    ),
+    Fault(
+        name="store-key-used-before-it-is-stored",
+        property="S5",
+        file="secrets_service/rotation.py",
+        old="""        await self._database.destroy(partial(_brought_under, root=root, keyring=keyring))
+        self._base.keyring.use(keyring)
+""",
+        new="""        self._base.keyring.use(keyring)
+        await self._database.destroy(partial(_brought_under, root=root, keyring=keyring))
+""",
+        tests=(f"{_ROTATION}::test_store_key_that_cannot_be_recorded_is_not_used",),
+    ),
+    Fault(
+        name="rotation-blesses-edits",
+        property="S3",
+        file="secrets_service/rotation.py",
+        old="part.authenticate_all(connection, believed=False)",
+        new="part.authenticate_all(connection, believed=True)",
+        tests=(f"{_ROTATION}::test_new_store_key_blesses_nothing_that_was_edited",),
+    ),
+    Fault(
+        name="root-key-moved-too-early",
+        property="S5",
+        file="secrets_service/rotation.py",
+        old="            fresh = await asyncio.to_thread(rootkey.stage_rotation, self._path)\n",
+        new="            fresh = await asyncio.to_thread(rootkey.stage_rotation, self._path)\n"
+        "            rootkey.finish_rotation(self._path)\n",
+        tests=(f"{_ROTATION}::test_rotation_that_is_killed_at_any_step_loses_nothing",),
     ),
     Fault(
         name="nonce-reused",

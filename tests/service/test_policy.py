@@ -100,6 +100,12 @@ GOLDEN = {
         "GetPlatform": "gateway, serving",
         "RenewAdminToken": "operator",
     },
+    "tessera.secrets.v1.Keys": {
+        "GetKeyStatus": "operator",
+        "RotateRootKey": "operator",
+        "RotateStoreKey": "operator",
+        "RotateScopeKeys": "operator",
+    },
     "tessera.identity.v1.Permissions": {
         "GetPermissions": "endpoint CAN_MANAGE",
         "SetPermissions": "endpoint CAN_MANAGE",

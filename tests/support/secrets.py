@@ -56,6 +56,7 @@ class Caller:
         self.channel = channel
         self.metadata = metadata
         self.secrets = secrets_pb2_grpc.SecretsStub(channel)
+        self.key_rotation = secrets_pb2_grpc.KeysStub(channel)
         self.resolver = secrets_pb2_grpc.SecretResolverStub(channel)
         self.scim = identity_pb2_grpc.ScimStub(channel)
         self.tokens = identity_pb2_grpc.TokensStub(channel)

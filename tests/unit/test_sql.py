@@ -16,6 +16,7 @@ DOORS = {
     "secrets_service/store.py": frozenset[str](),
     "secrets_service/directory_store.py": frozenset({"ACCOUNT", "IS_AMONG", "PRINCIPAL"}),
     "secrets_service/grant_store.py": frozenset({"ACCOUNT", "IS_AMONG"}),
+    "secrets_service/rotation_store.py": frozenset[str](),
     "serving_service/store.py": frozenset[str](),
     # A table of the same shape in two services.
     "servicekit/once.py": frozenset[str](),

@@ -1,0 +1,44 @@
+"""Keys: messages to calls and back. What is done is told in rotation.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secrets_service.model import KeyStatus
+from secrets_service.rotation import KeyRotation
+from tessera.secrets.v1 import secrets_pb2 as pb
+from tessera.secrets.v1 import secrets_pb2_grpc as rpc
+
+
+class KeysServicer(rpc.KeysServicer):
+    """The keys that everything is sealed under."""
+
+    def __init__(self, rotation: KeyRotation) -> None:
+        self._rotation = rotation
+
+    async def GetKeyStatus(self, request: pb.GetKeyStatusRequest, context: Any) -> pb.KeyStatus:
+        return _as_message(await self._rotation.status())
+
+    async def RotateRootKey(self, request: pb.RotateRootKeyRequest, context: Any) -> pb.KeyStatus:
+        return _as_message(await self._rotation.rotate_root())
+
+    async def RotateStoreKey(self, request: pb.RotateStoreKeyRequest, context: Any) -> pb.KeyStatus:
+        return _as_message(await self._rotation.rotate_store())
+
+    async def RotateScopeKeys(self, request: pb.RotateScopeKeysRequest, context: Any) -> pb.KeyStatus:
+        return _as_message(await self._rotation.rotate_scopes(request.scopes))
+
+
+def _as_message(status: KeyStatus) -> pb.KeyStatus:
+    return pb.KeyStatus(
+        root_key_id=status.root_key_id,
+        store_keys=[
+            pb.StoreKey(
+                version=each.version, creation_timestamp=each.made_ms, scope_keys=each.scope_keys, tokens=each.tokens
+            )
+            for each in status.store_keys
+        ],
+        scopes=status.scopes,
+        oldest_scope_key_timestamp=status.oldest_scope_key_ms,
+        values_behind=status.values_behind,
+    )

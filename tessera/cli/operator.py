@@ -1,0 +1,61 @@
+"""What commands for the operator have in common: they speak to Secrets of a running platform, over a socket of its own.
+
+The operator is whoever may enter the directory of the internal sockets: the user that the platform runs as.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from servicekit import channels, settings, sockets
+from servicekit.errors import StartError
+
+M = TypeVar("M", bound=Message)
+
+
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that names the platform."""
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="the running platform's data directory")
+
+
+def call(
+    arguments: argparse.Namespace,
+    method: Callable[[grpc.aio.Channel], Callable[..., Any]],
+    request: Message,
+    answer: type[M],
+    *,
+    timeout: float,
+    failed: str,
+) -> M:
+    """Calls a method of Secrets; raises StartError, of which `failed` begins the text when Secrets refuses."""
+    environment = dict(os.environ)
+    if arguments.data_dir is not None:
+        environment["TESSERA_DATA_DIR"] = str(arguments.data_dir)
+    configured = settings.load(settings.ServiceSettings, environment)
+    if not configured.data_dir.is_dir():
+        raise StartError(f"There is no platform in {configured.data_dir}; name its directory with --data-dir.")
+
+    async def called() -> Any:
+        address = sockets.socket_address(configured.sockets, callee="secrets", caller="operator")
+        async with channels.opened(address) as channel:
+            try:
+                return await method(channel)(request, timeout=timeout, metadata=channels.outgoing_metadata())
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNAVAILABLE:
+                    raise StartError(
+                        f"No platform is running on {configured.data_dir}; start it with `tessera up`, or name its "
+                        "directory with --data-dir."
+                    ) from None
+                raise StartError(f"{failed}: {error.details()}") from None
+
+    found = asyncio.run(called())
+    assert isinstance(found, answer)
+    return found
