@@ -19,7 +19,10 @@ from serving_service.model_environments import EnvironmentLog
 from serving_service.shim.ring import Excerpt
 
 LOG_BYTES = 1 << 20
-"""How much of a log is handed out at a time: its end."""
+"""How much of a log is handed out: its end."""
+
+NEWS_BYTES = 1 << 18
+"""How much of what came since is told at a time: more than anybody can read, and little to ask a busy shim for."""
 
 GONE = ""
 """Stands for a replica whose id is not known any more."""
@@ -41,7 +44,8 @@ class ReplicaOutput:
     async def news(self, version: int) -> str:
         """What replicas of a version have printed since the last time; at first what there is, as far as it is kept."""
         handles = self._controllers.handles(self._endpoint_id, version, self._entity)
-        read = await asyncio.gather(*(self._read(each, LOG_BYTES // len(handles)) for each in handles.values()))
+        max_bytes = LOG_BYTES if self._is_first else NEWS_BYTES
+        read = await asyncio.gather(*(self._read(each, max_bytes // len(handles)) for each in handles.values()))
         said = {each: excerpt for each, excerpt in zip(handles, read, strict=True) if excerpt is not None}
         ended = await (self._of_predecessor(version, said) if self._is_first else self._of_last(version, said))
         text = "".join(self._tell(each, version, excerpt) for each, excerpt in (ended | said).items())

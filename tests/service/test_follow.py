@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -14,7 +16,7 @@ import grpc
 import pytest
 
 from gateway import app as gateway_app
-from gateway import http_server
+from gateway import http_server, streams
 from gateway.settings import GatewaySettings
 from servicekit import channels
 from serving_service import followers, outputs
@@ -107,16 +109,15 @@ async def _says(platform: Platform, name: str, words: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_it_ends_when_the_endpoint_is_stopped(platform: Platform, way: str) -> None:
-    name = f"stopped-{way}"
+async def test_it_ends_when_the_endpoint_is_stopped(platform: Platform) -> None:
+    name = "stopped"
     await talking(platform, name)
-    async with following(platform, way, name) as follower:
+    async with following(platform, "gRPC", name) as follower:
         await say(platform, name, "words")
         await follower.until("words\n")
         await platform.endpoints_of("ann").stop(name)
         assert await follower.end() == "OK"
-    async with following(platform, way, name) as follower:
+    async with following(platform, "REST", name) as follower:
         assert await follower.end() == "OK"
     assert follower.text.endswith("\nwords\n")
 
@@ -139,7 +140,7 @@ async def test_how_an_environment_came_about_is_told_and_ends(platform: Platform
 async def test_what_could_not_be_told_is_left_out_and_counted(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outputs, "LOG_BYTES", 1_000)
+    monkeypatch.setattr(outputs, "NEWS_BYTES", 1_000)
     await talking(platform, "flood")
     async with following(platform, "gRPC", "flood") as follower:
         await say(platform, "flood", "begin")
@@ -248,6 +249,27 @@ async def test_one_caller_follows_so_many_logs_and_leaves_room_for_others(platfo
             assert (await refused.end(), await over_http.end()) == ("RESOURCE_EXHAUSTED", "429")
         async with following(platform, "gRPC", "crowd", who="ben") as other:
             await eventually(lambda: other.pieces > 0)
+
+
+async def test_who_takes_nothing_at_a_gateway_is_cut_off(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(streams, "UNREAD_SECONDS", 0.2)
+    monkeypatch.setattr(outputs, "NEWS_BYTES", 4 << 20)
+    await talking(platform, "unread")
+    caplog.set_level(logging.INFO, logger="gateway.streams")
+    with socket.socket() as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        host, _, port = platform.url.removeprefix("http://").rpartition(":")
+        line.connect((host, int(port)))
+        path = f"/api/2.0/tessera/serving-endpoints/unread/served-models/{ENTITY}/logs:follow"
+        line.sendall(f"GET {path} HTTP/1.1\r\nAuthorization: Bearer {platform.tokens['ann']}\r\n\r\n".encode())
+
+        async def is_cut_off() -> bool:
+            await say(platform, "unread", "x" * 1_023, times=4_000)
+            return any(vars(record).get("problem") == "TimeoutError" for record in caplog.records)
+
+        await eventually(is_cut_off, within=30.0, what="the stream is given up")
 
 
 # --- restarts
