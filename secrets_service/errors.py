@@ -188,7 +188,10 @@ class RootKeyNotReplaced(BadRequest):
     """There is no place for a new root key beside the one in use."""
 
     def __init__(self, path: str, cause: str) -> None:
-        super().__init__(f"A new root key cannot be written beside {path}: {cause}. Let the service write there.")
+        super().__init__(
+            f"A new root key cannot be written beside {path}: {cause}. Let the service write there; or start it with"
+            " the new key's file in TESSERA_ROOT_KEY_FILE and this one's in TESSERA_PREVIOUS_ROOT_KEY_FILE."
+        )
 
 
 class RootKeyWrong(BadRequest):

@@ -85,7 +85,11 @@ async def _opened_keyring(
         keyring = await _migrated(settings, database, platform, root, now)
     else:
         root = rootkey.load_wanted(settings.root_key, sealed.root_key_id)
-        keyring = _unsealed(settings, platform, sealed, root)
+        before = _root_key_of(settings, sealed, root)
+        keyring = _unsealed(settings, platform, sealed, before)
+        if before != root:
+            await database.write(store.replace_keyring, keyring.sealed(root))
+            log.warning("store sealed under another root key", extra={"before": before.id, "root_key_id": root.id})
     authenticated = await _equip(database, keyring)
     if not keyring.rights_are_authenticated:
         keyring = await database.write(first_format.authenticate, root, keyring)
@@ -98,17 +102,27 @@ async def _equip(database: Database, keyring: Keyring) -> Integrity:
     return authenticated
 
 
+def _root_key_of(settings: SecretsSettings, sealed: SealedKeyring, root: RootKey) -> RootKey:
+    """The root key that a keyring is sealed under: the one in use, or the one before where that is at hand."""
+    if sealed.root_key_id == root.id:
+        return root
+    if settings.previous_root_key_file is not None:
+        before = rootkey.load(settings.previous_root_key_file)
+        if sealed.root_key_id == before.id:
+            return before
+    raise StartError(
+        f"The root key {settings.root_key} is {root.id}, but {settings.database} was sealed under"
+        f" {sealed.root_key_id}. Put that one in its place, or name its file in TESSERA_PREVIOUS_ROOT_KEY_FILE to have"
+        " the store sealed anew; nothing was changed."
+    )
+
+
 def _unsealed(settings: SecretsSettings, platform: Platform, sealed: SealedKeyring, root: RootKey) -> Keyring:
-    if sealed.root_key_id != root.id:
-        raise StartError(
-            f"The root key {settings.root_key} is {root.id}, but {settings.database} was sealed under"
-            f" {sealed.root_key_id}. Put that one in its place; nothing was changed."
-        )
     try:
         return Keyring.opened(sealed, root, platform.store_id)
     except Damaged:
         raise StartError(
-            f"The root key {settings.root_key} does not open the keyring of {settings.database}, which is damaged."
+            f"The root key {root.id} does not open the keyring of {settings.database}, which is damaged."
             " Restore it from a backup; nothing was changed."
         ) from None
 

@@ -51,6 +51,13 @@ class SecretsSettings(ServiceSettings):
         default=None,
         help="File with the 32 bytes of the root key, mode 0600 or 0400; root.key in the data directory by default.",
     )
+    previous_root_key_file: Path | None = setting(
+        "TESSERA_PREVIOUS_ROOT_KEY_FILE",
+        settings.file,
+        default=None,
+        help="File with the root key before the one in use: a start that finds the store sealed under it seals it"
+        " under the one in use. For keys that the service cannot write; not needed once that is done.",
+    )
     tokens_per_minute: int = setting(
         "TESSERA_TOKENS_PER_MINUTE",
         settings.count,

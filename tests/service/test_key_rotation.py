@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
+import os
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Callable
@@ -115,12 +117,14 @@ class Load:
             await self._alice.put("one", key, f"{turn}")
             assert await self._alice.get("one", key) == f"{turn}".encode()
             assert await self._alice.get("two", "a") == b"two/a/3"
-            fresh = self._service.public(await self._service.token_for("alice"))
+            token = await self._service.token_for("alice")
+            fresh = self._service.public(token)
             assert key in await fresh.keys("one")
+            await fresh(fresh.tokens.DeleteToken, identity.DeleteTokenRequest(token_id=token[4:16]))
             await self._alice.grant("two", "users", pb.READ)
             endpoint_id = (self._service.settings.data_dir / "endpoint").read_text()
             assert (await self._service.resolve(endpoint_id, ("two", "b"), replica_id=f"r{number}")).values
-            self.answered += 8
+            self.answered += 9
 
 
 async def under_load(service: RunningSecrets, alice: Caller, *, rotations: int, workers: int, calls: int) -> None:
@@ -364,6 +368,40 @@ async def test_root_key_is_rotated_from_the_one_that_is_in_use_only(service: Run
     key.write_bytes(kept)
     await rotate(service, "root")
     await service.admin.create_scope("one")
+
+
+async def test_root_key_in_a_directory_that_cannot_be_written_stays(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = await status(service)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_private", read_only)
+        refused = await refusal(rotate(service, "root"))
+    assert (refused.reason, "TESSERA_PREVIOUS_ROOT_KEY_FILE" in refused.message) == ("BAD_REQUEST", True)
+    assert await status(service) == before
+
+
+async def test_store_is_sealed_under_another_root_key_when_both_are_at_hand(caplog: pytest.LogCaptureFixture) -> None:
+    with data_directory() as directory, data_directory() as keys:
+        for name in ("new", "other"):
+            files.write_private(keys / name, name[:1].encode() * 32, replace=False)
+        async with filled(directory):
+            pass
+        old = directory / "root.key"
+        for before in (None, keys / "other"):
+            with pytest.raises(StartError, match="TESSERA_PREVIOUS_ROOT_KEY_FILE"):
+                async with running_secrets(directory, root_key_file=keys / "new", previous_root_key_file=before):
+                    pass
+        async with running_secrets(directory, root_key_file=keys / "new", previous_root_key_file=old) as service:
+            await has_everything(service)
+        assert "store sealed under another root key" in [record.message for record in caplog.records]
+        old.unlink()  # withdrawn
+        for before in (old, None):
+            async with running_secrets(directory, root_key_file=keys / "new", previous_root_key_file=before) as service:
+                assert await service.public((directory / "alice").read_text()).get("two", "a") == b"two/a/3"
 
 
 # --- as an operator does it ---
