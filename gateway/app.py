@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,7 @@ from gateway.routes import RoutingTable
 from gateway.settings import GatewaySettings
 from gateway.streams import Streams
 from gateway.transcoding import Transcoder
-from servicekit import background, channels, context, policy, tls, tracing
+from servicekit import background, channels, context, peers, policy, relay, tls, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, RequestContext
 from servicekit.errors import ServiceError
@@ -39,7 +39,8 @@ from servicekit.metrics import Calls, ServiceMetrics
 from servicekit.metrics import listening as metrics_at
 from servicekit.policy import Decision, Row
 from servicekit.rate_limits import Ledger
-from servicekit.sockets import socket_address
+from servicekit.relay import Way
+from servicekit.sockets import socket_address, socket_path
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
@@ -73,6 +74,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
     """The whole gateway: entering opens it and yields the URL it listens on, leaving drains and closes it."""
     async with AsyncExitStack() as stack:
         directory = settings.sockets
+        ways = await stack.enter_async_context(_ways(settings))
         open_channel = {
             name: await stack.enter_async_context(
                 channels.opened(socket_address(directory, callee=name, caller="gateway"))
@@ -86,10 +88,14 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             for service in file.services_by_name.values()
         }
         rules = bindings(list(owners))
-        pool = HttpPool()
+        pool = HttpPool(dial=ways["serving"].dial) if "serving" in ways else HttpPool()
         stack.push_async_callback(pool.close)
         ledger = Ledger()
-        table = RoutingTable(ledger, queue_length=settings.queue_length)
+        table = RoutingTable(
+            ledger,
+            queue_length=settings.queue_length,
+            address_of=_behind_a_door if "serving" in ways else _on_this_machine,
+        )
         metrics = ServiceMetrics()
         measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
@@ -140,6 +146,30 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.callback(gateway.streams.stop)  # before the server waits for what is under way
         await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url
+
+
+@asynccontextmanager
+async def _ways(settings: GatewaySettings) -> AsyncIterator[Mapping[str, Way]]:
+    """The ways to those services that are on other machines, by name."""
+    addresses = {"secrets": settings.secrets_address, "serving": settings.serving_address}
+    async with AsyncExitStack() as stack:
+        certificate = await stack.enter_async_context(peers.followed(settings, "gateway"))
+        ways = {}
+        for name, address in addresses.items():
+            if certificate is not None and address:
+                ways[name] = Way(address, name, certificate)
+                path = socket_path(settings.sockets, callee=name, caller="gateway")
+                await stack.enter_async_context(ways[name].leading_from(path))
+        yield ways
+
+
+def _on_this_machine(replica: serving_pb2.ReplicaRoute) -> str:
+    return replica.address
+
+
+def _behind_a_door(replica: serving_pb2.ReplicaRoute) -> str:
+    """What a replica on Serving's machine is reached by from another one."""
+    return f"{relay.REPLICA}{replica.replica_id}"
 
 
 _Handle = Callable[[Request, Answer, re.Match[str]], Awaitable[None]]

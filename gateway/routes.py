@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -77,9 +78,16 @@ class RoutingTable:
     What is used of rate limits is told to Serving, and heard from it, by the same stream.
     """
 
-    def __init__(self, ledger: Ledger, *, queue_length: int) -> None:
-        """`queue_length`: how many requests may wait for one entity."""
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        queue_length: int,
+        address_of: Callable[[pb.ReplicaRoute], str],
+    ) -> None:
+        """`queue_length`: how many requests may wait for one entity. `address_of`: where a replica is reached."""
         self._ledger = ledger
+        self._address_of = address_of
         self.known = asyncio.Event()
         self._by_name: dict[str, Endpoint] = {}
         self._by_id: dict[str, Endpoint] = {}
@@ -129,7 +137,8 @@ class RoutingTable:
 
     def _endpoint(self, routes: pb.EndpointRoutes) -> Endpoint:
         # Whoever is told to look again does so when all of the message has been applied.
-        queues = self._queues.serve(routes.endpoint_id, {entity.name: _offer(entity) for entity in routes.entities})
+        offers = {entity.name: self._offer(entity) for entity in routes.entities}
+        queues = self._queues.serve(routes.endpoint_id, offers)
         entities = [
             Entity(
                 each.name,
@@ -145,6 +154,10 @@ class RoutingTable:
         return Endpoint(
             routes.endpoint_id, routes.name, tuple(entities), limits, routes.is_stopped, routes.is_usage_tracked
         )
+
+    def _offer(self, routes: pb.EntityRoutes) -> Offer:
+        replicas = tuple((each.replica_id, self._address_of(each), each.concurrency) for each in routes.replicas)
+        return Offer(replicas, is_awaited=routes.is_asleep)
 
     async def follow(self, channel: grpc.aio.Channel) -> None:
         """Keeps the table up to date until cancelled; comes back by itself when Serving was gone."""
@@ -189,8 +202,3 @@ class RoutingTable:
                     uses=uses.take(),
                 )
             )
-
-
-def _offer(routes: pb.EntityRoutes) -> Offer:
-    replicas = tuple((each.replica_id, each.address, each.concurrency) for each in routes.replicas)
-    return Offer(replicas, is_awaited=routes.is_asleep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servicekit.settings import ServiceSettings, address, count, metrics_listen, origin, seconds, setting
+from servicekit.settings import ServiceSettings, address, count, metrics_listen, origin, remote, seconds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,8 @@ class GatewaySettings(ServiceSettings):
     listen: str = setting(
         "TESSERA_GATEWAY_LISTEN", address, default="127.0.0.1:8080", help="host:port of the REST API."
     )
+    secrets_address: str = remote("TESSERA_SECRETS_ADDRESS", "Secrets")
+    serving_address: str = remote("TESSERA_SERVING_ADDRESS", "Serving")
     metrics_listen: str = metrics_listen("TESSERA_GATEWAY_METRICS_LISTEN")
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
@@ -56,4 +58,6 @@ class GatewaySettings(ServiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_GATEWAY_LISTEN", self.listen)
+        self.refuse_unproven("TESSERA_SECRETS_ADDRESS", self.secrets_address)
+        self.refuse_unproven("TESSERA_SERVING_ADDRESS", self.serving_address)
         self.refuse_open_metrics("TESSERA_GATEWAY_METRICS_LISTEN", self.metrics_listen)

@@ -34,7 +34,7 @@ from secrets_service.settings import SecretsSettings
 from secrets_service.throttle import Throttle
 from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
-from servicekit import database, grpc_server, sockets, tls
+from servicekit import database, grpc_server, peers, relay, sockets, tls
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.metrics import ServiceMetrics, listening
@@ -48,7 +48,10 @@ MIGRATIONS = resources.files("secrets_service") / "migrations"
 MESSAGE_LIMIT = 4 * 1024 * 1024
 """Bytes of a message: an answer of Resolve is the largest. Values have a limit of their own."""
 
-PEERS = ("gateway", "serving", "operator")
+REMOTE_PEERS = ("gateway", "serving")
+"""Who may call from another machine."""
+
+PEERS = (*REMOTE_PEERS, "operator")
 """Who may call over a socket of its own; the operator is the person who runs this machine."""
 
 
@@ -58,6 +61,9 @@ class Running:
 
     address: str
     """`host:port` of the public listener, with the port that the system chose."""
+
+    peer_address: str
+    """That of the one for peers on other machines; empty when there is none."""
 
 
 @asynccontextmanager
@@ -111,6 +117,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 for peer in PEERS
             ),
         ]
+        entrance = await stack.enter_async_context(_entrance(settings))
         metrics = ServiceMetrics()
         metrics.watch("tessera_access_followers", "Services that follow changes of permissions.", feed.followers)
         secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
@@ -138,7 +145,23 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
             )
         )
         await stack.enter_async_context(listening(settings.metrics_listen, metrics))
-        yield Running(addresses[0])
+        yield Running(addresses[0], entrance)
+
+
+@asynccontextmanager
+async def _entrance(settings: SecretsSettings) -> AsyncIterator[str]:
+    """Lets in peers on other machines, each to its own socket, where settings say so; yields the address."""
+    async with peers.followed(settings, "secrets") as certificate:
+        if certificate is None or not settings.peer_listen:
+            yield ""
+            return
+        doors = {peer: sockets.socket_path(settings.sockets, callee="secrets", caller=peer) for peer in REMOTE_PEERS}
+
+        def behind(caller: str, door: str) -> str | None:
+            return doors.get(caller) if door == relay.RPC else None
+
+        async with relay.admitting(settings.peer_listen, certificate, behind) as address:
+            yield address
 
 
 def _external_issuer(

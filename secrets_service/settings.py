@@ -44,6 +44,7 @@ class SecretsSettings(ServiceSettings):
         default="127.0.0.1:8081",
         help="host:port of the public gRPC listener; port 0 lets the system choose.",
     )
+    peer_listen: str = settings.peer_listen("TESSERA_SECRETS_PEER_LISTEN", "the gateway and Serving")
     metrics_listen: str = settings.metrics_listen("TESSERA_SECRETS_METRICS_LISTEN")
     root_key_file: Path | None = setting(
         "TESSERA_ROOT_KEY_FILE",
@@ -114,6 +115,7 @@ class SecretsSettings(ServiceSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_plaintext("TESSERA_SECRETS_LISTEN", self.listen)
+        self.refuse_unproven("TESSERA_SECRETS_PEER_LISTEN", self.peer_listen)
         self.refuse_open_metrics("TESSERA_SECRETS_METRICS_LISTEN", self.metrics_listen)
         if bool(self.oidc_issuer) != bool(self.oidc_audience):
             raise ValueError("TESSERA_OIDC_ISSUER and TESSERA_OIDC_AUDIENCE belong together: set both, or none.")

@@ -6,8 +6,9 @@ the caller's to judge (`ConnectionLost`).
 """
 
 import asyncio
+import socket
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Self
 
 from servicekit.http_connection import (
@@ -104,13 +105,20 @@ class HttpResponse:
 class HttpPool:
     """Keep-alive HTTP/1.1 connections to addresses: `unix:/path` or `host:port`. Lives on one event loop.
 
+    With `dial` all connections are its own: it is given the address, whatever that means to it, and raises OSError.
     `connect_timeout` and `idle_timeout` are seconds. A peer should keep an idle connection for longer than
     `idle_timeout`: when both decide at the same moment, a request can meet a connection that is just being closed.
     """
 
     def __init__(
-        self, *, connect_timeout: float = 1.0, idle_timeout: float = 30.0, max_idle_per_address: int = 32
+        self,
+        *,
+        connect_timeout: float = 1.0,
+        idle_timeout: float = 30.0,
+        max_idle_per_address: int = 32,
+        dial: Callable[[str], Awaitable[socket.socket]] | None = None,
     ) -> None:
+        self._dial = dial
         self._connect_timeout = connect_timeout
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle_per_address
@@ -203,7 +211,9 @@ class HttpPool:
 
         try:
             async with asyncio.timeout_at(limit):
-                if address.startswith("unix:"):
+                if self._dial is not None:
+                    _, connection = await loop.create_unix_connection(protocol, sock=await self._dial(address))
+                elif address.startswith("unix:"):
                     _, connection = await loop.create_unix_connection(protocol, address.removeprefix("unix:"))
                 else:
                     host, _, port = address.rpartition(":")

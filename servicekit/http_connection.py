@@ -356,6 +356,6 @@ def request_head(
     else:
         lines.append(b"transfer-encoding: chunked\r\n")
     if b"host" not in names:
-        host = "localhost" if address.startswith("unix:") else address
+        host = "localhost" if "/" in address else address
         lines.insert(0, f"host: {host}\r\n".encode("ascii"))
     return f"{method} {target} HTTP/1.1\r\n".encode("ascii") + b"".join(lines) + b"\r\n", length

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -195,9 +196,44 @@ def address(text: str) -> str:
     return text
 
 
+def peer_address(text: str) -> str:
+    """`host:port` of a service on another machine."""
+    if address(text).endswith(":0"):
+        raise ValueError("expected the port that the service listens on for peers")
+    return text
+
+
+def trust_domain(text: str) -> str:
+    """The name of a trust domain, after the SPIFFE specification."""
+    if not re.fullmatch(r"[a-z0-9._-]{1,255}", text):
+        raise ValueError("expected lower case letters, digits, `.`, `_` and `-`, such as tessera.example.com")
+    return text
+
+
 def metrics_address(text: str) -> str:
     """Where metrics are told: as `address`, or `unix:/path`."""
     return text if text.startswith("unix:/") else address(text)
+
+
+def remote(variable: str, name: str) -> Any:
+    """The field of a settings class that says where another service is."""
+    return setting(
+        variable,
+        peer_address,
+        default="",
+        help=f"host:port at which {name} lets in services of other machines. Not set: it is on this machine, and is"
+        " reached through a socket.",
+    )
+
+
+def peer_listen(variable: str, names: str) -> Any:
+    """The field of a settings class that says where services of other machines are let in."""
+    return setting(
+        variable,
+        address,
+        default="",
+        help=f"host:port at which {names} on another machine may call, over TLS that proves both sides. Not set: none.",
+    )
 
 
 def metrics_listen(variable: str) -> Any:
@@ -289,6 +325,31 @@ class ServiceSettings:
         default=None,
         help="PEM file with the certificate's key (RSA or ECDSA, not encrypted), mode 0600 or 0400.",
     )
+    peer_cert: Path | None = setting(
+        "TESSERA_PEER_CERT",
+        file,
+        default=None,
+        help="PEM file with the certificate that this service shows to services on other machines; followed when it"
+        " changes. Its one URI is spiffe://TRUST_DOMAIN/svc/NAME, with gateway, serving or secrets for NAME.",
+    )
+    peer_key: Path | None = setting(
+        "TESSERA_PEER_KEY",
+        file,
+        default=None,
+        help="PEM file with that certificate's key, mode 0600 or 0400.",
+    )
+    peer_ca: Path | None = setting(
+        "TESSERA_PEER_CA",
+        file,
+        default=None,
+        help="PEM file with the authorities that issue certificates to services, and to nobody else.",
+    )
+    peer_trust_domain: str = setting(
+        "TESSERA_PEER_TRUST_DOMAIN",
+        trust_domain,
+        default="tessera",
+        help="The trust domain that all services of this platform are in, and no others.",
+    )
 
     trusted_proxies: tuple[Network, ...] = setting(
         "TESSERA_TRUSTED_PROXIES",
@@ -329,6 +390,10 @@ class ServiceSettings:
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TESSERA_TLS_CERT and TESSERA_TLS_KEY belong together: set both, or none.")
+        if len({file is None for file in (self.peer_cert, self.peer_key, self.peer_ca)}) > 1:
+            raise ValueError(
+                "TESSERA_PEER_CERT, TESSERA_PEER_KEY and TESSERA_PEER_CA belong together: set all three, or none."
+            )
 
     @property
     def has_tls(self) -> bool:
@@ -339,6 +404,14 @@ class ServiceSettings:
     def sockets(self) -> Path:
         """The directory of the internal sockets, made if need be; raises StartError when it is not ours alone."""
         return sockets.socket_directory(self.data_dir, self.socket_dir)
+
+    def refuse_unproven(self, variable: str, address: str) -> None:
+        """Raises ValueError when peers on other machines are at `address` and there is nothing to know them by."""
+        if address and self.peer_cert is None:
+            raise ValueError(
+                f"{variable} is {address}, and services on different machines know each other by certificates. Set"
+                " TESSERA_PEER_CERT, TESSERA_PEER_KEY and TESSERA_PEER_CA; `tessera certs` makes a set to try it with."
+            )
 
     def refuse_open_metrics(self, variable: str, listen: str) -> None:
         """Raises ValueError when other machines can reach `listen` and nobody allowed that."""

@@ -53,4 +53,9 @@ def _short_directory(data_dir: Path) -> Path:
 
 def socket_address(directory: Path, *, callee: str, caller: str) -> str:
     """The gRPC address on which `callee` serves `caller` and nobody else."""
-    return f"unix:{directory}/{callee}-for-{caller}.sock"
+    return f"unix:{socket_path(directory, callee=callee, caller=caller)}"
+
+
+def socket_path(directory: Path, *, callee: str, caller: str) -> str:
+    """The path of that socket."""
+    return f"{directory}/{callee}-for-{caller}.sock"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
+from pathlib import Path
 
-from servicekit import channels, database, grpc_server, sockets, tls
+from servicekit import channels, database, grpc_server, peers, relay, sockets, tls
 from servicekit.access import AccessTable
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
@@ -21,6 +23,7 @@ from servicekit.measures import Measures
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
+from servicekit.relay import Way
 from serving_service import cgroups, couriers, nvidia_smi, store
 from serving_service.build_logs import BuildLogs
 from serving_service.caches import FolderCache
@@ -35,7 +38,7 @@ from serving_service.gpu_pool import GpuPool
 from serving_service.helper_variables import HelperVariables
 from serving_service.isolation import Isolation, ModelUsers, probed
 from serving_service.launch_metrics import LaunchMetrics
-from serving_service.launcher import Launcher, LocalLauncher, model_environment
+from serving_service.launcher import Launcher, LocalLauncher, model_environment, replica_socket
 from serving_service.launches import Launches
 from serving_service.meters import Meters
 from serving_service.model_environments import ModelEnvironments, Places
@@ -72,6 +75,9 @@ class Running:
     address: str
     """`host:port` of the public listener, with the port that the system chose."""
 
+    peer_address: str
+    """That of the one for gateways on other machines; empty when there is none."""
+
 
 @asynccontextmanager
 async def running(
@@ -86,6 +92,11 @@ async def running(
     async with AsyncExitStack() as stack:
         opened = await stack.enter_async_context(database.opened(data / "serving.db", MIGRATIONS))
         await opened.write(store.clear_reservations)
+        certificate = await stack.enter_async_context(peers.followed(settings, "serving"))
+        if certificate is not None and settings.secrets_address:
+            way = Way(settings.secrets_address, "secrets", certificate)
+            path = sockets.socket_path(directory, callee="secrets", caller="serving")
+            await stack.enter_async_context(way.leading_from(path))
         secrets = await stack.enter_async_context(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
@@ -198,6 +209,10 @@ async def running(
             deadline=settings.inference_deadline,
             queue_seconds=settings.queue_seconds,
         )
+        entrance = ""
+        if certificate is not None and settings.peer_listen:
+            doors = partial(_behind, directory)
+            entrance = await stack.enter_async_context(relay.admitting(settings.peer_listen, certificate, doors))
         services = pb.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
@@ -246,4 +261,16 @@ async def running(
         metrics.watch("tessera_replicas", "Replicas by their state.", controllers.replicas, "state")
         metrics.watch("tessera_gateways", "Gateways that follow the routes.", routes.gateways)
         await stack.enter_async_context(listening(settings.metrics_listen, metrics))
-        yield Running(addresses[0])
+        yield Running(addresses[0], entrance)
+
+
+def _behind(directory: Path, caller: str, door: str) -> str | None:
+    """The socket that a peer on another machine gets to: a gateway to the RPCs, and to replicas by their ids."""
+    if caller != "gateway":
+        return None
+    if door == relay.RPC:
+        return sockets.socket_path(directory, callee="serving", caller=caller)
+    replica = door.removeprefix(relay.REPLICA)
+    if door == relay.REPLICA + replica and re.fullmatch("[0-9a-f]{32}", replica):
+        return str(replica_socket(directory / "replicas" / replica))
+    return None

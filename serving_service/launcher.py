@@ -193,6 +193,11 @@ def model_environment(
     }
 
 
+def replica_socket(directory: Path) -> Path:
+    """Where the model server of the replica in a directory listens."""
+    return directory / "http.sock"
+
+
 class LocalReplica:
     """A replica on this machine, reached through the control socket in its directory."""
 
@@ -206,7 +211,7 @@ class LocalReplica:
 
     @property
     def address(self) -> str:
-        return f"unix:{self._directory / 'http.sock'}"
+        return f"unix:{replica_socket(self._directory)}"
 
     async def state(self) -> Observation:
         return _observation(await self._ask({"op": "state"}))

@@ -42,6 +42,8 @@ class ServingSettings(settings.ServiceSettings):
         default="127.0.0.1:8082",
         help="Where the public gRPC API listens: host:port.",
     )
+    peer_listen: str = settings.peer_listen("TESSERA_SERVING_PEER_LISTEN", "gateways")
+    secrets_address: str = settings.remote("TESSERA_SECRETS_ADDRESS", "Secrets")
     metrics_listen: str = settings.metrics_listen("TESSERA_SERVING_METRICS_LISTEN")
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
@@ -280,6 +282,8 @@ class ServingSettings(settings.ServiceSettings):
                 " in clear. Use starttls or tls, or do without a user."
             )
         self.refuse_plaintext("TESSERA_SERVING_LISTEN", self.listen)
+        self.refuse_unproven("TESSERA_SERVING_PEER_LISTEN", self.peer_listen)
+        self.refuse_unproven("TESSERA_SECRETS_ADDRESS", self.secrets_address)
         self.refuse_open_metrics("TESSERA_SERVING_METRICS_LISTEN", self.metrics_listen)
         if self.model_users[0] < 1 or self.model_users[-1] > _LAST_USER:
             raise ValueError(f"TESSERA_MODEL_USERS is not right: expected users between 1 and {_LAST_USER}, never root")

@@ -1,1 +1,1 @@
-"""The command line: `tessera up`, `tessera demo`, `tessera admin-token`."""
+"""The command line: `tessera up`, `tessera demo`, `tessera admin-token`, `tessera certs`."""

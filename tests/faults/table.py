@@ -20,6 +20,7 @@ _OIDC = "tests/service/test_oidc.py"
 _ONCE = "tests/service/test_once.py"
 _IDENTITY = "tests/service/test_identity.py"
 _DIRECTORY = "tests/service/test_directory.py"
+_PEERS = "tests/service/test_peers.py"
 _VERSIONS = "tests/service/test_versions.py"
 _BUILDS = "tests/service/test_model_environments.py"
 _GPUS = "tests/service/test_gpus.py"
@@ -34,6 +35,23 @@ _FOLLOW = "tests/service/test_follow.py"
 _CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
 
 FAULTS = (
+    # --- peers on other machines ---
+    Fault(
+        name="any-service-of-the-authority",
+        property="S14",
+        file="servicekit/relay.py",
+        old="                if name != self._callee:\n",
+        new="                if not name:\n",
+        tests=(f"{_PEERS}::test_a_caller_says_nothing_to_who_is_not_the_service_that_it_means",),
+    ),
+    Fault(
+        name="trust-domain-not-looked-at",
+        property="S14",
+        file="servicekit/peers.py",
+        old='        name = uri.removeprefix(spiffe_id(self._trust_domain, ""))\n        if uri != spiffe_id(',
+        new='        name = uri.rpartition("/")[2]\n        if not uri or not name or name == spiffe_id(',
+        tests=(f"{_PEERS}::test_a_stranger_is_turned_away_and_the_log_says_who_and_why",),
+    ),
     # --- who may do what ---
     Fault(
         name="read-without-permission",

@@ -8,7 +8,7 @@ import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -46,8 +46,31 @@ class Files:
         return {"tls_cert": self.cert, "tls_key": self.key}
 
 
+class PeerFiles:
+    """The three files that a service is told about for its peers on other machines."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.cert, self.key, self.ca = (directory / name for name in ("peer.pem", "peer.key", "ca.pem"))
+
+    def hold(self, issued: Issued, *authorities: CertificateAuthority) -> Self:
+        """Replaces the content of all, each at once."""
+        _replace(self.ca, b"".join(authority.pem for authority in authorities), 0o644)
+        _replace(self.cert, issued.cert, 0o644)
+        _replace(self.key, issued.key, 0o600)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that name them."""
+        return {"peer_cert": self.cert, "peer_key": self.key, "peer_ca": self.ca}
+
+    def environment(self) -> dict[str, str]:
+        """The variables that name them."""
+        return {f"TESSERA_{name.upper()}": str(path) for name, path in self.settings().items()}
+
+
 class CertificateAuthority:
-    """Issues certificates for this machine's loopback."""
+    """Issues certificates: for this machine's loopback, and for services as each other's peers."""
 
     def __init__(self) -> None:
         self._key = new_key()
@@ -73,6 +96,20 @@ class CertificateAuthority:
         names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
         builder = self._builder(_name("localhost"), key, lasting)
         cert = builder.add_extension(x509.SubjectAlternativeName(names), False).sign(self._key, hashes.SHA256())
+        return Issued(cert.serial_number, cert.public_bytes(serialization.Encoding.PEM), key_pem(key))
+
+    def issue_peer(self, *uris: str, lasting: timedelta = _DAY, is_authority: bool = False) -> Issued:
+        """A certificate that bears these URIs; a name alone is the service of that name in the usual domain."""
+        key = new_key()
+        names: list[x509.GeneralName] = [
+            x509.UniformResourceIdentifier(uri if ":" in uri else f"spiffe://tessera/svc/{uri}") for uri in uris
+        ]
+        names = names or [x509.DNSName("localhost")]
+        builder = self._builder(_name("peer"), key, lasting)
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), False)
+        if is_authority:
+            builder = builder.add_extension(x509.BasicConstraints(True, None), True)
+        cert = builder.sign(self._key, hashes.SHA256())
         return Issued(cert.serial_number, cert.public_bytes(serialization.Encoding.PEM), key_pem(key))
 
     def _builder(self, subject: x509.Name, key: Key, lasting: timedelta) -> x509.CertificateBuilder:

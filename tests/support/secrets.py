@@ -132,6 +132,7 @@ class RunningSecrets:
 
     settings: SecretsSettings
     address: str
+    peer_address: str
     public_channel: grpc.aio.Channel
     peer_channels: dict[str, grpc.aio.Channel]
     clock: Clock
@@ -313,6 +314,7 @@ async def running_secrets(
         yield RunningSecrets(
             settings=settings,
             address=service.address,
+            peer_address=service.peer_address,
             public_channel=await stack.enter_async_context(channels.opened(service.address)),
             peer_channels={
                 peer: await stack.enter_async_context(

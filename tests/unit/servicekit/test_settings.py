@@ -211,3 +211,31 @@ def test_trusted_proxies_are_addresses_and_networks() -> None:
         "fd00::/8",
     ]
     assert "TESSERA_TRUSTED_PROXIES" in problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_TRUSTED_PROXIES="everybody")[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "cls", "variable"),
+    [
+        ("secrets_service", "SecretsSettings", "TESSERA_SECRETS_PEER_LISTEN"),
+        ("serving_service", "ServingSettings", "TESSERA_SERVING_PEER_LISTEN"),
+        ("serving_service", "ServingSettings", "TESSERA_SECRETS_ADDRESS"),
+        ("gateway", "GatewaySettings", "TESSERA_SECRETS_ADDRESS"),
+        ("gateway", "GatewaySettings", "TESSERA_SERVING_ADDRESS"),
+    ],
+)
+def test_services_on_other_machines_need_certificates_to_be_known_by(module: str, cls: str, variable: str) -> None:
+    kind = getattr(importlib.import_module(f"{module}.settings"), cls)
+    files = {"TESSERA_PEER_CERT": "/c", "TESSERA_PEER_KEY": "/k", "TESSERA_PEER_CA": "/a"}
+    (problem,) = problems_of(kind, **{variable: "127.0.0.1:8091"})
+    assert variable in problem
+    assert "TESSERA_PEER_CERT" in problem
+    (problem,) = problems_of(kind, **{variable: "127.0.0.1:8091", "TESSERA_PEER_CERT": "/c", "TESSERA_PEER_CA": "/a"})
+    assert "belong together" in problem
+    load(kind, {variable: "127.0.0.1:8091", **files})
+
+
+def test_trust_domain_is_written_as_spiffe_has_it() -> None:
+    for wrong in ("Example.org", "spiffe://example.org", "example.org/svc", "a b"):
+        (problem,) = problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_PEER_TRUST_DOMAIN=wrong)
+        assert "TESSERA_PEER_TRUST_DOMAIN" in problem
+    assert loaded(TESSERA_PEER_TRUST_DOMAIN="example.org").peer_trust_domain == "example.org"
