@@ -1,1 +1,1 @@
-"""The command line: `tessera up`, `tessera demo`, `tessera admin-token`, `tessera certs`."""
+"""The command line: one module for each command of `tessera`."""
