@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,8 +17,10 @@ from typing import Any, TypeVar
 import grpc
 
 from servicekit import context, tracing
-from servicekit.errors import InvalidParameter, from_rpc_error
+from servicekit.errors import DeadlineExceeded, InvalidParameter, from_rpc_error
 from servicekit.rpc_tracing import ClientTracing
+
+log = logging.getLogger(__name__)
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -34,6 +37,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 RESTART_SECONDS = 3.0
 """How long a call waits for a peer that is just being started, before it is refused."""
+
+OVERDUE_SECONDS = 1.0
+"""After its deadline a call that gRPC has not ended by then is given up."""
 
 METADATA_LIMIT = 64 * 1024
 """Bytes of headers or trailers that we take from a peer: room for a long error message."""
@@ -132,6 +138,11 @@ async def call(
     if waiting_for is not None:
         await until_connected(waiting_for, within=RESTART_SECONDS)
     try:
-        return await method(message, timeout=timeout, metadata=outgoing_metadata())
+        # It is for gRPC to end a call at its deadline. Should it fail to, whoever waits here is not to hang with it.
+        async with asyncio.timeout(timeout + OVERDUE_SECONDS):
+            return await method(message, timeout=timeout, metadata=outgoing_metadata())
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, peer=peer) from None
+    except TimeoutError:
+        log.warning("call was not ended at its deadline and is given up", extra={"peer": peer})
+        raise DeadlineExceeded(f"The {peer} service did not answer in time.") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,6 +147,19 @@ async def test_peer_that_is_late_is_a_deadline_exceeded() -> None:
     error = await answered(foreign_status(grpc.StatusCode.DEADLINE_EXCEEDED))
     assert (error.code, error.reason) == (DeadlineExceeded.code, DeadlineExceeded.reason)
     assert error.message == "The Library service did not answer in time."
+
+
+async def test_call_that_its_library_does_not_end_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "OVERDUE_SECONDS", 0.05)
+
+    async def endless(*_: object, **__: object) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    with pytest.raises(DeadlineExceeded) as caught:
+        async with asyncio.timeout(5):
+            await channels.call(endless, b"", peer="Library", timeout=0.05)
+    assert caught.value.message == "The Library service did not answer in time."
 
 
 def test_missing_credential_says_what_to_send() -> None:
