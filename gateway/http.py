@@ -30,6 +30,9 @@ BODY_SECONDS = 60.0
 
 _UNSENDABLE = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
+STATUSES = _STATUS_LINES.keys()
+"""All that an answer can have."""
+
 _WITHOUT_BODY = (204, 304)
 
 
@@ -164,7 +167,11 @@ class Request:
 
 
 class WhileWanted:
-    """Within it, the task that answers a request is cancelled when the caller hangs up; ClientGone leaves it then."""
+    """Within it, the task that answers a request is cancelled when the caller hangs up; ClientGone leaves it then.
+
+    While its connection is not read, because of a body that nobody reads or of requests that wait for this answer, a
+    hang-up is not heard.
+    """
 
     __slots__ = ("_request",)
 
@@ -252,6 +259,7 @@ class Answer:
         headers = headers + self.headers
         if _UNSENDABLE.search(b"".join([value for _, value in headers])):
             raise ValueError("a header of the answer has characters that cannot be sent")
+        line = _STATUS_LINES[status]
         if self._wire.is_stopping:
             self._is_kept = False
         if not self._is_kept:
@@ -259,7 +267,7 @@ class Answer:
         self.status = status
         self._has_body = self._request.method != "HEAD" and status not in _WITHOUT_BODY
         lines = [b"%b: %b\r\n" % header for header in headers]
-        return b"".join((_STATUS_LINES[status], _date(), *lines, b"\r\n"))
+        return b"".join((line, _date(), *lines, b"\r\n"))
 
 
 async def read_body(request: Request, limit: int, error: Callable[[str], ServiceError] = InvalidParameter) -> bytes:

@@ -36,6 +36,12 @@ HEAD_SECONDS = 30.0
 IDLE_SECONDS = 75.0
 """How long a connection is kept without a request."""
 
+UNREAD_SECONDS = 60.0
+"""How long a caller may leave answers unread before its next request, or the end of its connection."""
+
+LINGER_SECONDS = 2.0
+"""For how long what a caller still sends is dropped after its last answer: closing at once would take that from it."""
+
 MOST_QUEUED = 16
 """How many requests may wait on a connection for the answers to earlier ones."""
 
@@ -64,6 +70,8 @@ class Connection(asyncio.Protocol):
         self._expects_continue = False
         self._is_paused = False
         self._is_deaf = False
+        self._is_ended = False
+        """Whether nothing more is sent than what waits to be."""
         # The head that is arriving.
         self._is_in_head = False
         self._url = b""
@@ -78,7 +86,7 @@ class Connection(asyncio.Protocol):
         """Closes it, after the answer under way if there is one."""
         self.is_stopping = True
         if self._answering is None:
-            self._transport.close()
+            self._end()
 
     def abandon(self) -> None:
         """Ends it, and the work for it, at once."""
@@ -109,7 +117,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
+        if not self._is_ended and not self._transport.is_closing():
             self._transport.write(data)
 
     async def writable(self) -> None:
@@ -120,17 +128,14 @@ class Connection(asyncio.Protocol):
 
     def answered(self, *, keep: bool) -> None:
         self._answering = None
-        if self._transport.is_closing():
-            return
         # Whoever was never told to go on may leave its body out or send it: what comes next means nothing.
         if not keep or self._expects_continue:
-            self._transport.close()
-        elif self._waiting:
-            self._start(*self._waiting.popleft())
-        else:
-            self.taken()
-            if not self._is_in_head:
-                self._expect(IDLE_SECONDS)
+            self._end()
+        elif self._writable.is_set():
+            self._next()
+        else:  # answers that nobody reads take memory: there are no more before these are read
+            self._pause()
+            self._expect(UNREAD_SECONDS)
 
     def cut(self) -> None:
         self._transport.abort()
@@ -155,7 +160,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError:
             self._refuse()
             return
-        if self._framing > LONGEST_FRAMING and not self._transport.is_closing():
+        if self._framing > LONGEST_FRAMING and not self._is_ended:
             self._problem = f"More than {LONGEST_FRAMING} bytes came without an end of the headers or any of the body."
             self._refuse()
         elif self._is_in_head and self._due is None:
@@ -174,12 +179,15 @@ class Connection(asyncio.Protocol):
         self._waiting.clear()
         if self._answering is not None:
             self._answering.lost()
+        self._answering = self._receiving = self._current = None  # which know of us
 
     def pause_writing(self) -> None:
         self._writable.clear()
 
     def resume_writing(self) -> None:
         self._writable.set()
+        if self._answering is None and not self._is_ended:
+            self._next()
 
     # What the parser tells it, from within data_received; an exception ends in _refuse.
 
@@ -220,7 +228,7 @@ class Connection(asyncio.Protocol):
             is_kept=version == "1.1" and self._parser.should_keep_alive(),
         )
         answer = Answer(self, request)
-        if self._answering is None and not self._waiting:
+        if self._answering is None and not self._waiting and self._writable.is_set():
             self._start(request, answer)
             return
         self._waiting.append((request, answer))
@@ -250,6 +258,32 @@ class Connection(asyncio.Protocol):
         self._problem = problem
         raise ValueError(problem)
 
+    def _next(self) -> None:
+        """Goes on with the next request, when it comes."""
+        if self._waiting:
+            self._start(*self._waiting.popleft())
+            return
+        self.taken()
+        if not self._is_in_head:
+            self._expect(IDLE_SECONDS)
+
+    def _end(self, *, is_listening: bool = False) -> None:
+        """Closes the connection when all is sent that waits to be, and gives the peer the time to read it.
+
+        `is_listening`: the peer may be in the middle of sending.
+        """
+        if self._is_ended or self._transport.is_closing():
+            return
+        self._is_ended = self._is_deaf = True
+        self._waiting.clear()
+        if not (is_listening or self._receiving) or not self._transport.can_write_eof():
+            self._transport.close()
+            self._expect(UNREAD_SECONDS)
+        else:
+            self._transport.write_eof()
+            self.taken()
+            self._expect(LINGER_SECONDS)
+
     def _start(self, request: Request, answer: Answer) -> None:
         self._answering, self._current = request, answer
         self._expects_continue = request.headers.get(b"expect", b"").lower() == b"100-continue"
@@ -270,10 +304,11 @@ class Connection(asyncio.Protocol):
         has_begun = self._current is not None and self._current.status != 0
         if self._waiting or (self._answering is not None and (self._is_in_head or has_begun)):
             self._transport.close()  # an answer now would be taken for that to an earlier request
+            self._expect(UNREAD_SECONDS)
             return
         said = errors.render(MalformedRequest(self._problem or "The request is not valid HTTP/1.1."))
         self.write(refusal(said.status, said.headers, said.body))
-        self._transport.close()
+        self._end(is_listening=True)
 
     # When it is given up.
 
@@ -295,8 +330,8 @@ class Connection(asyncio.Protocol):
             return
         if self._due > self._loop.time():
             self._arm()
-        elif self._answering is None:
-            self._transport.close()
+        elif self._answering is None or self._is_ended:
+            self._transport.abort()  # closing would wait for a peer that reads nothing
         else:  # while an earlier request is answered, reading may pause: the lateness may be ours
             self._expect(HEAD_SECONDS)
 

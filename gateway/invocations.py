@@ -14,14 +14,14 @@ import grpc
 import orjson
 
 from gateway.admission import Admission, EndpointNotFound, Place
-from gateway.http import Answer, Headers, Request, WhileWanted, read_body, too_large
+from gateway.http import STATUSES, Answer, Headers, Request, WhileWanted, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, RoutingTable
 from servicekit import token_usage, tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, ServiceError, Unavailable
-from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
+from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout, ProtocolError
 from servicekit.measures import TIMING, Invocation, Measures
 from servicekit.rate_limits import Charge, Ledger
 from tessera import policy
@@ -37,6 +37,9 @@ FROM_MODEL = frozenset((b"content-type", b"content-encoding", b"content-length",
 
 SPAN = "invocation"
 """What the way to a model is called in a trace."""
+
+PIECE_SECONDS = 30.0
+"""How long the body of a request may pause once it has begun to arrive."""
 
 FIRST_TABLE_SECONDS = 5.0
 """How long a request waits for the first table of a gateway that has just started."""
@@ -161,7 +164,7 @@ class Invocations:
     async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
         size = len(first)
         yield first
-        while piece := await request.more():
+        while piece := await _more(request):
             size += len(piece)
             if size > self._body_limit:
                 raise BadRequest(too_large(self._body_limit))
@@ -205,6 +208,8 @@ class Invocations:
                         replica.address, "POST", "/invocations", headers, body, timeout=self._deadline
                     )
                     async with response:
+                        if response.status not in STATUSES:
+                            raise ProtocolError(f"{response.status} is no status that there is.")
                         answer.headers.append((b"served-model-name", place.entity.name.encode()))
                         measured.answered(response.status, response.header(TIMING))
                         await _pass_on(response, answer, charge, measured)
@@ -223,6 +228,15 @@ class Invocations:
                     extra={"endpoint": endpoint.name, "replica": replica.id, "problem": type(error).__name__},
                 )
                 raise ModelServerFailed(place.entity.name) from None
+
+
+async def _more(request: Request) -> bytes:
+    """The next piece of a body; raises BadRequest when it does not go on, for it keeps a place of a model server's."""
+    try:
+        async with asyncio.timeout(PIECE_SECONDS):
+            return await request.more()
+    except TimeoutError:
+        raise BadRequest(f"Nothing of the body came for {PIECE_SECONDS:g} s. Send it at once.") from None
 
 
 def _to_model(request: Request, endpoint: Endpoint) -> Headers:
@@ -245,11 +259,13 @@ async def _pass_on(response: HttpResponse, answer: Answer, charge: Charge, measu
             answer.whole(response.status, [header for header in kept if header[0] != b"content-length"], body)
             return
         answer.begin(response.status, kept)
-        async for piece in response:
-            if usage is not None:
-                usage.feed(piece)
-            await answer.piece(piece)
-    except HttpError as error:
+        # Whoever does not read keeps a place of the model server's all the same.
+        async with asyncio.timeout_at(response.deadline):
+            async for piece in response:
+                if usage is not None:
+                    usage.feed(piece)
+                await answer.piece(piece)
+    except (HttpError, TimeoutError) as error:
         # The status is gone already: ending before the end is all that is left.
         log.warning("answer cut short", extra={"problem": type(error).__name__})
         measured.status = HTTP_STATUS[ModelServerFailed.reason]

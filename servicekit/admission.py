@@ -89,6 +89,7 @@ class Queue:
         waiter = _Waiter(asyncio.get_running_loop().create_future(), avoided)
         self._waiting.append(waiter)
         self._note()
+        self._admit()  # who came before may wait for a server that this one can do without
         try:
             async with asyncio.timeout_at(until):
                 return await waiter.turn

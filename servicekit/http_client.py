@@ -47,6 +47,8 @@ class HttpResponse:
     def __init__(self, exchange: Exchange) -> None:
         self.status = exchange.status
         self.headers = exchange.headers
+        self.deadline = exchange.deadline
+        """When it ends at the latest, on the loop's clock; who passes it on has no longer than that either."""
         self._exchange = exchange
 
     def header(self, name: bytes) -> bytes:

@@ -79,6 +79,7 @@ class Exchange:
         self._unread = 0
         self._is_paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self.deadline = deadline
         self._loop = loop
         self._timer = loop.call_at(deadline, self._expire)
 

@@ -623,6 +623,65 @@ async def test_a_caller_that_hangs_up_spares_the_model_the_work(stack: Platform)
         await held.gone.wait()
 
 
+class Flood:
+    """A replica whose first answer is longer than anybody would keep."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.asked += 1
+        await body_of(receive)
+        if self.asked > 1:
+            await reply(send, b"{}")
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for _ in range(10_000):
+            await send({"type": "http.response.body", "body": b"x" * 65_536, "more_body": True})
+
+
+async def test_a_caller_that_stops_reading_gives_its_place_back_when_the_time_is_over() -> None:
+    async with platform(inference_deadline=1.0) as strict:
+        endpoint = routes("ep", ("m-1", 100, [("r1", await strict.add_replica(Flood()))]))
+        endpoint.entities[0].replicas[0].concurrency = 1
+        await strict.publish(endpoint)
+        host, port = strict.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        writer.write(
+            b"POST /serving-endpoints/ep/invocations HTTP/1.1\r\nauthorization: Bearer owner-token\r\n"
+            b"content-length: 2\r\n\r\n{}"
+        )
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+        assert (await invoke(strict, "ep")).status == 200
+        writer.close()
+
+
+async def test_a_body_that_stops_in_the_middle_gives_its_place_back(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(invocations, "PIECE_SECONDS", 0.2)
+    await serve(stack, "ep", Echo())
+    may_go_on = asyncio.Event()
+
+    async def stopping() -> AsyncIterator[bytes]:
+        yield b"{"
+        await may_go_on.wait()
+
+    answer = await invoke(stack, "ep", body=stopping())
+    assert answer.status == 400
+    assert "body" in answer.json()["message"]
+
+
+async def test_a_status_that_is_none_is_the_model_servers_failure(stack: Platform) -> None:
+    async def odd(scope: Any, receive: Any, send: Any) -> None:
+        await body_of(receive)
+        await reply(send, b"{}", status=520)
+
+    await serve(stack, "ep", odd)
+    answer = await invoke(stack, "ep")
+    assert (answer.status, answer.json()["error_code"]) == (500, "INTERNAL_ERROR")
+
+
 class Chat:
     """A replica that says how many tokens each answer took, at once or at the end of a stream that is held."""
 

@@ -235,6 +235,52 @@ async def test_nobody_is_answered_faster_than_he_reads() -> None:
         assert len(await caller.hears_all()) > 256 * PIECE
 
 
+async def test_answers_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.5)
+    answered = 0
+
+    async def application(request: Request, answer: Answer) -> None:
+        nonlocal answered
+        answered += 1
+        answer.whole(200, [], b"x" * PIECE)
+
+    requests = 2_000
+    async with calling(application) as caller, asyncio.timeout(10):
+        await caller.says(*[get("/")] * requests)
+        with suppress(ConnectionError):  # which is how it is told in the end
+            while True:
+                await caller.says(get("/"))
+                await asyncio.sleep(0.05)
+    assert answered < requests // 10
+
+
+async def test_answers_that_are_read_late_are_all_there() -> None:
+    async def application(request: Request, answer: Answer) -> None:
+        answer.whole(200, [], b"x" * PIECE)
+
+    async with calling(application) as caller:
+        requests = http_protocol.MOST_QUEUED
+        sending = asyncio.create_task(caller.says(*[get("/")] * (requests - 1), get("/", b"connection: close")))
+        await asyncio.wait({sending}, timeout=0.2)
+        assert (await caller.hears_all()).count(b"HTTP/1.1 200 ") == requests
+        await sending
+
+
+@pytest.mark.parametrize("why", ["it is refused", "no more is wanted", "it is no HTTP"])
+async def test_whoever_is_in_the_middle_of_sending_still_hears_the_answer(why: str) -> None:
+    async def application(request: Request, answer: Answer) -> None:
+        answer.whole(401, [], b"no")
+
+    begin = {
+        "it is refused": get("/", b"content-length: 99999999", b"connection: close", method="POST"),
+        "no more is wanted": get("/", b"content-length: 99999999", method="POST", version="1.0"),
+        "it is no HTTP": b"nonsense\r\n\r\n",
+    }
+    async with calling(application) as caller:
+        await caller.says(begin[why], *[b"x" * PIECE] * 40)
+        assert (await caller.hears_all()).startswith(b"HTTP/1.1 4")
+
+
 @pytest.mark.parametrize("reads", ["the body", "nothing"])
 async def test_work_for_a_caller_who_hangs_up_is_given_up(reads: str) -> None:
     began, gone = asyncio.Event(), asyncio.Event()

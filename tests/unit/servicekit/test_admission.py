@@ -46,6 +46,23 @@ async def test_the_least_busy_server_is_taken_and_none_beyond_its_limit() -> Non
     assert all(unlimited.take() for _ in range(100))
 
 
+async def test_nobody_waits_for_a_server_that_another_one_avoids() -> None:
+    queue = one_queue(1, 1)
+    free, busy = queue.take(), queue.take()
+    assert free is not None
+    until = asyncio.get_running_loop().time() + LONG
+    picky = asyncio.create_task(queue.wait(until, {free}))
+    await settle()
+    queue.give_back(free)
+    newcomer = waiting(queue)
+    await settle()
+    assert newcomer.done()
+    assert await newcomer is free
+    assert busy is not None
+    queue.give_back(busy)
+    assert await picky is busy
+
+
 async def test_a_place_goes_to_whoever_has_waited_longest() -> None:
     queue = one_queue(1)
     server = queue.take()
