@@ -1,7 +1,7 @@
 """What a model takes and gives, as its `MLmodel` file says.
 
-Whoever registers a model writes that file, so nothing in it is believed: it is read as a stream of YAML events, never
-built into objects, aliases lead nowhere, and its size and the depth and number of its parts are bounded. MLflow is not
+Whoever registers a model writes that file, so nothing in it is believed: it is read as a stream of YAML events
+(`plain_yaml.py`), aliases lead nowhere, and its size and the depth and number of its parts are bounded. MLflow is not
 asked, since this service does not import it.
 """
 
@@ -16,25 +16,21 @@ from typing import Any
 
 import yaml
 
+from serving_service import plain_yaml
+from serving_service.plain_yaml import NOTHING, UnusableYaml
+
 FILE = "MLmodel"
 
 MOST_BYTES = 1 << 20
 """Of the file: a signature of ten thousand columns has room."""
 
-MOST_EVENTS = 20_000
-"""Of YAML; MLflow writes some hundreds, since a signature is a few long texts to YAML."""
-
 MOST_PARTS = 20_000
 """How many objects and lists the three parts of a signature may hold together."""
 
 DEEPEST = 32
-"""How many of them may stand inside each other, and how many collections of YAML."""
+"""How many of them may stand inside each other."""
 
-_NOTHING = frozenset(("", "~", "null", "Null", "NULL"))
 _TRUE = frozenset(("true", "True", "TRUE"))
-
-# Written in C where the library was built with it; both read the same.
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnusableSignature(Exception):
@@ -71,8 +67,8 @@ def parsed(text: bytes) -> Signature | None:
     """The signature that stands in the text of an MLmodel file; as `read`."""
     try:
         found = dict(_scalars(text))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UnusableSignature(f"its {FILE} is not YAML") from None
+    except UnusableYaml as error:
+        raise UnusableSignature(f"its {FILE} {error}") from None
     inputs, outputs, params = (_list(found.get(("signature", part)), part) for part in ("inputs", "outputs", "params"))
     if not inputs:
         return None
@@ -92,17 +88,11 @@ class _Open:
 def _scalars(text: bytes) -> Iterator[tuple[tuple[str, ...], str]]:
     """The values of the file's mapping, and of mappings in it, that are texts, with the keys that lead there."""
     around: list[_Open] = []
-    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
-        if number >= MOST_EVENTS:
-            raise UnusableSignature(f"its {FILE} has more than {MOST_EVENTS} parts")
-        if isinstance(event, yaml.DocumentEndEvent):
-            return
+    for event in plain_yaml.events(text):
         if isinstance(event, yaml.CollectionStartEvent):
             if around and around[-1].is_mapping and around[-1].key is None:
                 raise UnusableSignature(f"its {FILE} has a key that is no text")
             around.append(_Open(isinstance(event, yaml.MappingStartEvent)))
-            if len(around) > DEEPEST:
-                raise UnusableSignature(f"its {FILE} nests deeper than {DEEPEST} levels")
             continue
         if isinstance(event, yaml.CollectionEndEvent):
             around.pop()
@@ -124,7 +114,7 @@ def _scalars(text: bytes) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _list(text: str | None, part: str) -> list[dict[str, Any]]:
-    if text is None or text in _NOTHING:
+    if text is None or text in NOTHING:
         return []
     try:
         # What JSON has no words for is no value of ours either.

@@ -2,7 +2,7 @@
 
 What a model's folder says is somebody else's text, read by a program that may read more than they may. So of a
 requirements file only names, versions and markers are taken, and files of the model's own folder; whatever leads
-elsewhere (options, addresses, paths) is refused by name.
+elsewhere (options, addresses, paths) is refused by name. How much there is to read is bounded, whatever refers to what.
 """
 
 from __future__ import annotations
@@ -14,19 +14,27 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
+from serving_service import plain_yaml
+from serving_service.plain_yaml import UnusableYaml
+
 LONGEST_BYTES = 1 << 20
-"""Of a file of requirements."""
+"""Of a file, and of all files of requirements together."""
+
+MOST_LINES = 5_000
+"""Of all files of requirements together."""
+
+LONGEST_LINE = 4_000
+"""Characters."""
 
 _DEEPEST = 4
 """How many files may include each other."""
 
 _INCLUDED = {"-r": False, "--requirement": False, "-c": True, "--constraint": True}
 _COMMENT = re.compile(r"(^|\s)#.*$")
-_VERSION = re.compile(r"(\d+)\.(\d+)")
+_VERSION = re.compile(r"(?<![0-9])([0-9]{1,3})\.([0-9]{1,3})")
 
 _SKINNY = "mlflow-skinny"
 """The part of MLflow that serves. It counts as MLflow, since MLflow adds itself to whatever is logged."""
@@ -60,7 +68,7 @@ def read(model: Path) -> Needs:
     if (model / "requirements.txt").is_file():
         listed.include("requirements.txt", is_constraint=False)
     elif python_env:
-        listed.take(map(str, python_env.get("dependencies") or ()), is_constraint=False)
+        listed.take(_texts(python_env.get("dependencies"), "python_env.yaml"), is_constraint=False)
     else:
         listed.take(_pip_part(conda), is_constraint=False)
     return Needs(
@@ -91,10 +99,12 @@ def missing(
 
 
 class _Listed:
-    """Collects the lines of files that include each other."""
+    """Collects the lines of files that include each other; each is read once."""
 
     def __init__(self, model: Path) -> None:
         self._model = model.resolve()
+        self._read: set[tuple[Path, bool]] = set()
+        self._bytes_left, self._lines_left = LONGEST_BYTES, MOST_LINES
         self.requirements: list[str] = []
         self.constraints: list[str] = []
         self.wheels: list[Path] = []
@@ -102,11 +112,23 @@ class _Listed:
     def include(self, name: str, *, is_constraint: bool, depth: int = 0) -> None:
         if depth > _DEEPEST:
             raise UnusableRequirements(f"Its files of requirements include each other more than {_DEEPEST} deep.")
-        text = _text(self._own(name)).replace("\\\n", " ")
-        self.take(text.splitlines(), is_constraint=is_constraint, depth=depth)
+        path = self._own(name)
+        if (path, is_constraint) in self._read:
+            return
+        self._read.add((path, is_constraint))
+        text = _text(path)
+        self._bytes_left -= len(text)
+        if self._bytes_left < 0:
+            raise UnusableRequirements(f"Its files of requirements are larger than {LONGEST_BYTES >> 20} MiB together.")
+        self.take(text.replace("\\\n", " ").splitlines(), is_constraint=is_constraint, depth=depth)
 
     def take(self, lines: Iterable[str], *, is_constraint: bool, depth: int = 0) -> None:
         for line in lines:
+            self._lines_left -= 1
+            if self._lines_left < 0:
+                raise UnusableRequirements(f"Its requirements have more than {MOST_LINES} lines.")
+            if len(line) > LONGEST_LINE:
+                raise UnusableRequirements(f"Its requirements hold a line of more than {LONGEST_LINE} characters.")
             if stripped := _COMMENT.sub("", line).strip():
                 self._take(stripped, is_constraint=is_constraint, depth=depth)
 
@@ -178,7 +200,7 @@ class _Installed:
 def _requirement(line: str) -> Requirement:
     try:
         requirement = Requirement(line)
-    except InvalidRequirement:
+    except (InvalidRequirement, RecursionError):
         raise UnusableRequirements(
             f"Its requirements hold '{line.split()[0][:80]}', which is no package with a version."
         ) from None
@@ -192,10 +214,10 @@ def _requirement(line: str) -> Requirement:
 
 def _pip_part(conda: dict[str, Any]) -> Iterator[str]:
     """The requirements in a conda.yaml; raises UnusableRequirements for packages of conda itself."""
-    for entry in conda.get("dependencies") or ():
+    for entry in _list(conda.get("dependencies"), "conda.yaml"):
         if isinstance(entry, dict):
-            yield from map(str, entry.get("pip") or ())
-        elif (name := re.split(r"[=<>!~ ]", str(entry))[0]) not in ("python", "pip"):
+            yield from _texts(entry.get("pip"), "conda.yaml")
+        elif (name := re.split(r"[=<>!~ ]", _a_text(entry, "conda.yaml"), maxsplit=1)[0]) not in ("python", "pip"):
             raise UnusableRequirements(
                 f"Its conda.yaml asks for '{name[:80]}' of conda, which is not supported: name it among the packages of"
                 " pip."
@@ -203,8 +225,9 @@ def _pip_part(conda: dict[str, Any]) -> Iterator[str]:
 
 
 def _python(python_env: dict[str, Any], conda: dict[str, Any]) -> str | None:
-    said = [str(python_env["python"])] if python_env.get("python") else []
-    said += [str(each) for each in conda.get("dependencies") or () if re.match(r"python[=<>!~ ]", str(each))]
+    said = [_a_text(python_env["python"], "python_env.yaml")] if python_env.get("python") else []
+    asked = [each for each in _list(conda.get("dependencies"), "conda.yaml") if isinstance(each, str)]
+    said += [each for each in asked if re.match(r"python[=<>!~ ]", each)]
     for text in said:
         if found := _VERSION.search(text):
             return f"{found[1]}.{found[2]}"
@@ -219,12 +242,32 @@ def _yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(_text(path))
-    except (yaml.YAMLError, RecursionError):
-        raise UnusableRequirements(f"Its {path.name} is not YAML.") from None
+        content = plain_yaml.content(_text(path))
+    except UnusableYaml as error:
+        raise UnusableRequirements(f"Its {path.name} {error}.") from None
     if not isinstance(content, dict):
-        raise UnusableRequirements(f"Its {path.name} is not as MLflow writes it.")
+        raise _unexpected(path.name)
     return content
+
+
+def _texts(value: Any, file: str) -> list[str]:
+    return [_a_text(each, file) for each in _list(value, file)]
+
+
+def _list(value: Any, file: str) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise _unexpected(file)
+    return value or []
+
+
+def _a_text(value: Any, file: str) -> str:
+    if not isinstance(value, str):
+        raise _unexpected(file)
+    return value
+
+
+def _unexpected(file: str) -> UnusableRequirements:
+    return UnusableRequirements(f"Its {file} is not as MLflow writes it.")
 
 
 def _text(path: Path) -> str:

@@ -688,10 +688,20 @@ FAULTS = (
     Fault(
         name="signature-as-deep-as-it-likes",
         property="S26",
-        file="serving_service/mlmodel.py",
-        old="            if len(around) > DEEPEST:",
-        new="            if len(around) > MOST_EVENTS:",
+        file="serving_service/plain_yaml.py",
+        old="            if depth > DEEPEST:",
+        new="            if depth > MOST_EVENTS:",
         tests=("tests/unit/serving_service/test_mlmodel.py::test_yaml_as_deep_as_a_signature_may_be_is_the_deepest",),
+    ),
+    Fault(
+        name="included-as-often-as-it-is-named",
+        property="S26",
+        file="serving_service/requirements.py",
+        old="        if (path, is_constraint) in self._read:",
+        new="        if depth > _DEEPEST:",
+        tests=(
+            "tests/unit/serving_service/test_requirements.py::test_each_file_is_read_once_however_often_it_is_included",
+        ),
     ),
     # --- forked models ---
     Fault(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serving_service import mlmodel
+from serving_service import mlmodel, plain_yaml
 from serving_service.mlmodel import UnusableSignature, parsed, read
 
 LONG = [{"type": "long", "name": "a", "required": True}]
@@ -79,7 +79,7 @@ def test_a_model_without_a_signature_has_none(text: bytes) -> None:
         a_file([{"type": "long", "name": "\ud800"}]),
         a_file([{"x": [[]] * mlmodel.MOST_PARTS}]),
         a_file(json.loads('[{"x":' + "[" * mlmodel.DEEPEST + "]" * mlmodel.DEEPEST + "}]")),
-        b"x: [" + b"a," * mlmodel.MOST_EVENTS + b"]",
+        b"x: [" + b"a," * plain_yaml.MOST_EVENTS + b"]",
         b"[" * 500_000,
         b"- " * 400_000,
         b'{"a":' * 150_000,
@@ -95,7 +95,7 @@ def test_what_mlflow_would_not_write_is_refused_at_once(text: bytes) -> None:
 
 def test_yaml_as_deep_as_a_signature_may_be_is_the_deepest() -> None:
     """Its reader takes the longer for each part, the deeper that is."""
-    depth = mlmodel.DEEPEST - 1  # the file itself is the first level
+    depth = plain_yaml.DEEPEST - 1  # the file itself is the first level
     assert parsed(a_file(rest="x: " + "[" * depth + "]" * depth)) is not None
     with pytest.raises(UnusableSignature, match="deeper"):
         parsed(a_file(rest="x: " + "[" * (depth + 1) + "]" * (depth + 1)))

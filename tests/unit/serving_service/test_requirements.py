@@ -96,7 +96,6 @@ def test_constraints_and_included_files_and_wheels_of_the_model_are_read(tmp_pat
         ("tiny @ https://user:canary@example.com/tiny.whl", "'tiny'"),
         ("git+https://canary@example.com/x.git", "no package with a version"),
         ("./package", "no package with a version"),
-        ("-r requirements.txt", "include each other"),
     ],
 )
 def test_whatever_leads_elsewhere_is_refused_by_name(tmp_path: Path, line: str, named: str) -> None:
@@ -119,12 +118,59 @@ def test_whatever_leads_elsewhere_is_refused_by_name(tmp_path: Path, line: str, 
         ({"python_env_yaml": "[1, 2"}, "python_env.yaml is not YAML"),
         ({"python_env_yaml": "[1, 2]"}, "not as MLflow writes it"),
         ({"conda_yaml": "&a [*a]"}, "conda.yaml"),
+        ({"conda_yaml": "dependencies: [python=3.11, {pip: numpy}]"}, "not as MLflow writes it"),
+        ({"conda_yaml": "dependencies: [python=3.11, {pip: [[numpy]]}]"}, "not as MLflow writes it"),
+        ({"python_env_yaml": "dependencies: numpy"}, "not as MLflow writes it"),
+        ({"python_env_yaml": "dependencies: [{numpy: 1}]"}, "not as MLflow writes it"),
+        ({"python_env_yaml": "python: [3, 11]"}, "not as MLflow writes it"),
+        ({"python_env_yaml": "{[python]: 3.11}"}, "a key that is no text"),
+        ({"python_env_yaml": "a: " + "[" * 40 + "]" * 40}, "deeper than 32 levels"),
+        ({"python_env_yaml": f"a: [{'b, ' * 30_000}]"}, "more than 20000 parts"),
         ({"requirements_txt": "x" * (1 << 20) + "\n\n"}, "larger than 1 MiB"),
+        ({"requirements_txt": f"a; {'(' * 1_500}os_name=='x'{')' * 1_500}"}, "no package with a version"),
+        ({"requirements_txt": f"a=={'1' * 5_000}"}, "more than 4000 characters"),
+        ({"requirements_txt": "a\n" * 5_001}, "more than 5000 lines"),
     ],
 )
 def test_files_that_make_no_sense_are_refused_by_name(tmp_path: Path, files: dict[str, str], named: str) -> None:
     with pytest.raises(UnusableRequirements, match=named):
         requirements.read(a_model(tmp_path, **files))
+
+
+@pytest.mark.parametrize("file", ["python_env_yaml", "conda_yaml"])
+def test_parts_that_stand_for_others_are_refused_not_written_out(tmp_path: Path, file: str) -> None:
+    """Seven levels of ten are ten million texts; nothing of that is made."""
+    levels = ["a: &a0 [x]", *(f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8))]
+    text = "\n".join([*levels, "dependencies: *a7\n"])
+    with pytest.raises(UnusableRequirements, match="refers to another part of itself"):
+        requirements.read(a_model(tmp_path, **{file: text}))
+    with pytest.raises(UnusableRequirements, match="refers to another part of itself"):
+        requirements.read(a_model(tmp_path, **{file: "a: &a {python: 3.11}\n<<: *a\n"}))
+
+
+def test_versions_are_texts_however_they_are_written(tmp_path: Path) -> None:
+    """As numbers, 3.10 were 3.1."""
+    assert requirements.read(a_model(tmp_path, python_env_yaml="python: 3.10\ndependencies:\n")) == Needs(python="3.10")
+
+
+def test_each_file_is_read_once_however_often_it_is_included(tmp_path: Path) -> None:
+    """25 lines in each of three levels were 15,625 readings of the last."""
+    for level, deeper in enumerate(("two", "three", "four")):
+        (tmp_path / f"{('one', 'two', 'three')[level]}.txt").write_text(f"-r {deeper}.txt\n" * 25)
+    (tmp_path / "four.txt").write_text("numpy\npandas\n" * 25)
+    needs = requirements.read(a_model(tmp_path, requirements_txt="-r requirements.txt\n-r one.txt\n-c four.txt\n"))
+    assert needs == Needs(requirements=("numpy", "pandas"), constraints=("numpy", "pandas"))
+
+
+def test_files_that_lead_too_deep_or_are_too_large_together_are_refused(tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"deep{number}.txt").write_text(f"-r deep{number + 1}.txt\n")
+    with pytest.raises(UnusableRequirements, match="more than 4 deep"):
+        requirements.read(a_model(tmp_path, requirements_txt="-r deep0.txt"))
+    for number in range(3):
+        (tmp_path / f"large{number}.txt").write_text(("#" * 3_999 + "\n") * 100)
+    with pytest.raises(UnusableRequirements, match="larger than 1 MiB together"):
+        requirements.read(a_model(tmp_path, requirements_txt="-r large0.txt\n-r large1.txt\n-r large2.txt"))
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
