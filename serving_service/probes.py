@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from servicekit.http_client import HttpError, HttpPool
+from servicekit.http_client import AnswerTooLarge, HttpError, HttpPool
 
 READINESS_SECONDS = 30.0
 """How long a model server that says it is ready may take to answer."""
@@ -21,6 +21,9 @@ _LEAST_TRIES = 3
 """How often a replica is asked in vain before it counts as silent, however short the patience is."""
 
 _PATH = "/ping"
+_BODY_BYTES = 64 << 10
+"""Of an answer; the rest of a longer one is given up with its connection, and it is an answer all the same."""
+
 _PAUSE_SECONDS = 0.05
 
 
@@ -53,7 +56,9 @@ class Probes:
     async def _answers(self, address: str, *, timeout: float) -> bool:
         try:
             async with await self._pool.send(address, "GET", _PATH, [], b"", timeout=timeout) as response:
-                await response.read()
+                await response.read(limit=_BODY_BYTES)
+        except AnswerTooLarge:
+            return True
         except HttpError:
             return False
         return True
