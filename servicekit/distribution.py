@@ -43,6 +43,12 @@ class Distribution:
         """How many durations were counted."""
         return sum(self.counts)
 
+    @property
+    def mean(self) -> float | None:
+        """The mean duration; None without any."""
+        count = self.count
+        return self.sum / count if count else None
+
     def quantile(self, share: float) -> float | None:
         """The duration that `share` of all (0 to 1) do not exceed, estimated between two bounds; None without any.
 

@@ -7,7 +7,6 @@ measured is taken away now and then, and what goes on meanwhile is counted where
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,12 +16,15 @@ from typing import NamedTuple, Self
 from servicekit.context import Principal
 from servicekit.distribution import Distribution
 from servicekit.errors import HTTP_STATUS, ServiceError
-from servicekit.token_usage import Usage
+from servicekit.token_usage import MOST_SUMMED, Usage
 from tessera.serving.v1 import serving_pb2 as pb
 
 TIMING = b"x-tessera-timing"
 """The header by which a model server says how long a request waited there and how long its model took: milliseconds,
 with a space between. In the head of a stream the second is not known yet, and missing."""
+
+LONGEST_MS = 1e9
+"""That a model server is believed to have taken."""
 
 NOBODY_ANSWERED = 0
 """The status of a request whose caller went away."""
@@ -81,8 +83,12 @@ class Used:
         self.requests += other.requests
         self.refused += other.refused
         self.failed += other.failed
-        self.input_tokens += other.input_tokens
-        self.output_tokens += other.output_tokens
+        self.add_tokens(other.input_tokens, other.output_tokens)
+
+    def add_tokens(self, read: int, written: int) -> None:
+        """Adds tokens, up to MOST_SUMMED of each."""
+        self.input_tokens = min(self.input_tokens + read, MOST_SUMMED)
+        self.output_tokens = min(self.output_tokens + written, MOST_SUMMED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +162,7 @@ class Invocation:
             used = self._measures.used_by(self._key, self._requester)
             self._count(used)
             if self._usage is not None:
-                used.input_tokens += self._usage.input_tokens
-                used.output_tokens += self._usage.output_tokens
+                used.add_tokens(self._usage.input_tokens, self._usage.output_tokens)
         if self.status != NOBODY_ANSWERED:
             measured.latency.add((now - self._began) * 1000)
         if self._queued:
@@ -294,7 +299,7 @@ def reported(message: pb.MeasuresReport) -> Taken:
         key = UsageKey(use.endpoint_id, use.served_entity_name, use.principal_id, use.requester)
         used = taken.usage[key] = Used()
         used.requests, used.refused, used.failed = use.requests, use.refused, use.failed
-        used.input_tokens, used.output_tokens = use.input_tokens, use.output_tokens
+        used.add_tokens(use.input_tokens, use.output_tokens)
     return taken
 
 
@@ -324,4 +329,4 @@ def _milliseconds(timing: bytes) -> list[float]:
         said = [float(part) for part in timing.split()]
     except ValueError:
         return []
-    return said if all(math.isfinite(one) and one >= 0 for one in said) else []
+    return said if all(0 <= one <= LONGEST_MS for one in said) else []

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from servicekit.context import Principal
 from servicekit.errors import TooManyRequests
+from servicekit.token_usage import MOST_SUMMED
 from tessera.serving.v1 import serving_pb2 as pb
 
 WINDOW_SECONDS = 60
@@ -165,7 +166,7 @@ class Ledger:
         """Counts what is used now."""
         second = math.floor(self._now())
         seconds = self._uses.setdefault(bucket, {}).setdefault(self.source, {})
-        seconds[second] = seconds.get(second, 0) + amount
+        seconds[second] = min(seconds.get(second, 0) + amount, MOST_SUMMED)
         self._told(bucket, self.source, second)
 
     def learn(self, uses: Iterable[pb.LimitUse]) -> None:

@@ -18,6 +18,12 @@ LONGEST = 1 << 20
 TAIL = 1 << 16
 """Bytes of the end of a longer answer."""
 
+MOST = 1 << 31
+"""Tokens that one answer may have taken, of each kind: what says more is counted as that many."""
+
+MOST_SUMMED = (1 << 62) - 1
+"""Beyond that a sum of tokens stays as it is, so that messages and databases, which have 63 bits, hold it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -114,7 +120,7 @@ def _read(said: Any) -> Usage | None:
 
 def _count(said: dict[str, Any], field: str) -> int:
     value = said.get(field)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 53 else 0
+    return min(max(value, 0), MOST) if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 def _parsed(text: bytes) -> Any:

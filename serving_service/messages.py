@@ -209,7 +209,6 @@ def _config_summary(config: EndpointConfig) -> pb.EndpointConfigSummary:
 def metrics_point(minute: Minute) -> pb.MetricsPoint:
     """What was measured in one minute."""
     measured = minute.measured
-    answered = measured.latency.count
     p50, p90, p99 = (measured.latency.quantile(share) for share in (0.5, 0.9, 0.99))
     return pb.MetricsPoint(
         start_time=minute.minute * MINUTE_MS,
@@ -221,8 +220,8 @@ def metrics_point(minute: Minute) -> pb.MetricsPoint:
         latency_p50_ms=p50,
         latency_p90_ms=p90,
         latency_p99_ms=p99,
-        mean_prediction_ms=measured.prediction.sum / answered if answered else None,
-        mean_queue_ms=measured.queue.sum / answered if answered else None,
+        mean_prediction_ms=measured.prediction.mean,
+        mean_queue_ms=measured.queue.mean,
         mean_concurrency=measured.busy / MINUTE_MS,
         replicas=minute.replicas,
     )

@@ -5,13 +5,17 @@ Each function that changes something checks in the same transaction that the cha
 
 from __future__ import annotations
 
+import logging
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
 
+from servicekit.distribution import Distribution
 from servicekit.measures import Key, Measured, UsageKey, Used
+from servicekit.token_usage import MOST_SUMMED
 from serving_service import gpus
 from serving_service.errors import (
     EndpointExists,
@@ -36,6 +40,8 @@ from serving_service.model import (
     ServedEntity,
 )
 from serving_service.phases import LaunchEvent, LaunchPhase, Outcome
+
+log = logging.getLogger(__name__)
 
 MAX_ENDPOINTS = 1_000
 MOST_MINUTES = 24 * 60
@@ -333,15 +339,17 @@ def add_measures(
     """Adds what was measured to what is recorded of the same minutes, with the numbers of the last `reports` in it.
 
     What is older than MOST_MINUTES, or `usage_days`, is removed, by `now`, in Unix seconds. Returns the ids of all
-    endpoints; of others nothing is recorded.
+    endpoints; of others nothing is recorded, nor what no database can hold: nothing else is to wait for that.
     """
     known = frozenset(row[0] for row in connection.execute("SELECT id FROM endpoints"))
     for minute in minutes:
         if minute.key.endpoint_id in known:
-            _add_minute(connection, minute)
+            with _dropping_what_does_not_fit(minute.key.endpoint_id):
+                _add_minute(connection, minute)
     for use in usage:
         if use.key.endpoint_id in known:
-            _add_use(connection, use)
+            with _dropping_what_does_not_fit(use.key.endpoint_id):
+                _add_use(connection, use)
     connection.execute("DELETE FROM minutes WHERE minute <= ?", (now // 60 - MOST_MINUTES,))
     connection.execute("DELETE FROM usage WHERE minute <= ?", (now // 60 - usage_days * 24 * 60,))
     connection.executemany(
@@ -364,8 +372,8 @@ def minutes_of(
     `after` is the place (minute, entity, version) behind which to go on; empty: at the beginning.
     """
     rows = connection.execute(
-        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction_ms,"
-        " queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute >= ? AND minute < ?"
+        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction,"
+        " prediction_ms, queue, queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute >= ? AND minute < ?"
         " AND (minute, entity, entity_version) > (?, ?, ?) ORDER BY minute, entity, entity_version LIMIT ?",
         (endpoint_id, start, end, *(after or (-1, "", "")), limit),
     )
@@ -647,11 +655,20 @@ def _failures(states: Mapping[str, EntityState]) -> str:
     return _json({name: [state.deployment, state.message] for name, state in states.items()})
 
 
+@contextmanager
+def _dropping_what_does_not_fit(endpoint_id: str) -> Iterator[None]:
+    try:
+        yield
+    except (OverflowError, sqlite3.IntegrityError):
+        log.exception("a measure cannot be stored and is dropped", extra={"endpoint": endpoint_id})
+
+
 def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
     key = (minute.key.endpoint_id, minute.minute, minute.key.entity, minute.key.entity_version)
     row = connection.execute(
-        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction_ms,"
-        " queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute = ? AND entity = ? AND entity_version = ?",
+        "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction,"
+        " prediction_ms, queue, queue_ms, replicas FROM minutes WHERE endpoint_id = ? AND minute = ? AND entity = ?"
+        " AND entity_version = ?",
         key,
     ).fetchone()
     measured = minute.measured
@@ -659,18 +676,19 @@ def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
         measured = Measured()
         measured.merge(_minute(key[0], *row).measured)
         measured.merge(minute.measured)
-    latency = [(place, count) for place, count in enumerate(measured.latency.counts) if count]
-    sums = (measured.latency.sum, measured.prediction.sum, measured.queue.sum)
     connection.execute(
-        "INSERT OR REPLACE INTO minutes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO minutes (endpoint_id, minute, entity, entity_version, requests, refused, failed,"
+        " busy_ms, latency, latency_ms, prediction, prediction_ms, queue, queue_ms, replicas)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             *key,
             measured.requests,
             measured.refused,
             measured.failed,
             measured.busy,
-            _json(latency),
-            *sums,
+            *_distribution_row(measured.latency),
+            *_distribution_row(measured.prediction),
+            *_distribution_row(measured.queue),
             minute.replicas,
         ),
     )
@@ -682,11 +700,12 @@ def _add_use(connection: sqlite3.Connection, use: MinuteOfUse) -> None:
         "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (endpoint_id, minute, entity, principal_id) DO UPDATE SET requester = excluded.requester,"
         " requests = requests + excluded.requests, refused = refused + excluded.refused,"
-        " failed = failed + excluded.failed, input_tokens = input_tokens + excluded.input_tokens,"
-        " output_tokens = output_tokens + excluded.output_tokens",
+        " failed = failed + excluded.failed, input_tokens = min(input_tokens + excluded.input_tokens, ?),"
+        " output_tokens = min(output_tokens + excluded.output_tokens, ?)",
         (
             *(key.endpoint_id, use.minute, key.entity, key.principal_id, key.requester),
             *(used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens),
+            *(MOST_SUMMED, MOST_SUMMED),
         ),
     )
 
@@ -702,16 +721,29 @@ def _minute(
     busy: float,
     latency: str,
     latency_ms: float,
+    prediction: str,
     prediction_ms: float,
+    queue: str,
     queue_ms: float,
     replicas: int,
 ) -> Minute:
     measured = Measured()
     measured.requests, measured.refused, measured.failed, measured.busy = requests, refused, failed, busy
-    for place, count in orjson.loads(latency):
-        measured.latency.counts[place] = count
-    measured.latency.sum, measured.prediction.sum, measured.queue.sum = latency_ms, prediction_ms, queue_ms
+    measured.latency = _distribution(latency, latency_ms)
+    measured.prediction = _distribution(prediction, prediction_ms)
+    measured.queue = _distribution(queue, queue_ms)
     return Minute(Key(endpoint_id, entity, entity_version), minute, measured, replicas)
+
+
+def _distribution_row(distribution: Distribution) -> tuple[str, float]:
+    return _json([(place, count) for place, count in enumerate(distribution.counts) if count]), distribution.sum
+
+
+def _distribution(counts: str, sum_ms: float) -> Distribution:
+    found = Distribution(sum=sum_ms)
+    for place, count in orjson.loads(counts):
+        found.counts[place] = count
+    return found
 
 
 def _json(value: Any) -> str:

@@ -899,6 +899,14 @@ FAULTS = (
         tests=("tests/service/test_metrics.py::test_report_is_counted_once_whatever_is_lost_or_killed",),
     ),
     Fault(
+        name="means-of-what-never-came",
+        property="contract 5.15",
+        file="serving_service/messages.py",
+        old="mean_prediction_ms=measured.prediction.mean,",
+        new="mean_prediction_ms=measured.prediction.sum / (measured.latency.count or 1),",
+        tests=("tests/service/test_metrics.py::test_history_and_use_can_be_read_page_by_page",),
+    ),
+    Fault(
         name="report-forgotten-too-early",
         property="contract 5.15",
         file="serving_service/meters.py",

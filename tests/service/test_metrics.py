@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_prom
 from servicekit import database, measures
 from servicekit.errors import InvalidParameter
 from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used
+from servicekit.token_usage import MOST_SUMMED
 from serving_service import store
 from serving_service.app import MIGRATIONS
 from serving_service.meters import Meters
@@ -179,6 +180,20 @@ def use(requests: int = 1, *, tokens: int = 0) -> Used:
     return used
 
 
+async def test_what_no_database_can_hold_keeps_nothing_else_from_being_stored(tmp_path: Path) -> None:
+    ada, bot = UsageKey("demo-id", "churn", "7", "ada"), UsageKey("demo-id", "churn", "8", "bot")
+    async with running_meters(tmp_path, Clock()) as meters:
+        for sequence in (1, 2):
+            meters.receive(report(sequence, (KEY, measured()), usage={ada: use(2**63 - 1), bot: use(tokens=2**63 - 1)}))
+        await meters.store()
+        meters.receive(report(3, (KEY, measured()), usage={bot: use(tokens=2**63 - 1)}))
+        await meters.store()
+        found = await meters._database.read(store.usage_of, "demo-id", start=0, end=int(START), after=(), limit=10)
+        assert [(each.key, each.used.requests, each.used.output_tokens) for each in found] == [(bot, 3, MOST_SUMMED)]
+        assert await minutes(meters) == [(0, 3)]
+        assert meters.receive(report(4)).stored_sequence == 3
+
+
 async def test_use_is_kept_for_as_many_days_as_is_set(tmp_path: Path) -> None:
     async def users(meters: Meters) -> list[tuple[str, int, int]]:
         found = await meters._database.read(store.usage_of, "demo-id", start=0, end=int(START), after=(), limit=10_000)
@@ -333,6 +348,9 @@ async def test_history_and_use_can_be_read_page_by_page(
     for number in range(5):
         minute = measured(10, refused=number, milliseconds=60)
         minute.busy = 30_000
+        for _ in range(2):  # the others were answered without the model
+            minute.prediction.add(40)
+            minute.queue.add(6)
         await stub.Report(
             report(number + 1, (key, minute), at=now - 60 * (5 - number), usage={ada: use(number, tokens=7)})
         )
@@ -357,6 +375,8 @@ async def test_history_and_use_can_be_read_page_by_page(
     assert point.start_time % 60_000 == 0
     assert 50 <= point.latency_p50_ms < point.latency_p99_ms <= 70
     assert point.mean_concurrency == pytest.approx(0.5)
+    assert point.mean_prediction_ms == pytest.approx(40)
+    assert point.mean_queue_ms == pytest.approx(6)
     middle = await history(start_time_ms=point.start_time + 60_000, end_time_ms=point.start_time + 180_000)
     assert [each.request_4xx_count for each in middle.points] == [1, 2]
     usage = await admin(

@@ -9,7 +9,7 @@ import pytest
 from servicekit.context import Principal
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.measures import Invocation, Key, Measured, Measures, UsageKey, Used, report, reported
-from servicekit.token_usage import Usage
+from servicekit.token_usage import MOST_SUMMED, Usage
 
 KEY = Key("e", "one", "3")
 ADA = Principal("7", "ada", frozenset(), "t", None)
@@ -81,7 +81,7 @@ def test_stream_keeps_its_model_busy_until_its_end(measures: Measures, clock: Cl
     assert measured.queue.sum == pytest.approx(4)
 
 
-@pytest.mark.parametrize("timing", [b"", b"x", b"nan 1", b"-1 1", b"inf", b"1,2", b"\xff"])
+@pytest.mark.parametrize("timing", [b"", b"x", b"nan 1", b"-1 1", b"inf", b"1 1e308", b"1,2", b"\xff"])
 def test_model_server_that_speaks_nonsense_of_its_times_is_not_believed(
     measures: Measures, clock: Clock, timing: bytes
 ) -> None:
@@ -169,6 +169,17 @@ def test_who_asked_is_counted_where_that_is_tracked_and_nowhere_else(measures: M
         UsageKey("e", "one", "7", "ada"): [2, 1, 0, 2, 3],
         UsageKey("e", "one", "8", "bot"): [1, 0, 1, 0, 0],
     }
+
+
+def test_tokens_add_up_to_what_a_message_holds(measures: Measures) -> None:
+    for _ in range(3):
+        with measures.began("demo-id", tracked=ADA) as request:
+            request.used(Usage(2**62 - 5, 2**62 - 5, 2**62 - 5))
+    taken = measures.take()
+    (used,) = taken.usage.values()
+    used.merge(used)
+    assert used.input_tokens == used.output_tokens == MOST_SUMMED
+    assert reported(report(taken)).usage.keys() == taken.usage.keys()
 
 
 def _counts(used: Used) -> list[int]:

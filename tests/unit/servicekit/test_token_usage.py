@@ -81,6 +81,13 @@ def test_a_stream_that_does_not_say_it_counts_its_events() -> None:
     assert read(EVENTS, b"data: " + b"x" * (token_usage.LONGEST + 5), b"\n\ndata: y\n") == Usage(0, 2, 2)
 
 
+@pytest.mark.parametrize("said", [token_usage.MOST + 1, 2**53, 2**64 - 1])
+def test_no_answer_counts_more_than_one_can_have_taken(said: int) -> None:
+    most = token_usage.MOST
+    assert read(JSON, chat(prompt_tokens=said, completion_tokens=said, total_tokens=said)) == Usage(most, most, most)
+    assert read(EVENTS, events({"usage": {"prompt_tokens": said}})) == Usage(most, 0, most)
+
+
 @given(st.lists(st.integers(1, 400), max_size=6))
 def test_it_does_not_matter_where_an_answer_is_cut(cuts: list[int]) -> None:
     for content_type, body, expected in (
