@@ -16,11 +16,12 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import stat
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,19 +100,28 @@ class FolderCache:
         """Where the content of that name lies, or would."""
         return self.directory / name / self._content
 
-    def unfinished(self) -> contextlib.AbstractContextManager[Path]:
-        """A folder to make something in."""
-        return unfinished(self.directory)
+    @contextlib.asynccontextmanager
+    async def unfinished(self) -> AsyncIterator[Path]:
+        """A folder to make something in; what is left in it in the end is removed, while others go on."""
+        folder = _begun(self.directory)
+        try:
+            yield folder
+        finally:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def keep(self, folder: Path, name: str) -> None:
         """Gives a folder that is whole its name."""
         keep(folder, self.directory / name)
 
     def drop(self, name: str) -> None:
-        """Removes a folder; nobody finds it half there."""
+        """Removes a folder; nobody finds it half there. Takes its time: a folder may hold very many files."""
         if (self.directory / name).exists():
-            with self.unfinished() as grave:
-                (self.directory / name).rename(grave / name)
+            shutil.rmtree(self._buried(self.directory / name), ignore_errors=True)
+
+    async def dropped(self, name: str) -> None:
+        """As `drop`, at once gone for everybody, and removed while others go on."""
+        if (self.directory / name).exists():
+            await asyncio.to_thread(shutil.rmtree, self._buried(self.directory / name), ignore_errors=True)
 
     def clear_leftovers(self) -> None:
         """Removes what a predecessor of this process did not finish."""
@@ -122,7 +132,7 @@ class FolderCache:
         """Drops what was not used for longest until the rest fits; never what is used. Does nothing when it fails."""
         try:
             await self._tidy()
-        except OSError as error:
+        except (OSError, sqlite3.Error) as error:
             log.warning("a cache cannot be tidied", extra={"cache": str(self.directory), "cause": str(error)})
 
     async def _tidy(self) -> None:
@@ -150,10 +160,14 @@ class FolderCache:
             folder = self.directory / entry.name
             if _used_at(self.path(entry.name)) != entry.used_at:
                 return False
+        await asyncio.to_thread(shutil.rmtree, self._buried(folder), ignore_errors=True)
+        return True
+
+    def _buried(self, folder: Path) -> Path:
+        """Takes a folder its name, and tells where it is to be removed."""
         grave = self.directory / f"{_UNFINISHED}{uuid.uuid4().hex}"
         folder.rename(grave)
-        await asyncio.to_thread(shutil.rmtree, grave, ignore_errors=True)
-        return True
+        return grave
 
     def _measured(self) -> list[Entry]:
         found = []
@@ -169,12 +183,16 @@ class FolderCache:
 @contextlib.contextmanager
 def unfinished(directory: Path) -> Iterator[Path]:
     """A folder in `directory` to make something in; what is left in it in the end is removed."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=directory))
+    folder = _begun(directory)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begun(directory: Path) -> Path:
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=directory))
 
 
 def keep(folder: Path, target: Path) -> None:

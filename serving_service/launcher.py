@@ -315,13 +315,24 @@ class LocalLauncher:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             directory.mkdir(mode=0o700)
-            for name in ("work", "tmp"):
-                (directory / name).mkdir(mode=0o700)
-                if launch.user is not None:
-                    os.chown(directory / name, launch.user, launch.user)
         except FileExistsError:
             raise LaunchError(f"A replica {launch.replica_id} exists already.") from None
         groups = self._cgroups.named(launch.replica_id) if self._cgroups else []
+        try:
+            self._begin(launch, directory, environment, groups)
+        except BaseException:  # whatever it is: the next try has another directory
+            members.kill(groups)
+            members.remove(groups)
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return LocalReplica(directory, self._epoch)
+
+    def _begin(self, launch: Launch, directory: Path, environment: dict[str, str], groups: list[str]) -> None:
+        """Starts a replica in a directory that was made; what a failure leaves is the caller's to remove."""
+        for name in ("work", "tmp"):
+            (directory / name).mkdir(mode=0o700)
+            if launch.user is not None:
+                os.chown(directory / name, launch.user, launch.user)
         with _locked(directory / "lock") as lock:
             # Before they are made, so that a successor of this process finds them whenever it ends.
             os.write(lock, json.dumps({"model_pid": None, "cgroups": groups}).encode())
@@ -341,16 +352,9 @@ class LocalLauncher:
                 log_bytes=self._log_bytes,
                 log_line_bytes=self._log_line_bytes,
             )
-            try:
-                self._make_groups(launch.replica_id)
-                if not self._forked(launch, spec):
-                    _spawn_shim(spec)
-            except LaunchError:
-                members.kill(groups)
-                members.remove(groups)
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
-        return LocalReplica(directory, self._epoch)
+            self._make_groups(launch.replica_id)
+            if not self._forked(launch, spec):
+                _spawn_shim(spec)
 
     def _forked(self, launch: Launch, spec: Spec) -> bool:
         """Has a shim forked from the template, if that is possible; else nothing runs, and nothing is in the way."""

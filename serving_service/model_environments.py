@@ -215,7 +215,7 @@ class ModelEnvironments:
             task.exception()  # whoever still waits has it
 
     async def _make(self, needs: Needs, said: BuildLog) -> str:
-        with self._cache.unfinished() as folder:
+        async with self._cache.unfinished() as folder:
             builder = Builder(
                 folder=folder,
                 packages=self._places.packages,
@@ -226,7 +226,7 @@ class ModelEnvironments:
             interpreter = await self._interpreter(builder, needs.python)
             lock = await self._locked(builder, interpreter, needs)
             name = _hash([lock.read_text(), interpreter.version, str(interpreter.executable), self._needed(needs)])
-            if self._is_there(name):
+            if await self._is_there(name):
                 said.say(f"Environment {name} was built before, and this is how:")
                 for line in (self._cache.directory / name / "build.log").read_text().splitlines():
                     said.say(line)
@@ -294,11 +294,11 @@ class ModelEnvironments:
         self._interpreters[wanted] = found
         return found
 
-    def _is_there(self, name: str) -> bool:
+    async def _is_there(self, name: str) -> bool:
         """Whether an environment is there and its interpreter works; one whose interpreter has gone is dropped."""
         if (self._cache.path(name) / "bin" / "python").exists():
             return caches.mark_used(self._cache.path(name))
-        self._cache.drop(name)
+        await self._cache.dropped(name)
         return False
 
     def _python(self, name: str) -> ModelPython:

@@ -71,14 +71,18 @@ class MlflowRegistry:
     async def run(self) -> None:
         """Keeps a helper running until cancelled."""
         await asyncio.to_thread(self._models.clear_leftovers)
-        tidying = asyncio.create_task(self._tidy(), name="tidying models")
         try:
-            while True:
-                await self._run_helper()
-                await asyncio.sleep(RESTART_SECONDS)
+            async with asyncio.TaskGroup() as both:  # neither goes on without the other, unnoticed
+                both.create_task(self._tidy(), name="tidying models")
+                both.create_task(self._keep_helper(), name="registry helper")
         finally:
-            for task in (tidying, *self._fetches.values()):
+            for task in self._fetches.values():
                 task.cancel()
+
+    async def _keep_helper(self) -> None:
+        while True:
+            await self._run_helper()
+            await asyncio.sleep(RESTART_SECONDS)
 
     async def _tidy(self) -> None:
         while True:
@@ -121,7 +125,7 @@ class MlflowRegistry:
         return True
 
     async def _fetch(self, model: ModelVersion, key: str) -> Path:
-        with self._models.unfinished() as folder:
+        async with self._models.unfinished() as folder:
             request = {"op": "fetch", "name": model.name, "version": model.version, "destination": str(folder)}
             answer = await self._ask(request, timeout=FETCH_SECONDS)
             if (answer["source"], answer["created_at"]) != (model.source, model.created_at):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -13,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from serving_service.cgroups import Cgroups, Hierarchy, Limits
 from serving_service.launcher import (
     Launch,
     LaunchError,
@@ -222,6 +225,28 @@ async def test_a_directory_too_deep_for_a_socket_is_a_clear_failure_and_leaves_n
     with pytest.raises(LaunchError, match="too long"):
         await a_launcher(deep).start(a_launch())
     assert list((deep / "replicas").iterdir()) == []
+
+
+@pytest.mark.parametrize("door", ["os.chown", "subprocess.Popen", "fcntl.flock"])
+async def test_a_launch_that_fails_anywhere_leaves_nothing(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, door: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    (directory / "groups").mkdir()
+    groups = Cgroups(
+        hierarchies=(Hierarchy(parent=directory / "groups", kinds=(), is_unified=False),),
+        limits=Limits(processes=1, memory=1),
+    )
+    launcher = LocalLauncher(directory / "replicas", None, service_environment={}, cgroups=groups)
+    with monkeypatch.context() as broken:
+        broken.setattr(f"serving_service.launcher.{door}", fails)
+        broken.setattr("serving_service.launcher.members.kill", lambda _: None)  # these are plain folders
+        with pytest.raises(OSError, match="temporarily"):
+            await launcher.start(replace(a_launch(), user=65_534 if door == "os.chown" else None))
+    assert list((directory / "replicas").iterdir()) == []
+    assert list((directory / "groups").iterdir()) == []
 
 
 async def test_a_truncated_spec_starts_nothing(directory: Path) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
+import sqlite3
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -61,6 +65,7 @@ class Cache:
 
     def __init__(self, directory: Path, *, bound: int) -> None:
         self.used: set[str] = set()
+        self.fails: Exception | None = None
         self.when_asked = asyncio.Event()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
@@ -69,10 +74,12 @@ class Cache:
     async def _used(self) -> set[str]:
         self.when_asked.set()
         await self.may_answer.wait()
+        if self.fails is not None:
+            raise self.fails
         return self.used
 
     def make(self, name: str, *, used_at: int) -> Path:
-        with self.cache.unfinished() as folder:
+        with caches.unfinished(self.cache.directory) as folder:
             (folder / "entry" / "c").mkdir(parents=True)
             (folder / "entry" / "c" / "file").write_bytes(bytes(8_192))
             caches.seal(folder / "entry" / "c")
@@ -113,16 +120,52 @@ async def test_what_was_dropped_cannot_be_marked_as_used(tmp_path: Path) -> None
     assert not caches.mark_used(path)
 
 
+async def test_a_cache_is_tidied_another_time_when_it_is_not_known_what_is_used(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache", bound=0)
+    cache.make("a", used_at=1)
+    cache.fails = sqlite3.OperationalError("disk I/O error")
+    await cache.cache.tidy()
+    assert cache.names() == ["a"]
+    cache.fails = None
+    await cache.cache.tidy()
+    assert cache.names() == []
+
+
+async def test_others_go_on_while_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache", bound=0)
+    cache.make("a", used_at=1)
+    others_went_on = threading.Event()
+    removed = shutil.rmtree
+
+    def slowly(*arguments: Any, **options: Any) -> None:
+        assert others_went_on.wait(10), "the event loop waits for the removal"
+        removed(*arguments, **options)
+
+    async def others() -> None:
+        others_went_on.set()
+
+    monkeypatch.setattr("serving_service.caches.shutil.rmtree", slowly)
+    async with asyncio.TaskGroup() as group:
+        dropping = group.create_task(cache.cache.dropped("a"))
+        group.create_task(others())
+    await dropping
+    others_went_on.clear()
+    async with cache.cache.unfinished():
+        going_on = asyncio.create_task(others())
+    await going_on
+    assert cache.names() == []
+
+
 async def test_a_cache_that_is_not_there_yet_is_tidy(tmp_path: Path) -> None:
     await Cache(tmp_path / "nowhere", bound=0).cache.tidy()
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_what_was_not_finished_is_removed_by_the_next_process_and_by_no_other(tmp_path: Path) -> None:
+async def test_what_was_not_finished_is_removed_by_the_next_process_and_by_no_other(tmp_path: Path) -> None:
     with caches.unfinished(tmp_path) as folder:
         os.rename(folder, tmp_path / ".unfinished-left")  # noqa: PTH104
     cache = Cache(tmp_path, bound=0).cache
-    with cache.unfinished() as own:
+    async with cache.unfinished() as own:
         cache.clear_leftovers()
         assert [path.name for path in tmp_path.iterdir()] == [own.name]
     assert list(tmp_path.iterdir()) == []
