@@ -79,10 +79,6 @@ class Limits:
     endpoint_id: str
     rules: tuple[pb.AiGatewayRateLimit, ...] = ()
 
-    @property
-    def counts_tokens(self) -> bool:
-        return any(rule.HasField("tokens") for rule in self.rules)
-
     def of(self, caller: Principal) -> Iterator[Sequence[Limit]]:
         """What the caller has to keep to: of each of these, at least one limit must have something left."""
         for measure in MEASURES:

@@ -143,6 +143,7 @@ async def running(
         users = ModelUsers(opened, isolation.users) if isolation.users else None
         ledger = Ledger()
         outbox = Outbox(opened, *couriers.configured(settings))
+        await outbox.clear()
         metrics = ServiceMetrics()
         routes = RouteTable(ledger, ack_seconds=settings.route_ack_seconds, queue_length=settings.queue_length)
         controllers = Controllers(

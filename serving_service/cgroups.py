@@ -170,11 +170,18 @@ def _unified(parent: Path) -> Iterator[Hierarchy]:
 
 
 def _mounts() -> Iterator[tuple[str, str]]:
+    yield from mounted(Path("/proc/self/mountinfo").read_text())
+
+
+def mounted(mountinfo: str) -> Iterator[tuple[str, str]]:
     """The controllers of each tree, as /proc/self/cgroup names them, and where its root is mounted."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
-        root, place = before.split()[3:5]
-        kind, _, options = after.split()[:3]
+        about, kinds = before.split(" "), after.split(" ")  # a source may be empty
+        if len(about) < 5 or len(kinds) < 3:
+            continue
+        root, place = about[3:5]
+        kind, _, options = kinds[:3]
         if kind == "cgroup2" and root == "/":
             yield "", place
         elif kind == "cgroup" and root == "/":

@@ -91,7 +91,7 @@ class Mail:
         return message
 
     def _send(self, recipient: str, message: EmailMessage) -> None:
-        with self._connected() as server:
+        with contextlib.closing(self._connected()) as server:
             try:
                 server.send_message(message, to_addrs=[recipient])
             except smtplib.SMTPRecipientsRefused as error:
@@ -101,6 +101,9 @@ class Mail:
                 raise NotTaken("the server does not take addresses that are not ASCII") from None
             except smtplib.SMTPDataError as error:
                 raise _refused("the mail", error.smtp_code) from None
+            # The mail was taken, whatever is said to the goodbye.
+            with contextlib.suppress(smtplib.SMTPException, OSError):
+                server.quit()
 
     def _connected(self) -> smtplib.SMTP:
         context = ssl.create_default_context()

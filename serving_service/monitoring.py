@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -23,6 +23,7 @@ from serving_service.scaling import REPLICA_CONCURRENCY
 from tessera.serving.v1 import serving_pb2 as pb
 
 T = TypeVar("T")
+M = TypeVar("M", Minute, MinuteOfUse)
 
 MINUTE_MS = 60_000
 MOST_ITEMS = 1_000
@@ -73,29 +74,27 @@ class Monitoring:
 
     async def history(self, endpoint: Endpoint, period: Period) -> Page[Minute]:
         """What was measured of an endpoint in each minute, the oldest first."""
-        found = await self._database.read(
-            store.minutes_of,
-            endpoint.id,
-            start=period.start,
-            end=period.end,
-            after=period.after,
-            limit=period.size + 1,
-        )
-        places = [(each.minute, each.key.entity, each.key.entity_version) for each in found]
-        return _page(found, places, period.size)
+        return await self._page(store.minutes_of, endpoint, period, lambda each: each.key.entity_version)
 
     async def usage(self, endpoint: Endpoint, period: Period) -> Page[MinuteOfUse]:
         """Who used an endpoint in each minute, the oldest first."""
+        return await self._page(store.usage_of, endpoint, period, lambda each: each.key.principal_id)
+
+    async def _page(
+        self, read: Callable[..., list[M]], endpoint: Endpoint, period: Period, last: Callable[[M], str]
+    ) -> Page[M]:
+        """A page of what `read` finds; `last` is the name that tells apart what an entity has in one minute."""
+        # One more than fits says that there is a next page.
+        limit = period.size + 1
         found = await self._database.read(
-            store.usage_of,
-            endpoint.id,
-            start=period.start,
-            end=period.end,
-            after=period.after,
-            limit=period.size + 1,
+            read, endpoint.id, start=period.start, end=period.end, after=period.after, limit=limit
         )
-        places = [(each.minute, each.key.entity, each.key.principal_id) for each in found]
-        return _page(found, places, period.size)
+        token = ""
+        if len(found) == limit:
+            end = found[period.size - 1]
+            place = (end.minute, end.key.entity, last(end))
+            token = base64.urlsafe_b64encode(orjson.dumps(place)).decode()
+        return Page(found[: period.size], token)
 
     def _entity(self, key: Key, recent: Measured | None) -> EntityMetrics:
         replicas = self._controllers.ready(key)
@@ -125,12 +124,6 @@ def read_period(
     if not 1 <= size <= MOST_ITEMS:
         raise InvalidParameter(f"page_size: give 1 to {MOST_ITEMS}.")
     return Period(start=start // MINUTE_MS, end=-(-end // MINUTE_MS), size=size, after=_place(request.page_token))
-
-
-def _page(found: list[T], places: list[Place], size: int) -> Page[T]:
-    """The first of what was found; one more than fits says that there is a next page."""
-    token = base64.urlsafe_b64encode(orjson.dumps(places[size - 1])).decode() if len(found) > size else ""
-    return Page(found[:size], token)
 
 
 def _place(token: str) -> Place:

@@ -30,6 +30,9 @@ KEPT_SECONDS = 24 * 3600.0
 MOST_NOTICES = 10_000
 """That wait at the same time, of all endpoints."""
 
+MOST_OF_ONE = 500
+"""That wait of one endpoint, so that it leaves room for the others."""
+
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 5.0, 600.0
 """Between attempts; each pause is twice the one before."""
 
@@ -109,8 +112,13 @@ class Outbox:
             for courier in self._couriers.values()
             for recipient in courier.recipients(addresses)
         ]
-        if not store.add_notices(connection, notices, most=MOST_NOTICES):
+        self._drop_others(connection)
+        if not store.add_notices(connection, endpoint.id, notices, most=MOST_NOTICES, most_of_one=MOST_OF_ONE):
             log.error("notices are dropped: too many wait", extra={"endpoint": endpoint.name, "notices": len(notices)})
+
+    async def clear(self) -> None:
+        """Drops what is too old of couriers that there are no longer; before `run`."""
+        await self._database.write(self._drop_others)
 
     def noted(self) -> None:
         """Has what was noted a moment ago be delivered."""
@@ -159,6 +167,11 @@ class Outbox:
         else:
             log.info("notice delivered", extra=facts)
             await self._write(store.remove_notice, notice.id)
+
+    def _drop_others(self, connection: sqlite3.Connection) -> None:
+        before = round((self._now() - KEPT_SECONDS) * 1000)
+        if dropped := store.drop_notices_of_others(connection, list(self._couriers), before=before):
+            log.error("notices are dropped: nothing is set any more that delivers them", extra={"notices": dropped})
 
     def _after(self, notice: Notice) -> int:
         pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(notice.attempts, 10), LONGEST_PAUSE_SECONDS)

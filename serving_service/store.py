@@ -404,9 +404,18 @@ def to_tell(connection: sqlite3.Connection, endpoint_id: str, event: str) -> lis
     return list(said.get(event, ())) if said else []
 
 
-def add_notices(connection: sqlite3.Connection, notices: Sequence[Notice], *, most: int) -> bool:
-    """Records what is to be told; False, and nothing is recorded, when more than `most` would wait."""
-    if connection.execute("SELECT count(*) FROM notices").fetchone()[0] + len(notices) > most:
+def add_notices(
+    connection: sqlite3.Connection, endpoint_id: str, notices: Sequence[Notice], *, most: int, most_of_one: int
+) -> bool:
+    """Records what is to be told of an endpoint; False, and nothing is recorded, when more than `most` would wait.
+
+    Or more than `most_of_one` of that endpoint.
+    """
+    waiting, of_one = connection.execute(
+        "SELECT count(*), count(*) FILTER (WHERE json_extract(content, '$.endpoint_id') = ?) FROM notices",
+        (endpoint_id,),
+    ).fetchone()
+    if waiting + len(notices) > most or of_one + len(notices) > most_of_one:
         return False
     connection.executemany(
         "INSERT INTO notices (id, courier, recipient, content, created_at, due_at, attempts)"
@@ -417,6 +426,14 @@ def add_notices(connection: sqlite3.Connection, notices: Sequence[Notice], *, mo
         ],
     )
     return True
+
+
+def drop_notices_of_others(connection: sqlite3.Connection, couriers: Collection[str], *, before: int) -> int:
+    """Forgets what was noted before then for other couriers than these; returns how many notices that were."""
+    return connection.execute(
+        "DELETE FROM notices WHERE created_at < ? AND courier NOT IN (SELECT value FROM json_each(?))",
+        (before, _json(couriers)),
+    ).rowcount
 
 
 def first_notice(connection: sqlite3.Connection, couriers: Collection[str]) -> Notice | None:

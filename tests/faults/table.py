@@ -787,6 +787,14 @@ FAULTS = (
         tests=("tests/service/test_notifications.py::test_each_end_of_an_update_is_mailed_to_those_who_asked_for_it",),
     ),
     Fault(
+        name="one-endpoint-fills-the-queue",
+        property="contract 5.1",
+        file="serving_service/store.py",
+        old=" or of_one + len(notices) > most_of_one:",
+        new=":",
+        tests=("tests/unit/serving_service/test_notices.py::test_one_endpoint_leaves_room_for_the_others",),
+    ),
+    Fault(
         name="told-again-and-again",
         property="contract 5.1",
         file="serving_service/notices.py",

@@ -92,6 +92,16 @@ async def test_an_update_that_is_cancelled_is_told_to_nobody() -> None:
     assert server.mails[0][1]["Subject"] == "Update of demo went well (version 2)"
 
 
+@pytest.mark.parametrize("goodbye", ["421 Too many connections", "500 What?", "Nonsense"])
+async def test_a_mail_that_was_taken_is_not_sent_again_whatever_the_goodbye(goodbye: str) -> None:
+    async with mail_server(MailServer(goodbye=goodbye)) as server:
+        mail = Mail(
+            host="127.0.0.1", port=server.port, sender="tessera@example.com", security="none", user=None, password=None
+        )
+        await mail.deliver(a_notice())
+    assert len(server.mails) == 1
+
+
 async def test_the_webhook_gets_one_signed_post_and_is_not_followed_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -22,6 +22,10 @@ class MailServer:
     port: int = 0
     mails: list[tuple[str, EmailMessage]] = field(default_factory=list)
     refusals: dict[str, str] = field(default_factory=dict)
+    goodbye: str = "221 Bye"
+
+    async def handle_QUIT(self, server: Any, session: Any, envelope: Any) -> str:
+        return self.goodbye
 
     async def handle_RCPT(self, server: Any, session: Any, envelope: Any, address: str, options: Any) -> str:
         if address in self.refusals:

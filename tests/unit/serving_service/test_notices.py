@@ -6,6 +6,7 @@ import logging
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,35 @@ async def test_no_more_wait_than_there_may(
             await noted(found, outbox, FAILED)
         assert len(await waiting(found)) == 2
     assert caplog.messages.count("notices are dropped: too many wait") == 2
+
+
+async def test_one_endpoint_leaves_room_for_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices, "MOST_OF_ONE", 3)
+    async with opened(tmp_path) as found:
+        outbox = Outbox(found, ScriptedCourier())
+        for _ in range(3):
+            await noted(found, outbox, FAILED)
+        assert len(await waiting(found)) == 2
+        endpoint, config = an_endpoint()
+        other = replace(endpoint, id="e2", name="other")
+        await found.write(store.reserve_endpoint, other)
+        await found.write(outbox.note, other, config, FAILED)
+        assert len(await waiting(found)) == 4
+
+
+async def test_what_waits_for_a_courier_that_there_is_no_longer_is_dropped_after_a_day(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    async with opened(tmp_path) as found:
+        await noted(found, Outbox(found, ScriptedCourier(), now=clock), FAILED)
+        without = Outbox(found, now=clock)
+        await without.clear()
+        assert len(await waiting(found)) == 2
+        clock.now += notices.KEPT_SECONDS + 1
+        await without.clear()
+        assert await waiting(found) == []
+    assert "notices are dropped: nothing is set any more that delivers them" in caplog.messages
 
 
 async def test_a_database_that_cannot_be_written_does_not_have_somebody_told_again(
