@@ -168,14 +168,14 @@ class Outbox:
             log.info("notice delivered", extra=facts)
             await self._write(store.remove_notice, notice.id)
 
+    def _after(self, notice: Notice) -> int:
+        pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(notice.attempts, 10), LONGEST_PAUSE_SECONDS)
+        return round((self._now() + pause) * 1000)
+
     def _drop_others(self, connection: sqlite3.Connection) -> None:
         before = round((self._now() - KEPT_SECONDS) * 1000)
         if dropped := store.drop_notices_of_others(connection, list(self._couriers), before=before):
             log.error("notices are dropped: nothing is set any more that delivers them", extra={"notices": dropped})
-
-    def _after(self, notice: Notice) -> int:
-        pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(notice.attempts, 10), LONGEST_PAUSE_SECONDS)
-        return round((self._now() + pause) * 1000)
 
     async def _write(self, change: Callable[..., None], *arguments: Any, **named: Any) -> None:
         """Records what became of a notice; until that can be done no other is delivered, which would be too often."""
