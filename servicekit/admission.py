@@ -275,6 +275,10 @@ class Turn:
         return self._server
 
     async def __aexit__(self, *exception: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Gives the server back, also before the end of the context; safe to repeat."""
         server, self._server = self._server, None
         if server is not None:
             server.queue.give_back(server)

@@ -7,6 +7,7 @@ they are; nothing of them is logged.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
@@ -24,6 +25,8 @@ from tessera import policy
 
 MAX_BODY_BYTES = 16 << 20
 DEFAULT_CONTENT_TYPE = "application/json"
+
+_UNSENDABLE = re.compile(r"[\r\n\0]")
 
 SPAN = "invocation"
 """What the way to a model is called in a trace."""
@@ -88,13 +91,17 @@ class Queries:
         charge: Charge,
         measured: Invocation,
     ) -> AsyncIterator[AnswerHead | bytes]:
+        if _UNSENDABLE.search(content_type):
+            raise BadRequest("The body's content type cannot be sent. Use application/json.")
         timeout = self._deadline if timeout is None else min(timeout, self._deadline)
         until = asyncio.get_running_loop().time() + timeout
         headers = [(b"content-type", (content_type or DEFAULT_CONTENT_TYPE).encode())]
         span = tracing.current()
         span.set("tessera.endpoint", routes.name)
         headers += [(name.encode(), value.encode("latin-1")) for name, value in span.headers()]
-        place = _Place(self._routes, routes, entity_name, measured, seconds=min(self._queue_seconds, timeout))
+        place = _Place(
+            self._routes, routes, entity_name, measured, until=until, seconds=min(self._queue_seconds, timeout)
+        )
         while True:
             try:
                 async with place as replica:
@@ -125,8 +132,6 @@ class Queries:
                 raise DeadlineExceeded(f"Served entity '{place.entity.name}' did not answer in time.") from None
             except HttpError:
                 raise ModelServerFailed(place.entity.name) from None
-            except ValueError:
-                raise BadRequest("The body's content type cannot be sent. Use application/json.") from None
 
     async def _permitted(self, name: str, caller: Principal) -> EndpointRoutes:
         """The endpoint's routes; raises NotDeployed also when the caller may not know of it."""
@@ -140,12 +145,25 @@ class Queries:
 
 
 class _Place(Turn):
-    """A query's place on a replica, by the routes as they are when it looks."""
+    """A query's place on a replica, by the routes as they are when it looks.
+
+    It is given back at `until`, the deadline of the exchange, on the loop's clock: the query itself may last longer,
+    while gRPC waits for a caller who does not read.
+    """
 
     def __init__(
-        self, table: RouteTable, routes: EndpointRoutes, entity_name: str, measured: Invocation, *, seconds: float
+        self,
+        table: RouteTable,
+        routes: EndpointRoutes,
+        entity_name: str,
+        measured: Invocation,
+        *,
+        until: float,
+        seconds: float,
     ) -> None:
         super().__init__(self._find, seconds=seconds)
+        self._deadline = until
+        self._leaving: asyncio.TimerHandle | None = None
         self._table = table
         self._endpoint_id = routes.endpoint_id
         self._entity_name = entity_name
@@ -160,7 +178,13 @@ class _Place(Turn):
         except TimeoutError:
             raise (TooBusy() if self.queue.servers else NotUpYet(self.entity.name)) from None
         self._measured.sent()
+        self._leaving = asyncio.get_running_loop().call_at(self._deadline, self.leave)
         return server
+
+    def leave(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        super().leave()
 
     def _find(self, avoided: Collection[Server]) -> Queue:
         routes = self._table.now(self._endpoint_id)

@@ -25,6 +25,7 @@ from serving_service import store
 from serving_service.environment import SecretReferences
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
+from serving_service.scaling import REPLICA_CONCURRENCY
 from tessera.identity.v1 import permissions_pb2
 from tessera.identity.v1.identity_pb2 import (
     CreateServicePrincipalRequest,
@@ -824,6 +825,44 @@ async def test_a_body_beyond_the_limit_is_refused_with_the_limit(platform: Platf
     await platform.admin.settled("demo")
     refused = await refusal(platform.admin.query("demo", path=b"x" * (16 * 2**20 + 1)))
     assert (refused.reason, "16777216" in refused.message) == ("BAD_REQUEST", True)
+
+
+async def test_a_content_type_that_cannot_be_sent_is_refused(platform: Platform) -> None:
+    await platform.admin.create("demo")
+    await platform.admin.settled("demo")
+    request = pb.QueryRequest(name="demo")
+    request.body.content_type = "text/csv\r\nx-other: 1"
+    call = platform.admin.stub.Query(request, metadata=platform.admin._metadata)
+    refused = await refusal(_first_of(call))
+    assert (refused.reason, "content type" in refused.message) == ("BAD_REQUEST", True)
+
+
+async def test_who_does_not_read_keeps_no_place_beyond_the_deadline() -> None:
+    async with running_platform(route_ack_seconds=0.3, inference_deadline=2, queue_seconds=1) as platform:
+        admin = platform.admin
+        await admin.create("demo", "endless")
+        await admin.settled("demo")
+
+        async def begun() -> Any:
+            """A query that has its head, for which its caller gave no deadline, and of which nothing more is read."""
+            call = admin.stub.Query(pb.QueryRequest(name="demo"), metadata=admin._metadata)
+            await _first_of(call)
+            return call
+
+        unread = [await begun() for _ in range(REPLICA_CONCURRENCY)]
+
+        async def has_room() -> bool:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                unread.append(await begun())
+            return len(unread) > REPLICA_CONCURRENCY
+
+        await eventually(has_room)
+        for call in unread:
+            call.cancel()
+
+
+async def _first_of(call: Any) -> Any:
+    return await anext(aiter(call))
 
 
 # Gateways

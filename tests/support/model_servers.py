@@ -198,6 +198,21 @@ def _answer_talking(listener: socket.socket) -> None:
             connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
 
 
+def _answer_endlessly(listener: socket.socket) -> None:
+    """Answers any number of requests at a time, without an end for as long as it is read."""
+
+    def answer(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            is_query = connection.recv(65_536).startswith(b"POST")  # else it is asked whether it lives
+            connection.sendall(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n")
+            while is_query:
+                connection.sendall(b"x" * 65_536)
+
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+
 def main(manner: str, listen_fd: int, report_fd: int) -> None:
     surroundings = _surroundings()
     if manner == "dying":
@@ -238,6 +253,8 @@ def main(manner: str, listen_fd: int, report_fd: int) -> None:
             _answer_gated(listener)
         if manner == "talking":
             _answer_talking(listener)
+        if manner == "endless":
+            _answer_endlessly(listener)
         while True:
             connection, _ = listener.accept()
             with connection:

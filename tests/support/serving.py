@@ -34,7 +34,7 @@ from tests.support.secrets import RunningSecrets, running_secrets
 TINY = "tiny"
 """The manner that is quickest to start."""
 
-MANNERS = (TINY, "ready", "dying", "failing", "slow", "mute", "stubborn", "speaking", "gated", "talking")
+MANNERS = (TINY, "ready", "dying", "failing", "slow", "mute", "stubborn", "speaking", "gated", "talking", "endless")
 TIMEOUT = 10.0
 
 IN_PROGRESS = pb.EndpointState.IN_PROGRESS
