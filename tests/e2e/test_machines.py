@@ -9,7 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +37,14 @@ def directory() -> Iterator[Path]:
         yield path
 
 
+# An address of loopback that nothing else uses: a port of it that is free stays so until a service listens there. On
+# 127.0.0.1 any connection of a test beside this one may be given it meanwhile.
+_HOST = f"127.{os.getpid() >> 8 & 255}.{os.getpid() & 255}.7"
+
+
 def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        probes = [stack.enter_context(socket.create_server((_HOST, 0))) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]
 
 
@@ -48,7 +53,7 @@ class Machines:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        secrets, serving, gateway = (f"127.0.0.1:{port}" for port in _free_ports(3))
+        secrets, serving, gateway = (f"{_HOST}:{port}" for port in _free_ports(3))
         self.url = f"http://{gateway}"
         self._variables = {
             "secrets": {"TESSERA_SECRETS_PEER_LISTEN": secrets, "TESSERA_SECRETS_LISTEN": "127.0.0.1:0"},
@@ -102,6 +107,14 @@ class Machines:
         for name in SERVICES:
             sys.stderr.write("\n".join([f"--- {name}", *self._log(name).read_text().splitlines()[-40:], ""]))
 
+    def until(self, claim: Callable[[], bool], *, within: float, what: str) -> None:
+        """As the function of that name; shows what the services said when it fails."""
+        try:
+            until(claim, within=within, what=what)
+        except BaseException:
+            self.show()
+            raise
+
     def _log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
@@ -127,7 +140,7 @@ def machines(directory: Path) -> Iterator[Machines]:
 
 def test_endpoint_with_a_secret_is_made_and_queried_across_machines(machines: Machines) -> None:
     admin = Api(machines.url, (machines.data("secrets") / "admin.token").read_text().strip())
-    until(lambda: admin.send("GET", ENDPOINTS).status == 200, within=60, what="all three know each other")
+    machines.until(lambda: admin.send("GET", ENDPOINTS).status == 200, within=60, what="all three know each other")
     admin.create_scope("far")
     admin.put_secret("far", "key", SECRET)
     wanted = [entity(GOOD, name="one", OPENAI_API_KEY="{{secrets/far/key}}")]
@@ -139,13 +152,15 @@ def test_endpoint_with_a_secret_is_made_and_queried_across_machines(machines: Ma
     renewed = certs("--renew", str(machines.directory / "certs"))
     assert renewed.returncode == 0, renewed.stderr
     for name in SERVICES:
-        until(partial(machines.says, name, "certificate renewed"), within=20, what=f"renewal at {name}")
+        machines.until(partial(machines.says, name, "certificate renewed"), within=20, what=f"renewal at {name}")
     machines.processes["secrets"].kill()
     machines.processes["secrets"].wait()
     assert admin.ask("far", "fingerprint:OPENAI_API_KEY") == [fingerprint(SECRET)]
     machines.start("secrets")
     config = {"served_entities": [entity(BETTER, name="one", OPENAI_API_KEY="{{secrets/far/key}}")]}
-    until(lambda: admin.send("PUT", f"{ENDPOINTS}/far/config", config).status == 200, within=60, what="Secrets is back")
+    machines.until(
+        lambda: admin.send("PUT", f"{ENDPOINTS}/far/config", config).status == 200, within=60, what="Secrets is back"
+    )
     admin.deployed("far")
     assert admin.ask("far", "fingerprint:OPENAI_API_KEY") == [fingerprint(SECRET)]
 

@@ -41,7 +41,7 @@ async def fetch(
     if json is not None:
         body = orjson.dumps(json)
         sent.setdefault("content-type", "application/json")
-    pool = HttpPool()
+    pool = HttpPool(connect_timeout=30)  # with the whole suite under way, a second may be too short
     try:
         response = await pool.send(
             url.removeprefix("http://"),
