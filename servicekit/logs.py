@@ -42,15 +42,22 @@ class JsonLines(logging.Formatter):
             if request.caller is not None:
                 event["caller"] = request.caller.name
         if record.exc_info and record.exc_info[0] is not None:
-            event["exception"] = described(record.exc_info[0], record.exc_info[2])
+            event["exception"] = described(*record.exc_info)
         # Not orjson: it writes out the fields of dataclasses, those without repr too, and gives up on a lone surrogate.
         return json.dumps(event, default=str)
 
 
-def described(kind: type[BaseException], trace: TracebackType | None) -> str:
-    """An exception's type and where it was raised, without its text, which may repeat a request."""
+def described(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> str:
+    """An exception's type and where it was raised, without its text, which may repeat a request.
+
+    Of a group also its members.
+    """
     frames = [f"{frame.filename}:{frame.lineno} in {frame.name}" for frame in traceback.extract_tb(trace)]
-    return " < ".join([kind.__qualname__, *reversed(frames)])
+    said = " < ".join([kind.__qualname__, *reversed(frames)])
+    if not isinstance(error, BaseExceptionGroup):
+        return said
+    members = [described(type(member), member, member.__traceback__) for member in error.exceptions]
+    return f"{said} [{'; '.join(members)}]"
 
 
 def configure(service: str, level: str) -> None:

@@ -81,7 +81,11 @@ class MlflowRegistry:
 
     async def _keep_helper(self) -> None:
         while True:
-            await self._run_helper()
+            try:
+                await self._run_helper()
+            except (OSError, RuntimeError) as error:  # no process to be had just now, or one that ended as it began
+                facts = {"problem": type(error).__name__, "number": getattr(error, "errno", None)}
+                log.warning("registry helper cannot be started", extra=facts)
             await asyncio.sleep(RESTART_SECONDS)
 
     async def _tidy(self) -> None:

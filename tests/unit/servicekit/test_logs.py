@@ -105,6 +105,25 @@ def test_text_of_an_exception_is_not_logged_but_its_type_and_place_are(lines: Li
     assert CANARY not in json.dumps(line)
 
 
+def test_members_of_a_group_of_exceptions_are_told_likewise(lines: Lines) -> None:
+    def innermost() -> None:
+        raise KeyError(CANARY)
+
+    try:
+        try:
+            innermost()
+        except KeyError as error:
+            raise ExceptionGroup(CANARY, [error, OSError(CANARY)]) from None
+    except ExceptionGroup:
+        log.exception("failed")
+    (line,) = lines()
+    assert line["exception"].startswith("ExceptionGroup < ")
+    assert "[KeyError < " in line["exception"]
+    assert "in innermost" in line["exception"]
+    assert line["exception"].endswith("; OSError]")
+    assert CANARY not in json.dumps(line)
+
+
 def test_field_without_repr_stays_out_of_the_line(lines: Lines) -> None:
     @dataclasses.dataclass
     class Launch:

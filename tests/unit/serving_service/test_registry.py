@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -72,6 +74,25 @@ async def helper_of(registry: MlflowRegistry) -> psutil.Process:
     await eventually(lambda: registry._started.is_set())
     assert registry._helper is not None
     return psutil.Process(registry._helper.pid)
+
+
+async def test_a_helper_that_cannot_be_started_just_now_is_tried_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = asyncio.create_subprocess_exec
+    refused: list[Any] = []
+
+    async def no_process_at_first(*arguments: Any, **options: Any) -> Any:
+        if not refused:
+            refused.append(arguments)
+            raise BlockingIOError(errno.EAGAIN, "no process to be had")
+        return await start(*arguments, **options)
+
+    monkeypatch.setattr(module, "RESTART_SECONDS", 0.01)
+    monkeypatch.setattr("asyncio.create_subprocess_exec", no_process_at_first)
+    async with running_registry(registry_uri(), folder) as registry:
+        assert (await registry.describe(MODEL, GOOD)).version == GOOD
+    assert refused
 
 
 async def test_a_registered_version_is_described_and_fetched(folder: Path) -> None:
