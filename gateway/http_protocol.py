@@ -128,6 +128,8 @@ class Connection(asyncio.Protocol):
 
     def answered(self, *, keep: bool) -> None:
         self._answering = None
+        if self._is_ended:
+            return
         # Whoever was never told to go on may leave its body out or send it: what comes next means nothing.
         if not keep or self._expects_continue:
             self._end()
@@ -303,8 +305,7 @@ class Connection(asyncio.Protocol):
         """Answers what is no request, or one beyond the bounds."""
         has_begun = self._current is not None and self._current.status != 0
         if self._waiting or (self._answering is not None and (self._is_in_head or has_begun)):
-            self._transport.close()  # an answer now would be taken for that to an earlier request
-            self._expect(UNREAD_SECONDS)
+            self._end()  # an answer now would be taken for that to an earlier request
             return
         said = errors.render(MalformedRequest(self._problem or "The request is not valid HTTP/1.1."))
         self.write(refusal(said.status, said.headers, said.body))

@@ -307,6 +307,29 @@ async def test_work_for_a_caller_who_hangs_up_is_given_up(reads: str) -> None:
             await gone.wait()
 
 
+async def test_nonsense_in_the_middle_of_an_answer_that_nobody_reads_ends_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_protocol, "UNREAD_SECONDS", 0.3)
+    began, over = asyncio.Event(), asyncio.Event()
+
+    async def application(request: Request, answer: Answer) -> None:
+        answer.begin(200, [])
+        began.set()
+        try:
+            for _ in range(1_000):
+                await answer.piece(b"x" * PIECE)
+        finally:
+            over.set()
+
+    async with calling(application) as caller:
+        await caller.says(get("/"))
+        await began.wait()
+        await caller.says(b"nonsense\r\n\r\n")
+        async with asyncio.timeout(10):
+            await over.wait()
+
+
 async def test_an_idle_connection_is_closed_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "IDLE_SECONDS", 0.2)
     async with calling(echo) as caller:
