@@ -17,12 +17,12 @@ from gateway.admission import Admission, EndpointNotFound, Place
 from gateway.http import STATUSES, Answer, Headers, Request, WhileWanted, read_body, too_large
 from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, RoutingTable
-from servicekit import token_usage, tracing
+from servicekit import tracing
 from servicekit.access import AccessTable
 from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout, ProtocolError
-from servicekit.measures import TIMING, Invocation, Measures
+from servicekit.measures import TIMING, Invocation, Measures, Tokens
 from servicekit.rate_limits import Charge, Ledger
 from tessera import policy
 
@@ -250,29 +250,21 @@ def _to_model(request: Request, endpoint: Endpoint) -> Headers:
 
 async def _pass_on(response: HttpResponse, answer: Answer, charge: Charge, measured: Invocation) -> None:
     kept = [(name, value) for name, value in response.headers if name in FROM_MODEL]
-    wants_tokens = charge.wants_tokens or measured.wants_tokens
-    usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
-    try:
+    with Tokens(response.header(b"content-type"), charge, measured) as tokens:
         if (body := response.whole()) is not None:
-            if usage is not None:
-                usage.feed(body)
+            tokens.feed(body)
             answer.whole(response.status, [header for header in kept if header[0] != b"content-length"], body)
             return
         answer.begin(response.status, kept)
-        # Whoever does not read keeps a place of the model server's all the same.
-        async with asyncio.timeout_at(response.deadline):
-            async for piece in response:
-                if usage is not None:
-                    usage.feed(piece)
-                await answer.piece(piece)
-    except (HttpError, TimeoutError) as error:
-        # The status is gone already: ending before the end is all that is left.
-        log.warning("answer cut short", extra={"problem": type(error).__name__})
-        measured.status = HTTP_STATUS[ModelServerFailed.reason]
-        return
-    finally:
-        # Also when the caller hung up: what was answered by then was used.
-        if usage is not None:
-            charge.tokens(usage.total())
-            measured.used(usage.usage())
-    answer.end()
+        try:
+            # Whoever does not read keeps a place of the model server's all the same.
+            async with asyncio.timeout_at(response.deadline):
+                async for piece in response:
+                    tokens.feed(piece)
+                    await answer.piece(piece)
+        except (HttpError, TimeoutError) as error:
+            # The status is gone already: ending before the end is all that is left.
+            log.warning("answer cut short", extra={"problem": type(error).__name__})
+            measured.status = HTTP_STATUS[ModelServerFailed.reason]
+        else:
+            answer.end()

@@ -8,7 +8,7 @@ out of one or copied from another object. What does not fit its MAC is not used:
 
 The rule: what decides is verified where it is read, and changed only from what was verified. A new MAC is made of
 that and of the change, never of what happens to be stored, so no later change blesses an edit; `authenticate_all`
-alone does, once in the life of a store that is older than these MACs.
+alone does, when told to believe, once in the life of a store that is older than these MACs.
 
 The key is known when the keyring is open, so every connection is told (`equip`); functions of store.py find it there.
 """

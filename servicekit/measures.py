@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
 
+from servicekit import token_usage
 from servicekit.context import Principal
 from servicekit.distribution import Distribution
 from servicekit.errors import HTTP_STATUS, ServiceError
+from servicekit.rate_limits import Charge
 from servicekit.token_usage import MOST_SUMMED, Usage
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -176,6 +178,31 @@ class Invocation:
         counts.requests += 1
         counts.refused += 400 <= self.status < 500
         counts.failed += self.status >= 500
+
+
+class Tokens:
+    """Hears an answer as it passes, and tells in the end, however that came, how many tokens were used by then."""
+
+    __slots__ = ("_charge", "_measured", "_usage")
+
+    def __init__(self, content_type: bytes, charge: Charge, measured: Invocation) -> None:
+        wanted = charge.wants_tokens or measured.wants_tokens
+        self._usage = token_usage.reader(content_type) if wanted else None
+        self._charge = charge
+        self._measured = measured
+
+    def feed(self, piece: bytes) -> None:
+        """The next piece of the answer."""
+        if self._usage is not None:
+            self._usage.feed(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._usage is not None:
+            self._charge.tokens(self._usage.total())
+            self._measured.used(self._usage.usage())
 
 
 class _Flow:

@@ -11,13 +11,13 @@ import re
 from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 
-from servicekit import token_usage, tracing
+from servicekit import tracing
 from servicekit.access import AccessTable
 from servicekit.admission import Queue, QueueFull, Server, Turn
 from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import BadRequest, DeadlineExceeded
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout
-from servicekit.measures import TIMING, Invocation, Measures
+from servicekit.measures import TIMING, Invocation, Measures, Tokens
 from servicekit.rate_limits import Charge, Ledger
 from serving_service.errors import ModelServerFailed, NotDeployed, NotReady, NotUpYet, Stopped, TooBusy
 from serving_service.routes import EndpointRoutes, EntityRoutes, RouteTable
@@ -114,17 +114,10 @@ class Queries:
                     async with response:
                         measured.answered(response.status, response.header(TIMING))
                         yield AnswerHead(response.status, _content_type(response), place.entity.name)
-                        wants_tokens = charge.wants_tokens or measured.wants_tokens
-                        usage = token_usage.reader(response.header(b"content-type")) if wants_tokens else None
-                        try:
+                        with Tokens(response.header(b"content-type"), charge, measured) as tokens:
                             async for piece in response:
-                                if usage is not None:
-                                    usage.feed(piece)
+                                tokens.feed(piece)
                                 yield piece
-                        finally:
-                            if usage is not None:
-                                charge.tokens(usage.total())
-                                measured.used(usage.usage())
                         return
             except ConnectFailed:
                 place.avoid(replica)  # nothing was sent
