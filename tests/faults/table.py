@@ -671,9 +671,9 @@ FAULTS = (
     Fault(
         name="given-up-streams-are-free",
         property="contract 5.11",
-        file="gateway/invocations.py",
-        old="what was answered by then was used.\n        if usage is not None:",
-        new="not so.\n        if usage is not None and usage.usage() is None:",
+        file="servicekit/measures.py",
+        old="        if self._usage is not None:\n            self._charge.tokens(",
+        new="        if self._usage is not None and exception[0] is None:\n            self._charge.tokens(",
         tests=("tests/service/test_gateway.py::test_a_stream_that_its_caller_gives_up_counts_what_was_sent",),
     ),
     # --- descriptions of models ---
