@@ -57,7 +57,7 @@ class Platform:
 
     async def start(self, **settings: Any) -> None:
         await self._stack.aclose()
-        running = running_serving(self.directory, route_ack_seconds=0.3, **settings)
+        running = running_serving(self.directory, **{"route_ack_seconds": 0.3, **settings})
         self.serving = await self._stack.enter_async_context(running)
 
     async def stop(self) -> None:

@@ -29,6 +29,9 @@ SLEEPY: dict[str, Any] = {"workload_size": "Small", "scale_to_zero_enabled": Tru
 SHORT = 0.2
 """Seconds of idleness, where a test waits for zero."""
 
+PATIENT = {"route_ack_seconds": 10.0}
+"""For a gateway that works hard in this same process: it is late now and then, and not deaf."""
+
 
 @pytest.fixture
 async def platform() -> AsyncIterator[Platform]:
@@ -262,7 +265,7 @@ async def test_from_zero_and_back_twenty_times_with_fifty_callers_each_and_none_
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(admission, "LOAD_SECONDS", 0.1)
-    await platform.start(idle_seconds=SHORT)
+    await platform.start(idle_seconds=SHORT, **PATIENT)
     await deploy(platform, an_input("tiny", **SLEEPY))
     async with running_gateway(platform) as url:
         for cycle in range(20):
@@ -274,7 +277,7 @@ async def test_from_zero_and_back_twenty_times_with_fifty_callers_each_and_none_
 
 
 async def test_an_update_of_several_replicas_under_load_loses_nothing(platform: Platform) -> None:
-    await platform.start(quiet_seconds=0.3)
+    await platform.start(quiet_seconds=0.3, **PATIENT)
     entity = an_input("ready", min_provisioned_concurrency=8, max_provisioned_concurrency=16)
     await deploy(platform, entity)
     statuses: list[int] = []
