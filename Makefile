@@ -31,7 +31,7 @@ test: $(INSTALLED) ## every test, two files at a time; T=path/or::name runs some
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(T)
 
 test-long: $(INSTALLED) ## the tests that take minutes: timing, many more random cases; T=path runs some
-	$(BIN)/pytest -m long -s $(T)
+	$(BIN)/pytest -m long --hypothesis-profile=anew -s $(T)
 
 faults: $(INSTALLED) ## plant bugs in a copy and look whether the tests notice; F="name ..." plants some
 	$(BIN)/python -m tests.faults $(F)

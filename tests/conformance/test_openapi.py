@@ -138,9 +138,7 @@ def _fuzz(operation: Any, mode: GenerationMode, user: Api, names: dict[str, str]
 
     @hypothesis.settings(
         max_examples=REQUESTS_PER_OPERATION,
-        derandomize=True,
         database=None,
-        deadline=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),
     )

@@ -138,7 +138,7 @@ async def test_second_signal_ends_a_process_that_hangs_at_once(data_dir: Path) -
         await eventually(lambda: tiny.says("stopping"))
         assert tiny.process.poll() is None
         tiny.process.terminate()
-        assert tiny.status(within=2) == 128 + signal.SIGTERM
+        assert tiny.status(within=10) == 128 + signal.SIGTERM
 
 
 async def test_service_ends_in_order_when_its_supervisor_is_gone(data_dir: Path) -> None:
@@ -146,7 +146,7 @@ async def test_service_ends_in_order_when_its_supervisor_is_gone(data_dir: Path)
         await tiny.started()
         assert tiny.process.stdin is not None
         tiny.process.stdin.close()
-        assert tiny.status(within=3) == 0
+        assert tiny.status(within=10) == 0
         assert [line["event"] for line in tiny.lines()][1:] == ["the supervisor is gone", "stopping", "stopped"]
         assert not tiny.pid_file.exists()
 

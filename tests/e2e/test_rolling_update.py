@@ -57,7 +57,7 @@ def test_queries_see_no_gap_while_versions_change_and_a_bad_version_changes_noth
     versions = [answer[0] for answer in queries.answers]
     assert set(versions) == {GOOD, BETTER}
     assert versions == sorted(versions), "the old version answered after the new one had taken over"
-    until(lambda: old not in model_servers(stack), within=20, what="the old replica has ended")
+    until(lambda: old not in model_servers(stack), within=60, what="the old replica has ended")
 
     with api.querying("rolling", "version") as queries:
         api.update_endpoint("rolling", entity(FAILING, **KEY))
@@ -73,13 +73,13 @@ def test_queries_see_no_gap_while_versions_change_and_a_bad_version_changes_noth
     assert f"version {FAILING} loads with [secret]" in logs
     assert LOAD_FAILURE in logs
     assert SECRET not in logs
-    until(lambda: len(model_servers(stack) - others) == 1, within=20, what="only the good replica is left")
+    until(lambda: len(model_servers(stack) - others) == 1, within=60, what="only the good replica is left")
 
     with api.querying("rolling", "version"):
         assert api.update_endpoint("rolling", entity(GOOD))["pending_config"]["config_version"] == 4
         assert "pending_config" not in api.deployed("rolling")
     api.delete_endpoint("rolling")
-    until(lambda: model_servers(stack) == others, within=20, what="no replica is left")
+    until(lambda: model_servers(stack) == others, within=60, what="no replica is left")
 
 
 def test_it_is_said_at_the_start_and_by_every_endpoint_whether_models_are_isolated(stack: Stack, api: Api) -> None:
@@ -158,7 +158,7 @@ def test_second_update_waits_its_turn_and_delete_does_not(gate: socket.socket, s
     api.deployed("impatient")
     assert api.ask("impatient", "version") == [BETTER]
     alone = {int(api.ask("impatient", "pid")[0])}
-    until(lambda: model_servers(stack) - others == alone, within=30, what="nothing of the first is left")
+    until(lambda: model_servers(stack) - others == alone, within=60, what="nothing of the first is left")
     api.delete_endpoint("impatient")
 
 
@@ -173,5 +173,5 @@ def test_waiting_update_takes_over_when_its_model_is_ready(gate: socket.socket, 
         assert api.endpoint("patient")["state"]["config_update"] == "IN_PROGRESS"
         gate.listen()
         api.deployed("patient")
-        until(lambda: queries.answers[-1] == [WAITING], within=20, what="the new version answers")
+        until(lambda: queries.answers[-1] == [WAITING], within=60, what="the new version answers")
     api.delete_endpoint("patient")

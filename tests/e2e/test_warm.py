@@ -296,7 +296,7 @@ async def test_a_template_ends_with_the_process_that_keeps_it_however_that_ends(
     kept = psutil.Process(int(await keeper.stdout.readline()))
     keeper.kill()
     await keeper.wait()
-    await eventually(lambda: _has_ended(kept), within=10)
+    await eventually(lambda: _has_ended(kept))
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -56,8 +56,8 @@ class Copy:
 
     def outcome(self, test: str) -> tuple[Outcome, str]:
         """Runs one test; what became of it, and what pytest printed."""
-        plugins = ("-p", "no:cacheprovider", "-p", "no:schemathesis", "-p", "tests.faults.unshrunk")
-        command = [str(self._python), "-m", "pytest", "-q", "-x", *plugins, test]
+        options = ("-p", "no:cacheprovider", "-p", "no:schemathesis", "--hypothesis-profile=unshrunk")
+        command = [str(self._python), "-m", "pytest", "-q", "-x", *options, test]
         # No caches: a file that is changed twice within a second could be taken for its older self.
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         try:

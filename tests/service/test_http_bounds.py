@@ -25,7 +25,7 @@ async def spoken(gateway: Platform, *pieces: bytes) -> bytes:
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             try:
                 for piece in pieces:
                     writer.write(piece)

@@ -30,13 +30,13 @@ class Caller:
 
     async def hears(self, end: bytes) -> bytes:
         """All up to and with `end`."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await self.reader.readuntil(end)
 
     async def hears_all(self) -> bytes:
         """All until the server closes the connection."""
         said = bytearray()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with suppress(ConnectionError):
                 while piece := await self.reader.read(PIECE):
                     said += piece
@@ -245,7 +245,7 @@ async def test_answers_that_nobody_reads_do_not_pile_up(monkeypatch: pytest.Monk
         answer.whole(200, [], b"x" * PIECE)
 
     requests = 2_000
-    async with calling(application) as caller, asyncio.timeout(10):
+    async with calling(application) as caller, asyncio.timeout(30):
         await caller.says(*[get("/")] * requests)
         with suppress(ConnectionError):  # which is how it is told in the end
             while True:
@@ -303,7 +303,7 @@ async def test_work_for_a_caller_who_hangs_up_is_given_up(reads: str) -> None:
         await caller.says(get("/", b"content-length: 5", method="POST"))
         await began.wait()
         caller.writer.close()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await gone.wait()
 
 
@@ -326,7 +326,7 @@ async def test_nonsense_in_the_middle_of_an_answer_that_nobody_reads_ends_both(
         await caller.says(get("/"))
         await began.wait()
         await caller.says(b"nonsense\r\n\r\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await over.wait()
 
 

@@ -30,7 +30,8 @@ LONGEST_SECONDS = 1.0
 MANY, FEW = UNITS + 2, 2
 """How many queries are under way at a time: more than one replica takes, and fewer."""
 
-SHORT = {"route_ack_seconds": 0.5, "quiet_seconds": 0.4, "idle_seconds": 0.4}
+SHORT = {"route_ack_seconds": 3.0, "quiet_seconds": 0.4, "idle_seconds": 0.4}
+"""A gateway that works in this same process is late now and then; it is missed only when it does not come back."""
 LONG = {"quiet_seconds": 600.0, "idle_seconds": 600.0}
 """Whoever has come up stays there until the gateway has found Serving again, however long that takes."""
 

@@ -700,7 +700,7 @@ def played() -> Iterator[Played]:
             runner.run(stack.aclose())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sequence=steps)
 def test_sequence_with_retries_has_the_effect_of_the_sequence(
     played: Played, sequence: list[tuple[Any, list[int]]]

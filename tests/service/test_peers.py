@@ -97,7 +97,7 @@ async def asked(way: Way, text: bytes, door: str = relay.RPC) -> bytes:
     reader, writer = await asyncio.open_unix_connection(sock=connection)
     writer.write(text)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await reader.readexactly(len(text))
     finally:
         writer.close()
@@ -189,7 +189,7 @@ async def _said_to(address: str, issued: Issued | None) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(address.rpartition(":")[2]), ssl=context)
     try:
         writer.write(b"rpc\n")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await reader.read(10)
     except (ssl.SSLError, ConnectionError):
         return b""

@@ -294,6 +294,6 @@ async def test_an_update_of_several_replicas_under_load_loses_nothing(platform: 
             await deploy(platform, entity)
         is_over.set()
         await asyncio.gather(*callers)
+        await platform.until_replicas(2)
     assert len(statuses) > 100
     assert set(statuses) == {200}
-    await platform.until_replicas(2)

@@ -324,14 +324,14 @@ async def _compared(real: Real, model: Model, when: str, name: str, arguments: d
     assert found == expected, f"{when}: {name} {arguments}"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sequence=operations)
 def test_every_sequence_is_answered_as_the_model_answers_it(sequence: list[Operation]) -> None:
     asyncio.run(_played(sequence))
 
 
 @pytest.mark.long
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=1_000)
 @given(sequence=operations)
 def test_very_many_sequences_are_answered_as_the_model_answers_them(sequence: list[Operation]) -> None:
     asyncio.run(_played(sequence))

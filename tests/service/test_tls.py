@@ -63,7 +63,7 @@ class Connection:
     async def status(self, request: bytes = HEALTH) -> bytes:
         """The first line of the answer to a request; empty when there is none."""
         self._writer.write(request)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             line = await self._reader.readline()
             if line:
                 await self._reader.readuntil(b'{"status":"ok"}')
@@ -100,7 +100,7 @@ async def channel_to(address: str, *, trusted: bytes | None = AUTHORITY.pem) -> 
 
 
 async def is_well(stub: Any) -> bool:
-    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=20)
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 

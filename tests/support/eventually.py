@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 
 async def eventually(
-    claim: Callable[[], bool] | Callable[[], Awaitable[bool]], *, within: float = 10.0, what: str = ""
+    claim: Callable[[], bool] | Callable[[], Awaitable[bool]], *, within: float = 30.0, what: str = ""
 ) -> None:
     """Returns once `claim()` holds; fails, naming `what`, when it does not within so many seconds."""
     deadline = time.monotonic() + within

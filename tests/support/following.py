@@ -38,7 +38,7 @@ class Following:
 
     async def end(self) -> str:
         """How it ended, once it has."""
-        await eventually(lambda: bool(self.ending), within=15.0, what="the stream has ended")
+        await eventually(lambda: bool(self.ending), what="the stream has ended")
         return self.ending
 
 

@@ -148,7 +148,7 @@ class ScriptedServing:
 
     async def until(self, is_true: Callable[[], bool]) -> None:
         """Waits until the reports make `is_true` true."""
-        async with asyncio.timeout(5), self.reported:
+        async with asyncio.timeout(30), self.reported:
             await self.reported.wait_for(is_true)
 
     def hang_up(self) -> None:
@@ -205,7 +205,7 @@ class ScriptedAccess:
         await self.until_followed(message.revision)
 
     async def until_followed(self, revision: int = 1) -> None:
-        async with asyncio.timeout(5), self.acknowledged:
+        async with asyncio.timeout(30), self.acknowledged:
             await self.acknowledged.wait_for(lambda: self._followed >= revision)
 
     def hang_up(self) -> None:

@@ -29,7 +29,7 @@ class ServiceProcess:
     async def start(self) -> None:
         """Starts it and returns when it is ready."""
         self._process = await asyncio.to_thread(subprocess.Popen, self._command, env=self._environment)
-        await eventually(self._is_ready, within=20.0)
+        await eventually(self._is_ready)
 
     async def kill(self) -> None:
         """Ends it as `kill -9` does."""
@@ -56,7 +56,7 @@ class ServiceProcess:
 
     async def _is_ready(self) -> bool:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            answer = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            answer = await health_pb2_grpc.HealthStub(self.channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
             return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
         return False
 

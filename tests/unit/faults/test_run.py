@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def test_sum():
     found = subprocess.run([sys.executable, "-c", "import it; print(it.sum_of(2, 3))"], capture_output=True, text=True)
     assert found.stdout == "5\\n"
 """
+PROFILES = Path(__file__).parents[2] / "conftest.py"
 FAULT = Fault(
     name="difference",
     property="S1",
@@ -32,6 +34,7 @@ FAULT = Fault(
 def copy(tmp_path: Path) -> Copy:
     (tmp_path / "it.py").write_text("def sum_of(one, other):\n    return one + other\n")
     (tmp_path / "test_it.py").write_text(TEST)
+    shutil.copy(PROFILES, tmp_path)
     return Copy(tmp_path, Path(sys.executable))
 
 

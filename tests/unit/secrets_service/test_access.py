@@ -25,7 +25,7 @@ grants = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(memberships, grants)
 def test_effective_permission_is_the_strongest_of_user_and_groups_and_admins_manage(
     groups_of: dict[str, set[str]], changes: list[tuple[str, str, Permission | None]]

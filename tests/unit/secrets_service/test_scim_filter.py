@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from secrets_service import directory_store, names, scim_filter
@@ -100,7 +100,6 @@ TREES: st.SearchStrategy[Tree] = st.recursive(
 @given(profiles=st.lists(PROFILES, min_size=1, max_size=6, unique_by=lambda profile: fold(profile.name)), tree=TREES)
 @example(profiles=[Profile(name="a")], tree=("co", "emails.value", ""))
 @example(profiles=[Profile(name="100%"), Profile(name="100x")], tree=("sw", "userName", "100%"))
-@settings(deadline=None)
 def test_database_finds_exactly_whom_the_filter_means(profiles: Sequence[Profile], tree: Tree) -> None:
     with a_store() as connection:
         users = [
@@ -121,7 +120,6 @@ def test_database_finds_exactly_whom_the_filter_means(profiles: Sequence[Profile
 @given(
     profiles=st.lists(PROFILES, min_size=1, max_size=6, unique_by=lambda profile: fold(profile.name)), data=st.data()
 )
-@settings(deadline=None)
 def test_pages_are_the_sorted_whole_cut_into_pieces(profiles: Sequence[Profile], data: st.DataObject) -> None:
     attribute = data.draw(st.sampled_from(SORTED[Kind.USER]))
     is_descending = data.draw(st.booleans())

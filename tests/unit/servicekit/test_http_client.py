@@ -332,9 +332,9 @@ async def test_a_close_that_the_loop_has_not_seen_yet_costs_no_request(pool: Htt
 
         server = threading.Thread(target=serve_two_connections)
         server.start()
-        await pool.send(address, "POST", "/", [], b"", timeout=5)
+        await pool.send(address, "POST", "/", [], b"", timeout=20)
         assert closed.wait(5)  # the loop stands still here: it cannot have heard of the close
-        response = await pool.send(address, "POST", "/", [], b"", timeout=5)
+        response = await pool.send(address, "POST", "/", [], b"", timeout=20)
         assert await response.read() == b"ok"
         server.join()
 
@@ -379,7 +379,7 @@ async def test_connect_failures_say_that_nothing_was_sent(pool: HttpPool) -> Non
         unused.bind(("127.0.0.1", 0))
         for address in ("unix:/tmp/t-no-such-socket", f"127.0.0.1:{unused.getsockname()[1]}"):
             with pytest.raises(ConnectFailed, match=address):
-                await pool.send(address, "GET", "/", [], b"", timeout=5)
+                await pool.send(address, "GET", "/", [], b"", timeout=20)
 
 
 async def test_a_connection_that_is_not_accepted_in_time_is_a_failed_connect() -> None:
@@ -392,7 +392,7 @@ async def test_a_connection_that_is_not_accepted_in_time_is_a_failed_connect() -
             client.connect_ex(listener.getsockname())
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(ConnectFailed, match="within"):
-            await pool.send(address, "GET", "/", [], b"", timeout=5)
+            await pool.send(address, "GET", "/", [], b"", timeout=20)
         with pytest.raises(HttpTimeout, match="connecting"):
             await pool.send(address, "GET", "/", [], b"", timeout=0.01)
     await pool.close()
@@ -418,7 +418,7 @@ async def test_a_peer_that_closes_before_we_write_is_a_failed_connect() -> None:
         server.start()
         pool = SlowPool()
         with pytest.raises(ConnectFailed, match="at once"):
-            await pool.send(f"unix:{folder}/s", "POST", "/", [], b"", timeout=5)
+            await pool.send(f"unix:{folder}/s", "POST", "/", [], b"", timeout=20)
         server.join()
         await pool.close()
 
@@ -504,7 +504,7 @@ async def test_a_body_is_not_read_faster_than_the_peer_takes_it(pool: HttpPool, 
             yield b"x" * 65536
 
     with pytest.raises(HttpTimeout):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await ask(pool, upstream, body(), timeout=0.3)
     assert 0 < read < BIG / 2
 
@@ -531,7 +531,7 @@ async def test_a_request_that_would_read_as_two_is_refused(
 ) -> None:
     upstream = await start(Upstream())
     with pytest.raises(ValueError, match=r"characters|length|leave it out"):
-        await pool.send(upstream.address, "POST", target, [header], b"{}", timeout=5)
+        await pool.send(upstream.address, "POST", target, [header], b"{}", timeout=20)
     assert upstream.connections == 0
 
 
@@ -596,7 +596,7 @@ async def test_an_answer_is_not_lost_when_its_sender_is_gone_before_we_write_aga
 
         server = threading.Thread(target=answer_and_close)
         server.start()
-        response = await pool.send(f"unix:{folder}/s", "POST", "/", [], body(), timeout=5)
+        response = await pool.send(f"unix:{folder}/s", "POST", "/", [], body(), timeout=20)
         assert await response.read() == b"ok"
         server.join()
 
@@ -741,7 +741,7 @@ async def test_the_deadline_covers_everything_up_to_the_last_byte(
 ) -> None:
     upstream = await start(server())
     with pytest.raises(HttpTimeout):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await (await ask(pool, upstream, timeout=0.1)).read()
     await eventually(lambda: upstream.hang_ups == 1)
 
@@ -753,7 +753,7 @@ async def test_the_deadline_interrupts_a_body_that_does_not_come(pool: HttpPool,
 
     upstream = await start(Upstream())
     with pytest.raises(HttpTimeout):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await ask(pool, upstream, body(), timeout=0.1)
     await eventually(lambda: upstream.hang_ups == 1)
 

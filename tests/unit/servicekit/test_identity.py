@@ -262,7 +262,7 @@ async def test_verified_assertion_is_refused_once_it_expires(signer: Signer) -> 
         return False
 
     assert not await is_refused()
-    await eventually(is_refused, within=4)
+    await eventually(is_refused)
 
 
 async def test_new_key_is_fetched_when_it_is_met(signer: Signer, clock: Clock) -> None:

@@ -196,7 +196,7 @@ def an_endpoint_of(names: list[str], **said: object) -> Endpoint:
     ai_gateway=GATEWAYS,
     budget_policy_id=TEXTS,
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example(names=["n" * 255] * 10, description="", tags=(("", None),) * 1_000, ai_gateway=None, budget_policy_id="")
 @example(names=["n"], description="d" * 16_000, tags=(), ai_gateway=None, budget_policy_id="")
 def test_a_list_of_as_many_endpoints_as_there_can_be_fits_into_one_message(names: list[str], **said: object) -> None:

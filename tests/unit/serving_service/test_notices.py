@@ -111,11 +111,10 @@ async def test_each_is_told_of_what_they_asked_for_and_once(tmp_path: Path) -> N
         outbox = Outbox(found, courier, now=Clock())
         async with background.running({"notices": outbox.run}):
             await noted(found, outbox, FAILED)
-            await eventually(lambda: len(courier.taken) == 2)
+            await eventually(partial(_is_empty, found))
             await noted(found, outbox, {})
-            await eventually(lambda: len(courier.taken) == 3)
+            await eventually(partial(_is_empty, found))
         assert courier.attempts == [ADA, BOB, ADA]
-        assert await waiting(found) == []
     failed, _, succeeded = (notice.content for notice in courier.taken)
     assert failed == {
         "event": "update_failed",
@@ -158,9 +157,9 @@ async def test_one_who_is_refused_for_good_keeps_nobody_waiting(
         outbox = Outbox(found, courier)
         async with background.running({"notices": outbox.run}):
             await noted(found, outbox, FAILED)
-            await eventually(lambda: len(courier.taken) == 1)
+            await eventually(partial(_is_empty, found))
         assert courier.attempts == [ADA, BOB]
-        assert await waiting(found) == []
+        assert len(courier.taken) == 1
     assert "notice is dropped: it was refused" in caplog.messages
     assert ADA not in caplog.text
 
@@ -172,15 +171,12 @@ async def test_one_who_is_put_off_is_tried_again_while_others_are_told(tmp_path:
         outbox = Outbox(found, courier, now=clock)
         async with background.running({"notices": outbox.run}):
             await noted(found, outbox, FAILED)
-            await eventually(lambda: len(courier.taken) == 1)
-            for pause in (notices.FIRST_PAUSE_SECONDS, 2 * notices.FIRST_PAUSE_SECONDS):
-                [(recipient, _, due_at)] = await waiting(found)
-                assert (recipient, due_at / 1000 - clock.now) == (ADA, pause)
+            for attempts, pause in enumerate((notices.FIRST_PAUSE_SECONDS, 2 * notices.FIRST_PAUSE_SECONDS), 1):
+                due_at = round((clock.now + pause) * 1000)
+                await eventually(partial(_are_left, found, [(ADA, attempts, due_at)]))
                 clock.now += pause
-                tried = len(courier.attempts)
                 outbox.noted()
-                await eventually(lambda tried=tried: len(courier.attempts) > tried)
-            await eventually(lambda: len(courier.taken) == 2)
+            await eventually(partial(_is_empty, found))
         assert courier.attempts == [ADA, BOB, ADA, ADA]
 
 
@@ -191,10 +187,10 @@ async def test_when_nobody_takes_notices_one_attempt_is_made_for_all(tmp_path: P
         outbox = Outbox(found, courier, now=clock)
         async with background.running({"notices": outbox.run}):
             await noted(found, outbox, FAILED)
-            await eventually(lambda: len(courier.attempts) == 1)
+            await eventually(partial(_is_not_due, found, clock))
             clock.now += notices.FIRST_PAUSE_SECONDS
             outbox.noted()
-            await eventually(lambda: len(courier.taken) == 2)
+            await eventually(partial(_is_empty, found))
         assert sorted(courier.attempts) == [ADA, ADA, BOB]
 
 
@@ -221,7 +217,11 @@ async def _is_not_due(found: Database, clock: Clock) -> bool:
 
 
 async def _is_empty(found: Database) -> bool:
-    return not await waiting(found)
+    return await _are_left(found, [])
+
+
+async def _are_left(found: Database, expected: list[tuple[Any, ...]]) -> bool:
+    return await waiting(found) == expected
 
 
 async def test_no_more_wait_than_there_may(

@@ -330,7 +330,7 @@ events = st.lists(
 
 
 @given(events)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_whatever_happens_what_serves_goes_on_serving_and_the_plan_comes_to_an_end(
     story: list[tuple[str, int]],
 ) -> None:

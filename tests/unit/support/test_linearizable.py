@@ -124,7 +124,7 @@ def _fits(order: Sequence[Call]) -> bool:
     return True
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(histories())
 def test_checker_says_what_trying_every_order_says(calls: list[Call]) -> None:
     assert (flaw(calls, initial=EMPTY, step=step) is None) == has_an_order(calls)
