@@ -258,6 +258,9 @@ class Gateway:
         given = request.header(b"x-tessera-request-id")
         request.id = given if given and channels.is_request_id(given) else channels.new_request_id()
         answer.headers.append((b"x-tessera-request-id", request.id.encode()))
+        # Secrets records which credentials were refused: of which request, and where that came from.
+        context.enter(RequestContext(request.id))
+        context.came_from(partial(self._address, request))
         self._name_workspace(answer)
         began = time.perf_counter()
         try:
@@ -289,7 +292,7 @@ class Gateway:
             answer.whole(refusal.status, refusal.headers, refusal.body)
 
     def _source(self, request: Request) -> Source:
-        """Where a request comes from: for the log, and for counting wrong credentials."""
+        """Where a request comes from: for logs, and for counting wrong credentials."""
         address, scheme = request.source()
         return source(
             address,
@@ -298,6 +301,9 @@ class Gateway:
             forwarded_proto=request.values(FORWARDED_PROTO.encode()),
             trusted=self._trusted_proxies,
         )
+
+    def _address(self, request: Request) -> str:
+        return self._source(request).address
 
     async def _identify(self, request: Request, answer: Answer, *, for_inference: bool = False) -> Identity:
         """Who sent a request; the answer's headers name the workspace from here on.
@@ -335,7 +341,7 @@ class Gateway:
         request.service = binding.service
         routed(binding.verb, binding.template)
         request.route = f"{binding.verb} {binding.template}"
-        metadata = [(channels.REQUEST_ID, request.id)]
+        metadata = [(channels.REQUEST_ID, request.id), (channels.SOURCE, self._address(request))]
         if identity.assertion is not None:
             metadata.append((channels.ASSERTION, identity.assertion))
         if (chosen := request.header(b"x-tessera-request-id")) is not None:

@@ -11,6 +11,7 @@ from importlib import resources
 from secrets_service import foundation, integrity
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
+from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.client_secrets import ClientSecrets
 from secrets_service.directory import Accounts, Directory, Groups
@@ -34,12 +35,14 @@ from secrets_service.settings import SecretsSettings
 from secrets_service.throttle import Throttle
 from secrets_service.values import SecretValues
 from secrets_service.versions import SecretVersions
-from servicekit import database, grpc_server, peers, relay, sockets, tls
+from servicekit import audit, database, grpc_server, peers, relay, sockets, tls
+from servicekit.audit import Trail
+from servicekit.audit_export import Exporter
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
-from tessera.identity.v1 import identity_pb2, permissions_pb2
+from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 
@@ -79,7 +82,10 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         )
         base = await foundation.opened(settings, file, now)
         feed = AccessFeed()
-        opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now), feed)
+        audit_key = audit_keys(base.keyring)[SECRETS][-1]
+        trail = await stack.enter_async_context(audit.opened(Trail(SECRETS, file, audit_key, now=now)))
+        exporter = Exporter(trail, file, settings.audit_sink(SECRETS), now=now)
+        opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
         authority = Authority(
             opened,
             base.token_macs,
@@ -120,6 +126,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         entrance = await stack.enter_async_context(_entrance(settings))
         metrics = ServiceMetrics()
         metrics.watch("tessera_access_followers", "Services that follow changes of permissions.", feed.followers)
+        trail.watched_by(metrics)
         secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
         identity_services = identity_pb2.DESCRIPTOR.services_by_name
         permission_services = permissions_pb2.DESCRIPTOR.services_by_name
@@ -136,12 +143,19 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                     (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
                     (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
+                    (audit_pb2.DESCRIPTOR.services_by_name["AuditKeys"], AuditKeysServicer(base.keyring)),
                 ],
                 table=POLICY,
                 readiness={"database": file.ping},
-                jobs={"access feed": feed.run, "key rotation": rotation.run},
+                jobs={
+                    "access feed": feed.run,
+                    "key rotation": rotation.run,
+                    "audit": trail.run,
+                    "audit export": exporter.run,
+                },
                 message_limit=MESSAGE_LIMIT,
                 metrics=metrics,
+                trail=trail,
             )
         )
         await stack.enter_async_context(listening(settings.metrics_listen, metrics))

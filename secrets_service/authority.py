@@ -20,7 +20,7 @@ from secrets_service.access_tokens import AccessToken
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import NewAccessToken, StoredToken, TokenKind, TokenMac, User
 from secrets_service.oidc import ExternalIssuer
-from servicekit import identity
+from servicekit import audit, identity
 from servicekit.context import Principal
 from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
 from servicekit.policy import Row
@@ -130,7 +130,8 @@ class Authority:
     async def _renew(self, stored: StoredToken, candidates: tuple[TokenMac, ...]) -> None:
         """Stores the MAC of a token under the key that is in use. Where that fails, it is tried at the next use."""
         try:
-            await self._database.write(store.renew_token_mac, stored.info.id, stored.mac_version, candidates[-1])
+            with audit.apart():  # whoever presents a token did not ask for that, and may be refused yet
+                await self._database.write(store.renew_token_mac, stored.info.id, stored.mac_version, candidates[-1])
         except sqlite3.Error:
             log.warning("MAC of a token not renewed", extra={"token_id": stored.info.id})
 

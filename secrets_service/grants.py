@@ -28,6 +28,7 @@ from secrets_service.model import (
 )
 from secrets_service.resolver import Failed, References
 from secrets_service.values import SecretValues
+from servicekit import audit
 from servicekit.context import Level, Principal
 from servicekit.errors import InvalidParameter
 
@@ -95,6 +96,7 @@ class LaunchGrants:
             endpoint = _granted_endpoint(connection, endpoint_id, author, is_new=is_new)
             creator = store.find_user(connection, endpoint.creator_id)
             if creator is None or not creator.profile.is_active:
+                audit.refused("CREATOR_INACTIVE")
                 return Outcome(is_creator_inactive=True)
             before = [each for each in grant_store.launch_grants(connection, endpoint.id) if each.version != version]
             failures = [
@@ -103,6 +105,7 @@ class LaunchGrants:
                 for failure in self._refused(connection, each, before, creator=creator, writer=writer)
             ]
             if failures:
+                _refuse(failures)
                 return Outcome(tuple(failures))
             if is_new:
                 _make_known(connection, endpoint)
@@ -136,12 +139,17 @@ class LaunchGrants:
             endpoint = grant_store.find_endpoint(connection, endpoint_id)
             grant = _redeemed(connection, endpoint, version, digest, references)
             if endpoint is None or grant is None:
-                return _Resolved(failures=[ReferenceFailure(each, FailureKind.NOT_GRANTED) for each in references])
+                failures = [ReferenceFailure(each, FailureKind.NOT_GRANTED) for each in references]
+                _refuse(failures)
+                return _Resolved(failures=failures)
+            audit.note(on_behalf_of=f"endpoint {endpoint.id}, creator {endpoint.creator_id}")
             found = self._opened(connection, store.find_user(connection, endpoint.creator_id), grant, references)
             if found.failures:
+                _refuse(found.failures)
                 return found
-            for sealed, _ in found.opened:
+            for reference, (sealed, value) in zip(references, found.opened, strict=True):
                 store.hold(connection, replica_id, sealed)
+                audit.value(f"{reference.scope}/{sealed.key}", sealed.version, value.reveal())
             granted = _current(connection, [Reference(each.scope, each.key) for each in grant.references])
             if granted != grant.references:
                 grant_store.put_launch_grant(connection, endpoint.id, replace(grant, references=granted))
@@ -259,6 +267,11 @@ class _Resolved:
     failures: Sequence[ReferenceFailure] = ()
     new_scopes: Sequence[str] = ()
     """Names of scopes that are not the ones that had these names at the grant."""
+
+
+def _refuse(failures: Sequence[ReferenceFailure]) -> None:
+    """Has the audit log say what was refused: the answer of these calls is no error."""
+    audit.refused(", ".join(f"{each.reference.scope}/{each.reference.key} {each.kind}" for each in failures))
 
 
 def _granted_endpoint(connection: sqlite3.Connection, endpoint_id: str, author: Principal, *, is_new: bool) -> Endpoint:

@@ -12,7 +12,7 @@ from secrets_service.authority import Authority
 from secrets_service.client_secrets import ClientSecrets
 from secrets_service.model import ClientSecret, ManagedToken, NewClientSecret, NewToken, TokenInfo
 from secrets_service.personal_tokens import Tokens
-from servicekit import once
+from servicekit import audit, once
 from servicekit.context import current_caller
 from servicekit.errors import InvalidParameter, MalformedRequest
 from tessera.identity.v1 import identity_pb2 as pb
@@ -136,6 +136,7 @@ class AuthorityServicer(rpc.AuthorityServicer):
         return pb.ExchangeTokenResponse(assertion=await self._authority.exchange(request.token))
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Any) -> pb.IssueTokenResponse:
+        audit.sensitive()
         endpoint_id = request.endpoint_id or None
         match request.WhichOneof("credential"):
             case "client":

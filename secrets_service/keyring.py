@@ -35,6 +35,7 @@ _RIGHTS_ARE_AUTHENTICATED = 3
 
 _RECORDS = "records"
 _RIGHTS = "rights"
+_AUDIT = "audit"
 _TOKEN_MAC = "token-mac"  # noqa: S105 (a label, not a token)
 
 
@@ -167,6 +168,10 @@ class Keyring:
     def rights_keys(self) -> dict[int, SecretBytes]:
         """The keys under which rights have their MACs, by version; the highest is in use."""
         return {version: cipher.derive(_RIGHTS) for version, cipher in self._ciphers.items()}
+
+    def audit_keys(self, service: str) -> dict[int, SecretBytes]:
+        """The keys that the audit log of a service is chained with, by version; the highest is in use."""
+        return {version: cipher.derive(f"{_AUDIT}/{service}") for version, cipher in self._ciphers.items()}
 
     def token_mac_keys(self) -> dict[int, SecretBytes]:
         """The keys under which tokens have their MACs, by version; the highest is in use."""

@@ -27,7 +27,8 @@ from secrets_service.errors import (
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, Grant, Permission, Scope, SealedSecret, SecretBytes, SecretInfo, Standing
 from secrets_service.values import SecretValues
-from servicekit.context import Principal, current_decision
+from servicekit import audit
+from servicekit.context import ADMINS, Principal, current_decision
 from servicekit.errors import InvalidParameter
 from servicekit.warnings import warn
 from tessera import policy
@@ -105,7 +106,8 @@ class SecretScopes:
                 raise VersionConflict(found.name, key, current)
             if not current and store.count_secrets(connection, found) >= MOST_SECRETS:
                 raise TooManySecrets(found.name, MOST_SECRETS)
-            _, destroyed = self._values.add(connection, found, key, value)
+            version, destroyed = self._values.add(connection, found, key, value)
+            audit.value(f"{found.name}/{key}", version, value.reveal())
             if value.reveal()[-1:].isspace():
                 warn(
                     "secret ends with white space",
@@ -152,7 +154,11 @@ class SecretScopes:
         _require(standing, found, caller)
         if sealed is None:
             raise SecretNotFound(found.name, key)
-        return sealed.key, self._values.open(found, sealed)
+        value = self._values.open(found, sealed)
+        audit.value(f"{found.name}/{sealed.key}", sealed.version, value.reveal())
+        if ADMINS in standing.groups:
+            audit.note(is_admin_read=True)
+        return sealed.key, value
 
     async def _readable(
         self, scope: str, key: str, principal_id: int

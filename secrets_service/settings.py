@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from servicekit import settings
-from servicekit.settings import ServiceSettings, setting
+from servicekit.settings import AuditedSettings, setting
 
 
 def _at_least_one(text: str) -> int:
@@ -35,7 +35,7 @@ def _issuer(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SecretsSettings(ServiceSettings):
+class SecretsSettings(AuditedSettings):
     """Settings of the Secrets service; a public listener that would leak tokens raises ValueError."""
 
     listen: str = setting(

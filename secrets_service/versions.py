@@ -10,6 +10,7 @@ from secrets_service.memory import RememberingDatabase
 from secrets_service.model import VersionInfo
 from secrets_service.scopes import permitted
 from secrets_service.values import SecretValues
+from servicekit import audit
 from servicekit.context import Principal
 
 
@@ -49,7 +50,10 @@ class SecretVersions:
             sealed = store.find_version(connection, known, version) if version >= known.first_version else None
             if sealed is None:
                 raise VersionNotFound(found.name, known.name, version)
-            return self._values.add(connection, found, known.name, self._values.open(found, sealed))
+            value = self._values.open(found, sealed)
+            restored, destroyed = self._values.add(connection, found, known.name, value)
+            audit.value(f"{found.name}/{known.name}", restored, value.reveal())
+            return restored, destroyed
 
         return await self._database.destroy(restore)
 

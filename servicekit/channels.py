@@ -30,6 +30,9 @@ REQUEST_ID = "x-tessera-request-id"
 CHOSEN = "x-tessera-request-id-chosen"
 """Says, on internal listeners alone, that the caller chose the request's id and may use it for a retry."""
 
+SOURCE = "x-tessera-source"
+"""Says, on internal listeners alone, which address the peer's own caller comes from; for the audit log."""
+
 WARNING = "x-tessera-warning"
 """Trailing metadata of an answer: what the caller should know although all went well; once per warning."""
 
@@ -113,13 +116,16 @@ def new_request_id() -> str:
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:
-    """What a call on behalf of the current request carries: its id, and the caller's assertion if it has a caller."""
+    """What a call on behalf of the current request carries: its id, its caller's assertion, and where it comes from."""
     request = context.current()
     if request is None:
         return ((REQUEST_ID, new_request_id()),)
-    if request.assertion is None:
-        return ((REQUEST_ID, request.request_id),)
-    return ((REQUEST_ID, request.request_id), (ASSERTION, request.assertion))
+    carried = [(REQUEST_ID, request.request_id)]
+    if request.assertion is not None:
+        carried.append((ASSERTION, request.assertion))
+    if source := context.source():
+        carried.append((SOURCE, source))
+    return tuple(carried)
 
 
 async def call(

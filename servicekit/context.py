@@ -86,6 +86,20 @@ class RequestContext:
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 
 
+_source: ContextVar[Callable[[], str] | None] = ContextVar("source", default=None)
+
+
+def came_from(source: Callable[[], str]) -> None:
+    """Says where the request being served comes from: `source` tells its address when somebody asks."""
+    _source.set(source)
+
+
+def source() -> str:
+    """The address that the request being served comes from; empty when nobody knows."""
+    found = _source.get()
+    return "" if found is None else found()
+
+
 def current() -> RequestContext | None:
     """The request being served, or None in background work."""
     return _current.get()

@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from servicekit import background, policy, tracing
+from servicekit.audit import Trail
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import Identify
@@ -79,13 +80,14 @@ async def serving(
     jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     message_limit: int,
     metrics: ServiceMetrics | None = None,
+    trail: Trail | None = None,
 ) -> AsyncIterator[list[str]]:
     """Listens until the context is left, then lets calls under way finish.
 
     `services` pairs descriptors with servicers, `table` is the policy, `readiness` holds a check per dependency of our
     own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes, and
-    calls are counted in `metrics`. Yields the addresses, with the ports that the system chose. Raises StartError when
-    the table does not fit the services, or an address cannot be listened on.
+    calls are counted in `metrics` and recorded in `trail`. Yields the addresses, with the ports that the system chose.
+    Raises StartError when the table does not fit the services, or an address cannot be listened on.
     """
     policy.check(table, [service for service, _ in services], standard=[HEALTH, REFLECTION])
     statuses = health.aio.HealthServicer()
@@ -99,7 +101,7 @@ async def serving(
 
         stack.push_async_callback(stop)
         for listener in listeners:
-            server, address = _server(listener, services, table, statuses, message_limit, metrics)
+            server, address = _server(listener, services, table, statuses, message_limit, metrics, trail)
             servers.append(server)
             await server.start()
             addresses.append(address)
@@ -116,6 +118,7 @@ def _server(
     statuses: object,
     message_limit: int,
     metrics: ServiceMetrics | None,
+    trail: Trail | None,
 ) -> tuple[grpc.aio.Server, str]:
     standard = [policy.rpc_name(method) for service in (HEALTH, REFLECTION) for method in service.methods]
     rows = {f"/{name}": table[name] for name in standard if name in table}
@@ -144,6 +147,8 @@ def _server(
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
                 failed_logins=listener.failed_logins,
+                peer=listener.peer,
+                trail=trail,
                 calls=None if metrics is None else metrics.rpcs,
             ),
         ],

@@ -1,4 +1,5 @@
-"""What happens around every RPC, in this order: request context, access log, errors, identity, first answer, deadline.
+"""What happens around every RPC, in this order: request context, access log, audit, errors, identity, first answer,
+deadline, record.
 
 The log comes first so that refused calls are seen too; errors wrap identity because a refusal is an error like any
 other. Whatever a handler raises that is no ServiceError reaches the caller as a fixed text and a request id.
@@ -10,18 +11,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from servicekit import channels, context, once
+from servicekit import audit, channels, context, once
+from servicekit.audit import AuditUnavailable, Entry, Trail
 from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.metrics import Calls
 from servicekit.policy import OPEN, Decision, Row, Undecided
-from servicekit.source import Source
+from servicekit.source import Source, is_address
 
 log = logging.getLogger("servicekit.access")
 
@@ -41,8 +44,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
     `rows` holds the policy's row for each method there is, by its path; error messages are cut after `longest_message`
-    bytes. `source` and `failed_logins` are for refused credentials; `source` is None on a
-    listener whose peer is known.
+    bytes. `source` tells where public calls come from, and `failed_logins` counts those whose credential is refused;
+    `source` is None on a listener for the one `peer`, which says it itself. Calls are recorded in `trail`, or nowhere.
     """
 
     def __init__(
@@ -54,9 +57,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         source: SourceOf | None,
         failed_logins: FailedLogins,
         calls: Calls | None = None,
+        peer: str | None = None,
+        trail: Trail | None = None,
     ) -> None:
         self._identify = identify
-        self._rows = rows
+        self.rows = rows
+        self.peer = peer or ""
+        self.trail = trail
         self.longest_message = longest_message
         self.calls = calls
         self.source = source
@@ -68,7 +75,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        if handler_call_details.method not in self._rows:
+        if handler_call_details.method not in self.rows:
             handler = None  # what nobody said anything about is not there
         method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
         metadata = {
@@ -90,7 +97,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     async def authenticate(self, method: str, metadata: dict[str, str], request_id: str) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
-        row = self._rows.get(method)
+        row = self.rows.get(method)
         decision = None if row is None else Decision(row)
         if row == OPEN:
             return context.RequestContext(request_id, decision=decision)
@@ -136,6 +143,10 @@ class _Call:
         self._method = method
         self._metadata = metadata
         self._decision: Decision | None = None
+        self._entry: Entry | None = None
+        self._reason = ""
+        self._lacks_audit = False
+        self._is_credential = False
         self._started = time.perf_counter()
         self._code = grpc.StatusCode.CANCELLED
         """How it ended, unless somebody says otherwise."""
@@ -145,11 +156,10 @@ class _Call:
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
         async def handle(request: bytes, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                await self._begin()
-                message = _decoded(request, read)
+                await self._begin(rpc)
+                message = self._decoded(request, read)
                 once.enter(self._method, message)
-                answer = write(await _within_deadline(behavior(message, rpc), rpc.time_remaining()))
-                self._require_decision()
+                answer = await _within_deadline(self._answered(behavior(message, rpc), write), rpc.time_remaining())
             except once.Answered as first:  # which was decided about at the time
                 self._code = grpc.StatusCode.OK
                 log.info("first answer given again", extra=self._facts())
@@ -174,8 +184,8 @@ class _Call:
     def streaming(self, behavior: Any, read: Any = None) -> Any:
         async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                await self._begin()
-                answers = behavior(request if read is None else _decoded(request, read), rpc)
+                await self._begin(rpc)
+                answers = behavior(request if read is None else self._decoded(request, read), rpc)
                 if hasattr(answers, "__aiter__"):
                     async for answer in answers:
                         self._require_decision()
@@ -198,13 +208,27 @@ class _Call:
 
         return handle
 
-    async def _begin(self) -> None:
+    async def _begin(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+        chain = self._chain
         context.enter(context.RequestContext(self._request_id))
+        context.came_from(partial(self._source, rpc))
+        row = chain.rows.get(self._method)
+        if chain.trail is not None and (row is None or row.is_audited):
+            self._entry = chain.trail.begin(
+                self._method.removeprefix("/"),
+                row,
+                request_id=self._request_id,
+                source=self._source(rpc),
+                via=chain.peer,
+            )
+            await chain.trail.ready()
         await self._authenticate()
 
     async def _authenticate(self) -> None:
         request = await self._chain.authenticate(self._method, self._metadata, self._request_id)
         self._decision = request.decision
+        if self._entry is not None:
+            self._entry.caller = request.caller
         context.enter(request)
 
     def _is_judged_anew(self) -> bool:
@@ -215,12 +239,43 @@ class _Call:
         row = None if self._decision is None else self._decision.row
         return self._chain.source is not None and row is not None and bool(row.subject) and not row.is_inference
 
+    def _source(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> str:
+        """The address that the call comes from; on a peer's socket, the one that the peer says."""
+        if self._chain.source is not None:
+            return self._chain.source(rpc).address
+        given = self._metadata.get(channels.SOURCE, "")
+        return given if is_address(given) else ""
+
+    def _decoded(self, request: bytes, read: Callable[[bytes], Any]) -> Any:
+        message = _decoded(request, read)
+        if self._entry is not None:
+            self._entry.object = audit.about(message)
+        return message
+
+    async def _answered(self, work: Awaitable[Any], write: Callable[[Any], bytes]) -> bytes:
+        """The answer, once it may leave: after its decision, and after its record where it holds a value."""
+        try:
+            answer = write(await work)
+            self._require_decision()
+        except once.Answered:
+            audit.note(is_repeated=True)
+            audit.sensitive()
+            if self._entry is not None:
+                await self._entry.allowed()
+            raise
+        if self._entry is not None:
+            await self._entry.allowed()
+        return answer
+
     def _require_decision(self) -> None:
         """Keeps an answer back for which nobody asked whether the caller may have it."""
         if self._decision is not None and not self._decision.is_allowed:
             raise Undecided
 
     async def _refuse(self, rpc: grpc.aio.ServicerContext[Any, Any], error: ServiceError) -> None:
+        self._reason = error.reason
+        self._is_credential = isinstance(error, CREDENTIAL_REFUSED)
+        self._lacks_audit = isinstance(error, AuditUnavailable)
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
         else:
@@ -236,6 +291,13 @@ class _Call:
     def _ended(self, seconds: float | None) -> None:
         if self._chain.calls is not None:
             self._chain.calls.ended(self._method.removeprefix("/"), self._code.name, seconds)
+        if self._entry is not None:
+            self._entry.ended(
+                self._code.name,
+                self._reason,
+                is_lack_of_audit=self._lacks_audit,
+                is_credential=self._is_credential,
+            )
 
     def _log_success(self) -> None:
         self._code = grpc.StatusCode.OK

@@ -125,6 +125,16 @@ async def answer(work: Awaitable[T], as_message: Callable[[T], M]) -> M:
     return as_message(await work)
 
 
+class Trail(Protocol):
+    """Where the call that is being served is recorded (`servicekit.audit`)."""
+
+    def require(self) -> None:
+        """Raises when it could not be."""
+
+    def append(self, connection: sqlite3.Connection) -> None:
+        """Records it within the transaction of its change."""
+
+
 class Unsealed:
     """For a service whose answers hold nothing that its database does not hold in clear."""
 
@@ -138,11 +148,15 @@ class Unsealed:
 
 
 class Answers:
-    """The first answers, in a table of the service's database. `now` tells Unix seconds."""
+    """The first answers, in a table of the service's database, and the record of each change in its `trail`.
 
-    def __init__(self, seal: Seal, now: Callable[[], float]) -> None:
+    `now` tells Unix seconds.
+    """
+
+    def __init__(self, seal: Seal, now: Callable[[], float], trail: Trail | None = None) -> None:
         self._seal = seal
         self._now = now
+        self._trail = trail
 
     def once(
         self,
@@ -157,19 +171,23 @@ class Answers:
         Raises what `look` raises. A request that returns something from its transaction is served by `answer`.
         """
         request = _current.get()
-        if request is None:
-            return change(connection, *args, **kwargs)
         self.look(connection)
         result = change(connection, *args, **kwargs)
-        self._record(connection, request, _serialized(request, result))
+        if request is not None:
+            self._record(connection, request, _serialized(request, result))
+        if self._trail is not None:
+            self._trail.append(connection)
         return result
 
     def look(self, connection: sqlite3.Connection) -> None:
         """Raises Answered when the request being served was answered before, and InvalidParameter when another was.
 
-        For checks ahead of a transaction which its change would let fail.
+        For checks ahead of a transaction which its change would let fail. Raises AuditUnavailable, too, when the change
+        could not be recorded.
         """
         request = _current.get()
+        if self._trail is not None:
+            self._trail.require()
         if request is None:
             return
         row = connection.execute(

@@ -32,6 +32,9 @@ class Row:
     level: str = ""
     """Which permission on the subject that takes."""
 
+    is_audited: bool = True
+    """Whether each call is recorded (`servicekit.audit`)."""
+
     is_inference: bool = False
     """Whether a token that is bound to one endpoint is good for it, and callers that were known before may go on with
     it for a while when Secrets does not answer (S12)."""
@@ -40,16 +43,16 @@ class Row:
 Table = Mapping[str, Row]
 """A row for each RPC (`package.Service/Method`) and for each route of a gateway that is no RPC (`GET /path/{name}`)."""
 
-OPEN = Row(needs_caller=False)
-"""Anybody, without a credential."""
+OPEN = Row(needs_caller=False, is_audited=False)
+"""Anybody, without a credential: there is nothing to decide."""
 
 AUTHENTICATED = Row()
 """Any caller: the answer is about the caller, or nothing that one caller may know and another may not."""
 
 
-def internal(peer: str, *others: str) -> Row:
+def internal(peer: str, *others: str, is_audited: bool = True) -> Row:
     """The row of what these peers may call, on somebody's behalf or on nobody's."""
-    return Row(needs_caller=False, peers=frozenset((peer, *others)))
+    return Row(needs_caller=False, peers=frozenset((peer, *others)), is_audited=is_audited)
 
 
 def on_behalf(peer: str, *others: str) -> Row:
@@ -59,7 +62,7 @@ def on_behalf(peer: str, *others: str) -> Row:
 
 def permission(subject: str, level: str = "", *, is_inference: bool = False) -> Row:
     """The row of what takes a permission that a use case decides about."""
-    return Row(subject=subject, level=level, is_inference=is_inference)
+    return Row(subject=subject, level=level, is_audited=not is_inference, is_inference=is_inference)
 
 
 class Decision:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from servicekit import sockets
+from servicekit.audit_files import FileSink
 from servicekit.source import Network, networks
 
 S = TypeVar("S")
@@ -429,3 +430,40 @@ class ServiceSettings:
                 " travel in clear. Set TESSERA_TLS_CERT and TESSERA_TLS_KEY, or listen on 127.0.0.1, or set"
                 " TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK=true if something in front of it encrypts."
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditedSettings(ServiceSettings):
+    """What a service that keeps an audit log can be told besides."""
+
+    audit_dir: Path | None = setting(
+        "TESSERA_AUDIT_DIR",
+        directory,
+        default=None,
+        help="Directory of the audit log's files, mode 0700; audit in the data directory by default.",
+    )
+    audit_file_mib: int = setting(
+        "TESSERA_AUDIT_FILE_MIB",
+        count,
+        default=64,
+        help="From how many MiB on a file of the audit log is followed by another.",
+    )
+    audit_keep_mib: int = setting(
+        "TESSERA_AUDIT_KEEP_MIB",
+        count,
+        default=4096,
+        help="How many MiB of the audit log each service keeps; the oldest files go first.",
+    )
+    audit_keep_days: int = setting(
+        "TESSERA_AUDIT_KEEP_DAYS", count, default=365, help="For how many days files of the audit log are kept."
+    )
+
+    def audit_sink(self, service: str) -> FileSink:
+        """Where the audit log of a service is kept."""
+        return FileSink(
+            self.audit_dir or self.data_dir / "audit",
+            service,
+            file_bytes=self.audit_file_mib << 20,
+            keep_bytes=self.audit_keep_mib << 20,
+            keep_seconds=self.audit_keep_days * 86_400.0,
+        )

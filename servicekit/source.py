@@ -71,6 +71,14 @@ def source(
     return Source(str(address), told if told in ("http", "https") else scheme)
 
 
+def is_address(text: str) -> bool:
+    """Whether a text is an IP address, or `unknown`: the `address` of a Source."""
+    try:
+        return text == "unknown" or str(ipaddress.ip_address(text)) == text
+    except ValueError:
+        return False
+
+
 def grpc_peer(peer: str) -> str:
     """The address in gRPC's name for a peer, such as `ipv6:%5B::1%5D:50051`."""
     return unquote(peer).partition(":")[2]

@@ -13,8 +13,10 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from servicekit import channels, database, grpc_server, peers, relay, sockets, tls
+from servicekit import audit, channels, database, grpc_server, peers, relay, sockets, tls
 from servicekit.access import AccessTable
+from servicekit.audit import Trail
+from servicekit.audit_export import Exporter
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
@@ -24,7 +26,7 @@ from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from servicekit.relay import Way
-from serving_service import cgroups, couriers, nvidia_smi, store
+from serving_service import audit_key, cgroups, couriers, nvidia_smi, store
 from serving_service.build_logs import BuildLogs
 from serving_service.caches import FolderCache
 from serving_service.consumption import Consumption
@@ -100,6 +102,8 @@ async def running(
         secrets = await stack.enter_async_context(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
+        trail = await stack.enter_async_context(audit.opened(Trail("serving", opened, key=None)))
+        exporter = Exporter(trail, opened, settings.audit_sink("serving"))
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
@@ -195,7 +199,7 @@ async def running(
             followers,
             access=access,
             settlement=settlement,
-            answers=Answers(Unsealed(), time.time),
+            answers=Answers(Unsealed(), time.time, trail),
             monitoring=Monitoring(opened, meters, consumption, controllers),
             public_url=settings.public_url,
             can_notify=outbox.is_open,
@@ -241,6 +245,9 @@ async def running(
                 readiness={"database": opened.ping},
                 # Who is followed comes last: streams end with these jobs, and would hold the service up otherwise.
                 jobs={
+                    "audit": trail.run,
+                    "audit key": partial(audit_key.follow, trail, secrets),
+                    "audit export": exporter.run,
                     "registry": registry.run,
                     "environments": environments.run,
                     "controllers": controllers.run,
@@ -256,8 +263,10 @@ async def running(
                 },
                 message_limit=MESSAGE_LIMIT,
                 metrics=metrics,
+                trail=trail,
             )
         )
+        trail.watched_by(metrics)
         metrics.watch("tessera_endpoints", "Endpoints that there are.", controllers.count)
         metrics.watch("tessera_replicas", "Replicas by their state.", controllers.replicas, "state")
         metrics.watch("tessera_gateways", "Gateways that follow the routes.", routes.gateways)

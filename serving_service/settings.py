@@ -33,7 +33,7 @@ def _gpus(text: str) -> frozenset[str]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServingSettings(settings.ServiceSettings):
+class ServingSettings(settings.AuditedSettings):
     """The settings of the Serving service."""
 
     listen: str = setting(

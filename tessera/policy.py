@@ -15,6 +15,9 @@ that has no row here, with a row for one that it does not have, or with one that
 | `internal(peer)` | that one of our own processes, over its socket; `operator` is who runs this machine |
 | `on_behalf(peer)` | as `internal`, but with proof of a caller on whose behalf it asks |
 
+Every call is recorded in the audit log but for what is open, for inference, which is counted, and for what our own
+processes tell each other about the platform (`is_audited=False`).
+
 A public RPC is called over REST or gRPC with a token, and by a peer with proof of its caller; the row is the same.
 """
 
@@ -90,19 +93,22 @@ POLICY: Table = {
     # Who is calling.
     "tessera.identity.v1.Authority/ExchangeToken": internal("gateway", "serving"),
     "tessera.identity.v1.Authority/IssueToken": internal("gateway"),
-    "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving"),
+    "tessera.identity.v1.Authority/GetPlatform": internal("gateway", "serving", is_audited=False),
     "tessera.identity.v1.Authority/RenewAdminToken": internal("operator"),
     # The keys that everything is sealed under.
     "tessera.secrets.v1.Keys/GetKeyStatus": internal("operator"),
     "tessera.secrets.v1.Keys/RotateRootKey": internal("operator"),
     "tessera.secrets.v1.Keys/RotateStoreKey": internal("operator"),
     "tessera.secrets.v1.Keys/RotateScopeKeys": internal("operator"),
+    # The keys of the audit logs: Serving's for Serving, all of them for who verifies the logs.
+    "tessera.identity.v1.AuditKeys/GetKey": internal("serving"),
+    "tessera.identity.v1.AuditKeys/ListKeys": internal("operator"),
     # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
     "tessera.identity.v1.Permissions/GetPermissions": CAN_MANAGE,
     "tessera.identity.v1.Permissions/SetPermissions": CAN_MANAGE,
     "tessera.identity.v1.Permissions/UpdatePermissions": CAN_MANAGE,
     "tessera.identity.v1.Permissions/GetPermissionLevels": CAN_VIEW,
-    "tessera.identity.v1.AccessFeed/Watch": internal("gateway", "serving"),
+    "tessera.identity.v1.AccessFeed/Watch": internal("gateway", "serving", is_audited=False),
     # Endpoints (contract 3.4). A list shows those that the caller may view; logs may hold what models were sent.
     "tessera.serving.v1.ServingEndpoints/CreateServingEndpoint": AUTHENTICATED,
     "tessera.serving.v1.ServingEndpoints/GetServingEndpoint": CAN_VIEW,
@@ -127,8 +133,8 @@ POLICY: Table = {
     "tessera.serving.v1.ServingEndpoints/FollowServedModelBuildLogs": CAN_MANAGE,
     "tessera.serving.v1.ServingEndpoints/GetServingEndpointOpenApi": CAN_VIEW,
     "tessera.serving.v1.ServingEndpoints/Query": INFERENCE,
-    "tessera.serving.v1.Routes/Watch": internal("gateway"),
-    "tessera.serving.v1.Metering/Report": internal("gateway"),
+    "tessera.serving.v1.Routes/Watch": internal("gateway", is_audited=False),
+    "tessera.serving.v1.Metering/Report": internal("gateway", is_audited=False),
     # Inference over REST, which the gateway answers by itself.
     "POST /serving-endpoints/{name}/invocations": INFERENCE,
     "POST /serving-endpoints/{name}/served-models/{served_model_name}/invocations": INFERENCE,

@@ -1111,6 +1111,31 @@ FAULTS = (
         new="        if on_time - now > self._tolerance and address in self._throttled:",
         tests=("tests/unit/servicekit/test_failed_logins.py::test_twenty_at_once_and_then_ten_a_minute",),
     ),
+    # --- the audit log ---
+    Fault(
+        name="value-before-its-record",
+        property="S27",
+        file="servicekit/audit.py",
+        old="        if self.must_be_durable and not self.is_appended:",
+        new="        if False:",
+        tests=("tests/service/test_audit.py::test_a_value_waits_for_its_record",),
+    ),
+    Fault(
+        name="change-without-its-record",
+        property="S27",
+        file="servicekit/once.py",
+        old="            self._trail.append(connection)",
+        new="            pass",
+        tests=("tests/service/test_audit.py::test_a_change_that_cannot_be_recorded_is_not_made",),
+    ),
+    Fault(
+        name="chain-broken-between-files",
+        property="S27",
+        file="servicekit/audit_records.py",
+        old='        elif (seq, record["prev"]) != (verdict.head.seq + 1, verdict.head.mac):',
+        new="        elif seq <= verdict.head.seq:",
+        tests=("tests/service/test_audit.py::test_rotation_and_retention_keep_the_chain",),
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from gateway.app import _OWNED
 from gateway.http_rules import bindings
 from servicekit import channels
 from servicekit.policy import Row, rpc_name
+from tessera.identity.v1 import audit_pb2 as audit
 from tessera.identity.v1 import identity_pb2 as identity
 from tessera.identity.v1 import permissions_pb2 as permissions
 from tessera.identity.v1 import permissions_pb2_grpc as permissions_rpc
@@ -105,6 +106,7 @@ GOLDEN = {
         "RotateStoreKey": "operator",
         "RotateScopeKeys": "operator",
     },
+    "tessera.identity.v1.AuditKeys": {"GetKey": "serving", "ListKeys": "operator"},
     "tessera.identity.v1.Permissions": {
         "GetPermissions": "endpoint CAN_MANAGE",
         "SetPermissions": "endpoint CAN_MANAGE",
@@ -190,7 +192,7 @@ def words(row: Row) -> str:
 
 def every_method() -> dict[str, MethodDescriptor]:
     """All RPCs that are served anywhere, by the names of their rows."""
-    files = (identity, permissions, secrets, serving, health_pb2, reflection_pb2)
+    files = (audit, identity, permissions, secrets, serving, health_pb2, reflection_pb2)
     services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     return {rpc_name(method): method for service in services for method in service.methods}
 

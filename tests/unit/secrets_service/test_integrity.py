@@ -55,6 +55,8 @@ TABLES = (
 NOT_AUTHORITY = {
     "access_changes": "what followers have to be told; empty between transactions",
     "answers": "sealed, each at its own place",
+    "audit_records": "chained, and nothing is decided by what they say",
+    "audit_state": "where the chain of audit records ends, which a verifier finds out by itself",
     "first_format": "empty, or what a root key is known by",
     "holds": "which versions must not be destroyed yet",
     "keyring": "sealed under the root key",

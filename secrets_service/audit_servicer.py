@@ -1,0 +1,40 @@
+"""AuditKeys: the keys of the audit logs, for whoever records and for whoever verifies. They are derived, not stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secrets_service.keyring import Keyring
+from servicekit import audit
+from servicekit.audit_records import AuditKey
+from tessera.identity.v1 import audit_pb2 as pb
+from tessera.identity.v1 import audit_pb2_grpc as rpc
+
+SECRETS, SERVING = "secrets", "serving"
+"""The services that keep an audit log."""
+
+
+def audit_keys(keyring: Keyring) -> dict[str, list[AuditKey]]:
+    """The audit keys of each service that keeps a log; the last of each is in use."""
+    return {
+        service: [AuditKey(key.reveal()) for _, key in sorted(keyring.audit_keys(service).items())]
+        for service in (SECRETS, SERVING)
+    }
+
+
+class AuditKeysServicer(rpc.AuditKeysServicer):
+    """Hands out audit keys."""
+
+    def __init__(self, keyring: Keyring) -> None:
+        self._keyring = keyring
+
+    async def GetKey(self, request: pb.GetAuditKeyRequest, context: Any) -> pb.AuditKey:
+        audit.sensitive()
+        return pb.AuditKey(service=SERVING, key=audit_keys(self._keyring)[SERVING][-1].raw)
+
+    async def ListKeys(self, request: pb.ListAuditKeysRequest, context: Any) -> pb.ListAuditKeysResponse:
+        audit.sensitive()
+        of_services = audit_keys(self._keyring).items()
+        return pb.ListAuditKeysResponse(
+            keys=[pb.AuditKey(service=service, key=key.raw) for service, keys in of_services for key in keys]
+        )

@@ -1,0 +1,133 @@
+"""The files of an audit log, as a service writes them.
+
+A file is named after its first record and never changed once the next one is begun, so that rotation keeps the chain
+and needs no renaming: `secrets-000000000001.jsonl`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+DIGITS = 12
+"""Of the number in a file's name."""
+
+AT_ONCE = 100
+"""Records that are written and synced together."""
+
+
+class FileSink:
+    """A directory with the files of one service. Sizes are in bytes, ages in seconds. Raises OSError."""
+
+    def __init__(self, directory: Path, service: str, *, file_bytes: int, keep_bytes: int, keep_seconds: float) -> None:
+        self._directory = directory
+        self._service = service
+        self._file_bytes = file_bytes
+        self._keep_bytes = keep_bytes
+        self._keep_seconds = keep_seconds
+        self._file: Path | None = None
+        self._size = 0
+        self._last: int | None = None
+        self._last_text = ""
+
+    def files(self) -> list[Path]:
+        """All files, the oldest first."""
+        return sorted(self._directory.glob(f"{self._service}-{'[0-9]' * DIGITS}.jsonl"))
+
+    def add(self, records: list[tuple[int, str]]) -> None:
+        """Has these records on stable storage; those that are there already are left out. Raises Diverged."""
+        try:
+            if self._last is None:
+                self._find_end()
+            self._check_overlap(records)
+        except Diverged:
+            self._last = None  # somebody is to mend that, so it is looked at again the next time
+            raise
+        for at in range(0, len(records), AT_ONCE):
+            new = [(seq, text) for seq, text in records[at : at + AT_ONCE] if seq > (self._last or 0)]
+            if new:
+                self._write(new[0][0], "".join(f"{text}\n" for _, text in new).encode("ascii"))
+                self._last, self._last_text = new[-1]
+
+    def superfluous(self, now: float) -> list[Path]:
+        """The oldest files, as far as they are to go; never the one that is being written."""
+        files = self.files()
+        sizes = {path: path.stat() for path in files}
+        total = sum(each.st_size for each in sizes.values())
+        going = []
+        for path in files[:-1]:
+            if total <= self._keep_bytes and now - sizes[path].st_mtime <= self._keep_seconds:
+                break
+            total -= sizes[path].st_size
+            going.append(path)
+        return going
+
+    def _find_end(self) -> None:
+        """Looks where the last process stopped, and takes half a line back."""
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files = self.files()
+        self._file, self._size, self._last, self._last_text = (files[-1] if files else None), 0, 0, ""
+        if self._file is None:
+            return
+        content = self._file.read_bytes()
+        self._size = content.rfind(b"\n") + 1
+        if self._size != len(content):
+            os.truncate(self._file, self._size)
+        if not self._size:
+            self._last = first_of(self._file) - 1
+            return
+        last = content[: self._size].splitlines()[-1].decode("ascii", "replace")
+        try:
+            self._last, self._last_text = int(json.loads(last)["seq"]), last
+        except (ValueError, KeyError, TypeError):
+            raise Diverged(f"{self._file.name} does not end with a record") from None
+
+    def _check_overlap(self, records: list[tuple[int, str]]) -> None:
+        """Raises Diverged where the files are of another history, as after a backup was restored beside them."""
+        last = self._last or 0
+        if records and records[0][0] <= last and self._last_text and (last, self._last_text) not in records:
+            raise Diverged(f"the files hold other records up to {last} than the database, which may be restored")
+
+    def _write(self, first: int, content: bytes) -> None:
+        if self._file is None or self._size >= self._file_bytes:
+            self._file, self._size = self._directory / f"{self._service}-{first:0{DIGITS}}.jsonl", 0
+        descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                written = 0
+                while written < len(content):
+                    written += os.write(descriptor, content[written:])
+            except OSError:
+                os.ftruncate(descriptor, self._size)  # nothing of it counts before all of it is there
+                raise
+            try:
+                os.fsync(descriptor)
+                if not self._size:
+                    _sync_directory(self._directory)
+            except OSError as error:
+                raise SyncFailed(f"an audit file cannot be synced: {error.strerror}") from None
+        finally:
+            os.close(descriptor)
+        self._size += len(content)
+
+
+class Diverged(Exception):
+    """The files cannot be continued; the message says why."""
+
+
+class SyncFailed(Exception):
+    """What is on the disk is not known any more."""
+
+
+def first_of(path: Path) -> int:
+    """The number of the first record of a file."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,282 @@
+"""The audit log of a running Secrets service: complete, in order, tamper-evident, and nothing goes without it (S27)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from servicekit import audit, audit_export, audit_store, database
+from servicekit.audit_files import Diverged, FileSink
+from servicekit.audit_records import AuditKey, Head, verify
+from tessera.identity.v1 import audit_pb2, identity_pb2
+from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
+from tessera.secrets.v1 import secrets_pb2 as pb
+from tests.support.eventually import eventually
+from tests.support.secrets import RunningSecrets, refusal, running_secrets
+
+VALUE = "canary-of-the-audit-log-0123456789"
+
+
+@pytest.fixture
+async def service() -> AsyncIterator[RunningSecrets]:
+    async with running_secrets() as running:
+        yield running
+
+
+def records_in(directory: Path, service: str = "secrets") -> list[dict[str, Any]]:
+    files = sorted((directory / "audit").glob(f"{service}-*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_bytes().splitlines()]
+
+
+async def recorded(service: RunningSecrets, name: str, count: int) -> list[dict[str, Any]]:
+    """The records of calls of one method, once there are so many in the files."""
+
+    def found() -> list[dict[str, Any]]:
+        records = records_in(service.settings.data_dir)
+        return [each for each in records if each["method"].endswith(f"/{name}")]
+
+    await eventually(lambda: len(found()) >= count)
+    return found()
+
+
+async def keys_of(service: RunningSecrets) -> dict[str, AuditKey]:
+    channel = service.peer_channels["operator"]
+    answer = await audit_rpc.AuditKeysStub(channel).ListKeys(audit_pb2.ListAuditKeysRequest(), timeout=10)
+    keys = [AuditKey(each.key) for each in answer.keys if each.service == "secrets"]
+    return {key.id: key for key in keys}
+
+
+async def test_each_call_has_one_record_allowed_or_refused(service: RunningSecrets) -> None:
+    ada = await service.user("ada@example.com")
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    await asyncio.gather(*(service.admin.get("s", "k") for _ in range(30)))
+    for _ in range(3):
+        assert (await refusal(ada.get("s", "k"))).code is grpc.StatusCode.PERMISSION_DENIED
+    await refusal(service.public("dapi-wrong").get("s", "k"))
+    await service.admin.keys("s")
+    reads = await recorded(service, "GetSecret", 34)
+    await recorded(service, "ListSecrets", 1)
+    assert len(reads) == 34
+    allowed = [each for each in reads if each["outcome"] == "OK"]
+    refused = [each for each in reads if each["actor"] == "ada@example.com"]
+    assert (len(allowed), len(refused)) == (30, 3)
+    assert {each["permission"] for each in reads} == {"scope READ"}
+    assert all(each["object"] == "scope=s key=k" and each["is_admin_read"] for each in allowed)
+    assert {each["values"][0]["secret"] for each in allowed} == {"s/k"}
+    (put,) = await recorded(service, "PutSecret", 1)
+    assert put["values"][0]["hmac"] == allowed[0]["values"][0]["hmac"]
+    (stranger,) = [each for each in reads if not each["actor"]]
+    assert (stranger["outcome"], stranger["source"]) == ("PERMISSION_DENIED", "127.0.0.1")
+    records = records_in(service.settings.data_dir)
+    assert [each["seq"] for each in records] == list(range(1, len(records) + 1))
+    assert VALUE not in json.dumps(records)
+
+
+async def test_a_refused_credential_is_recorded_at_the_exchange(service: RunningSecrets) -> None:
+    await refusal(service.assertion("dapi-nobody"))
+    (record,) = await recorded(service, "ExchangeToken", 1)
+    assert (record["outcome"], record["via"], record["actor"]) == ("PERMISSION_DENIED", "gateway", "service:gateway")
+    assert "dapi-nobody" not in json.dumps(record)
+
+
+async def test_a_token_that_is_renewed_while_it_reads_has_the_record_of_its_read(service: RunningSecrets) -> None:
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    ada = await service.user("ada@example.com")
+    operator = service.peer("operator")
+    await operator(operator.key_rotation.RotateStoreKey, pb.RotateStoreKeyRequest())
+    assert await service.admin.get("s", "k") == VALUE.encode()
+    await refusal(ada.get("s", "k"))
+    await service.admin.keys("s")
+    await recorded(service, "ListSecrets", 1)
+    allowed, refused = await recorded(service, "GetSecret", 2)
+    assert (allowed["outcome"], allowed["object"]) == ("OK", "scope=s key=k")
+    assert [each["secret"] for each in allowed["values"]] == ["s/k"]
+    assert (refused["outcome"], refused["actor"]) == ("PERMISSION_DENIED", "ada@example.com")
+
+
+async def test_who_asks_too_often_is_counted_and_fills_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "PUBLISH_SECONDS", 0.2)
+    async with running_secrets(tokens_per_minute=3) as service:
+        ada = await service.user("ada@example.com")  # with one token
+        for _ in range(2):
+            await ada(ada.tokens.CreateToken, identity_pb2.CreateTokenRequest())
+        for _ in range(3):
+            found = await refusal(ada(ada.tokens.CreateToken, identity_pb2.CreateTokenRequest()))
+            assert found.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        def counts() -> list[dict[str, Any]]:
+            records = records_in(service.settings.data_dir)
+            return [each for record in records if record["method"] == "audit/counted" for each in record["counts"]]
+
+        await eventually(lambda: sum(each["calls"] for each in counts()) == 3)
+        assert {(each["source"], each["cause"]) for each in counts()} == {("127.0.0.1", "too many requests")}
+        assert len(await recorded(service, "CreateToken", 2)) == 2
+
+
+async def test_a_launch_says_for_which_endpoint_and_replica_it_read_what(service: RunningSecrets) -> None:
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    endpoint_id, _ = await service.grant(service.admin, ("s", "k"))
+    await service.resolve(endpoint_id, ("s", "k"), replica_id="r7")
+    await service.resolve(endpoint_id, ("s", "other"), replica_id="r8")
+    allowed, refused = await recorded(service, "Resolve", 2)
+    assert allowed["actor"] == "service:serving"
+    assert endpoint_id in allowed["on_behalf_of"]
+    assert f"version=1 endpoint_id={endpoint_id} replica_id=r7" in allowed["object"]
+    assert [(each["secret"], each["version"]) for each in allowed["values"]] == [("s/k", 1)]
+    assert (refused["outcome"], "values" in refused) == ("REFUSED", False)
+
+
+async def test_the_files_are_a_whole_log_also_after_a_restart(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    caplog.set_level(logging.INFO, "servicekit.audit")
+    directory = tmp_path / "d"
+    for _ in range(2):
+        async with running_secrets(directory) as service:
+            await service.admin(service.admin.secrets.ListScopes, pb.ListScopesRequest())
+            keys = await keys_of(service)
+    heads = [
+        Head(each.__dict__["seq"], each.__dict__["mac"]) for each in caplog.records if each.message == "audit head"
+    ]
+    assert len(heads) == 2
+    async with running_secrets(directory):  # takes what was left to the files
+        await eventually(lambda: len(records_in(directory)) >= heads[-1].seq)
+    lines = b"".join(path.read_bytes() for path in sorted((directory / "audit").glob("secrets-*"))).splitlines()
+    assert verify(lines, keys, heads).problems == []
+    assert not verify(lines[: heads[-1].seq - 1], keys, heads).is_whole
+    assert {oct(path.stat().st_mode & 0o777) for path in (directory / "audit").iterdir()} == {"0o600"}
+
+
+async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(service: RunningSecrets) -> None:
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    await recorded(service, "PutSecret", 1)
+    directory = service.settings.data_dir / "audit"
+    moved = directory.rename(directory.with_name("elsewhere"))
+    directory.write_text("in the way")
+
+    async def is_refused() -> bool:
+        try:
+            await service.admin.get("s", "k")
+        except grpc.aio.AioRpcError as error:
+            return error.code() is grpc.StatusCode.UNAVAILABLE and "audit log" in (error.details() or "")
+        return False
+
+    await eventually(is_refused, what="values leave without a log")
+    assert (await refusal(service.admin.put("s", "k", "other"))).code is grpc.StatusCode.UNAVAILABLE
+    assert (await refusal(service.admin.create_scope("t"))).code is grpc.StatusCode.UNAVAILABLE
+    assert await service.admin.keys("s") == ["k"]  # neither a value nor a change
+    assert await service.assertion(service.admin_token)
+    directory.unlink()
+    moved.rename(directory)
+
+    async def is_read() -> bool:
+        return not await is_refused() and await service.admin.get("s", "k") == VALUE.encode()
+
+    await eventually(is_read)
+
+
+async def test_a_value_waits_for_its_record(service: RunningSecrets, monkeypatch: pytest.MonkeyPatch) -> None:
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    gate = asyncio.Event()
+    commit = audit.Trail._commit
+
+    async def held(trail: audit.Trail, batch: Any) -> None:
+        await gate.wait()
+        await commit(trail, batch)
+
+    monkeypatch.setattr(audit.Trail, "_commit", held)
+    reads = [asyncio.create_task(service.admin.get("s", "k")) for _ in range(3)]
+    assert await service.admin.keys("s") == ["k"]  # in the meantime others are answered
+    assert not any(read.done() for read in reads)
+    gate.set()
+    assert await asyncio.gather(*reads) == [VALUE.encode()] * 3
+
+
+async def test_a_change_that_cannot_be_recorded_is_not_made(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any) -> None:
+        raise audit.AuditUnavailable("for a test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(audit_store, "append", failing)
+        await refusal(service.admin.create_scope("s"))
+    await service.admin.create_scope("s")  # it was not there
+
+
+SCHEMA = (Path(__file__).parents[2] / "secrets_service/migrations/0009_audit.sql").read_text()
+
+
+async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/0001_audit.sql").write_text(SCHEMA)
+    key = AuditKey(bytes(32))
+    async with database.opened(tmp_path / "a.db", tmp_path / "m") as opened:
+        trail = audit.Trail("secrets", opened, key)
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=3_000, keep_bytes=12_000, keep_seconds=1e9)
+        exporter = audit_export.Exporter(trail, opened, sink)
+        for number in range(60):
+            await trail.event("test", object=f"{number}" * 50)
+            if number % 5 == 4:
+                await exporter.move()
+        files = sink.files()
+        lines = b"".join(path.read_bytes() for path in files).splitlines()
+        verdict = verify(lines, {key.id: key}, [await opened.read(audit_store.head)])
+        assert verdict.problems == []
+        assert len(files) > 2
+        assert verdict.first > 1
+        assert not verify(b"".join(path.read_bytes() for path in files[1:]).splitlines(), {key.id: key}).is_whole
+        without_one = [path for path in files if path != files[1]]
+        assert not verify(b"".join(p.read_bytes() for p in without_one).splitlines(), {key.id: key}).is_whole
+
+
+async def test_half_a_line_of_a_killed_process_is_taken_back(tmp_path: Path) -> None:
+    sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    sink.add([(1, '{"seq":1}'), (2, '{"seq":2}')])
+    (file,) = sink.files()
+    with file.open("ab") as torn:
+        torn.write(b'{"seq":3,"ha')
+    again = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    again.add([(2, '{"seq":2}'), (3, '{"seq":3}')])
+    assert file.read_text().splitlines() == ['{"seq":1}', '{"seq":2}', '{"seq":3}']
+
+
+async def test_files_of_another_history_are_not_continued(tmp_path: Path) -> None:
+    sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    sink.add([(number, f'{{"seq":{number}}}') for number in range(1, 6)])
+    (file,) = sink.files()
+    # The database was restored to what it was after record 2, and has gone on from there.
+    restored = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    for records in ([(3, '{"seq":3,"other":1}')], [(4, '{"seq":4}'), (5, '{"seq":5,"other":1}')]):
+        with pytest.raises(Diverged):
+            restored.add(records)
+    file.rename(tmp_path / "kept")
+    restored.add([(3, '{"seq":3,"other":1}')])
+    assert restored.files()[0].read_text() == '{"seq":3,"other":1}\n'
+
+
+async def test_too_many_records_that_wait_count_as_a_sink_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/0001_audit.sql").write_text(SCHEMA)
+    async with database.opened(tmp_path / "a.db", tmp_path / "m") as opened:
+        trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
+        (tmp_path / "audit").write_text("in the way")
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+        exporter = audit_export.Exporter(trail, opened, sink, most_unexported=3)
+        for _ in range(3):
+            await trail.event("test")
+        await exporter.move()
+        assert (trail.backlog, trail.is_failing()) == (3, 1.0)
+        (tmp_path / "audit").unlink()
+        await exporter.move()
+        assert (trail.backlog, trail.is_failing()) == (0, 0.0)

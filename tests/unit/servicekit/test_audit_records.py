@@ -1,0 +1,112 @@
+"""The chain of an audit log: whatever is done to it is found."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from servicekit.audit_records import EXPIRED, AuditKey, Head, line, verify
+
+KEY = AuditKey(bytes(range(32)))
+KEYS = {KEY.id: KEY}
+AT = 1_800_000_000.123
+
+
+def a_log(count: int, *, after: Head | None = None, **facts: object) -> tuple[list[bytes], list[Head]]:
+    """That many records, and the head behind each."""
+    head = after or Head()
+    lines, heads = [], []
+    for number in range(count):
+        text, head = line(KEY, head, {"method": "a", "object": f"number {number}", **facts}, at=AT)
+        lines.append(text.encode())
+        heads.append(head)
+    return lines, heads
+
+
+def test_a_log_that_nobody_touched_is_whole() -> None:
+    lines, heads = a_log(5)
+    verdict = verify(lines, KEYS, heads)
+    assert verdict.is_whole
+    assert (verdict.first, verdict.records, verdict.head) == (1, 5, heads[-1])
+
+
+def test_every_edit_of_any_byte_is_found() -> None:
+    lines, _ = a_log(2)
+    for place in range(len(lines[0])):
+        for other in (b" ", b"0", b"}"):
+            edited = lines[0][:place] + other + lines[0][place + 1 :]
+            if edited != lines[0]:
+                assert not verify([edited, lines[1]], KEYS).is_whole, edited
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_record_that_is_taken_out_is_found(place: int) -> None:
+    lines, heads = a_log(5)
+    del lines[place]
+    assert not verify(lines, KEYS, heads[-1:]).is_whole
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_records_that_change_places_are_found(place: int) -> None:
+    lines, _ = a_log(5)
+    lines[place], lines[place + 1] = lines[place + 1], lines[place]
+    assert not verify(lines, KEYS).is_whole
+
+
+def test_an_invented_record_is_found() -> None:
+    lines, heads = a_log(3)
+    other = AuditKey(os.urandom(32))
+    text, _ = line(other, heads[-1], {"method": "a"}, at=AT)
+    assert not verify([*lines, text.encode()], KEYS).is_whole
+
+
+def test_an_end_that_was_cut_off_is_found_by_what_was_published() -> None:
+    lines, heads = a_log(5)
+    assert verify(lines[:3], KEYS).is_whole  # nothing says that there was more
+    assert verify(lines[:3], KEYS, heads[:3]).is_whole
+    assert not verify(lines[:3], KEYS, [heads[3]]).is_whole
+    assert not verify([], KEYS, [heads[3]]).is_whole
+
+
+def test_a_log_with_another_history_is_found_by_what_was_published() -> None:
+    _, heads = a_log(5)
+    forged, _ = a_log(5, actor="nobody")
+    assert verify(forged, KEYS).is_whole
+    assert not verify(forged, KEYS, [heads[2]]).is_whole
+
+
+def test_two_histories_that_were_published_are_found() -> None:
+    lines, heads = a_log(5)
+    _, others = a_log(5, actor="nobody")
+    for published in ([heads[2], others[2]], [others[2], heads[2]]):
+        assert not verify(lines, KEYS, published).is_whole
+
+
+def test_a_beginning_may_be_gone_only_where_the_log_says_so() -> None:
+    lines, heads = a_log(4)
+    assert not verify(lines[2:], KEYS).is_whole
+    text, _ = line(KEY, heads[-1], {"method": EXPIRED, "through": 2}, at=AT)
+    assert verify([*lines[2:], text.encode()], KEYS).is_whole
+    assert not verify([*lines[3:], text.encode()], KEYS).is_whole
+
+
+def test_what_an_exporter_wrote_twice_counts_once() -> None:
+    lines, heads = a_log(4)
+    verdict = verify([*lines[:3], *lines[1:]], KEYS, heads)
+    assert (verdict.is_whole, verdict.records, verdict.repeated) == (True, 4, 2)
+
+
+def test_no_value_makes_the_mac_of_a_record() -> None:
+    lines, heads = a_log(1)
+    signed = lines[0].rpartition(b',"mac":')[0]
+    assert KEY.of_value(signed) != heads[0].mac
+    assert KEY.of_line(signed.decode()) == heads[0].mac
+
+
+def test_a_record_is_one_line_of_ascii_whatever_it_tells() -> None:
+    hostile = 'a"\n\r\u2028\x00é{}'
+    text, _ = line(KEY, Head(), {"object": hostile}, at=AT)
+    assert text.isascii()
+    assert text.isprintable()
+    assert verify([text.encode()], KEYS).is_whole
