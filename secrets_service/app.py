@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 
-from secrets_service import foundation, integrity
+from secrets_service import foundation, integrity, rootsource
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
 from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.client_secrets import ClientSecrets
 from secrets_service.directory import Accounts, Directory, Groups
+from secrets_service.errors import KeySourceDown
 from secrets_service.feed import AccessFeed
+from secrets_service.foundation import Foundation
 from secrets_service.grants import LaunchGrants
 from secrets_service.identity_servicer import AuthorityServicer, ClientSecretsServicer, TokensServicer
 from secrets_service.issuer_keys import IssuerKeys
 from secrets_service.keys_servicer import KeysServicer
+from secrets_service.kms import KmsPlugin
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Kind
 from secrets_service.oidc import ExternalIssuer
@@ -27,7 +34,8 @@ from secrets_service.permissions import EndpointPermissions
 from secrets_service.permissions_servicer import AccessFeedServicer, PermissionsServicer
 from secrets_service.personal_tokens import Tokens
 from secrets_service.resolver import References
-from secrets_service.rotation import KeyRotation
+from secrets_service.rootsource import RootSource
+from secrets_service.rotation import KeyAges, KeyRotation
 from secrets_service.scim_servicer import ScimServicer
 from secrets_service.scopes import SecretScopes
 from secrets_service.servicer import SecretResolverServicer, SecretsServicer
@@ -38,18 +46,26 @@ from secrets_service.versions import SecretVersions
 from servicekit import audit, database, grpc_server, peers, relay, sockets, tls
 from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
+from servicekit.database import Database
+from servicekit.errors import Unavailable
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
+from servicekit.tls import Certificate
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
+
+log = logging.getLogger(__name__)
 
 MIGRATIONS = resources.files("secrets_service") / "migrations"
 
 MESSAGE_LIMIT = 4 * 1024 * 1024
 """Bytes of a message: an answer of Resolve is the largest. Values have a limit of their own."""
+
+SEALED_RETRY_SECONDS = 1.0
+"""How long a start without its root key waits until it asks the key's source again."""
 
 REMOTE_PEERS = ("gateway", "serving")
 """Who may call from another machine."""
@@ -80,7 +96,9 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         file = await stack.enter_async_context(
             database.opened(settings.database, MIGRATIONS, kind=integrity.Connection)
         )
-        base = await foundation.opened(settings, file, now)
+        root = rootsource.chosen(settings)
+        certificate = await stack.enter_async_context(tls.followed(settings))
+        base = await _unsealed(settings, root, file, now, certificate)
         feed = AccessFeed()
         audit_key = audit_keys(base.keyring)[SECRETS][-1]
         trail = await stack.enter_async_context(audit.opened(Trail(SECRETS, file, audit_key, now=now)))
@@ -103,13 +121,22 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
         client_secrets = ClientSecrets(opened, base.token_macs, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
-        rotation = KeyRotation(settings.root_key, base, opened, now)
+        ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)
+        rotation = KeyRotation(base, opened, ages, now)
+        jobs = {
+            "access feed": feed.run,
+            "key rotation": rotation.run,
+            "audit": trail.run,
+            "audit export": exporter.run,
+        }
+        if isinstance(root, KmsPlugin):
+            jobs["key source"] = partial(root.follow, rotation.rotate_root)
         by_peer = by_confirmed_assertion(authority)
         listeners = [
             Listener(
                 address=settings.listen,
                 identify=by_own_token(authority),
-                certificate=await stack.enter_async_context(tls.followed(settings)),
+                certificate=certificate,
                 trusted_proxies=settings.trusted_proxies,
                 failed_logins=FailedLogins(settings.failed_logins),
                 reflection=settings.offers_reflection,
@@ -147,12 +174,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 ],
                 table=POLICY,
                 readiness={"database": file.ping},
-                jobs={
-                    "access feed": feed.run,
-                    "key rotation": rotation.run,
-                    "audit": trail.run,
-                    "audit export": exporter.run,
-                },
+                jobs=jobs,
                 message_limit=MESSAGE_LIMIT,
                 metrics=metrics,
                 trail=trail,
@@ -160,6 +182,30 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         )
         await stack.enter_async_context(listening(settings.metrics_listen, metrics))
         yield Running(addresses[0], entrance)
+
+
+async def _unsealed(
+    settings: SecretsSettings,
+    root: RootSource,
+    file: Database,
+    now: Callable[[], float],
+    certificate: Certificate | None,
+) -> Foundation:
+    """What a start finds or makes. A key service that does not answer is waited for, and readiness says so."""
+    try:
+        return await foundation.opened(settings, root, file, now)
+    except KeySourceDown as error:
+        log.warning("sealed until the source of the root key answers", extra={"cause": error.message})
+    sealed = Unavailable("Secrets is sealed until the source of its root key answers.", retry_after=5)
+    listeners: list[tuple[str, Certificate | None]] = [
+        (settings.listen, certificate),
+        *((sockets.socket_address(settings.sockets, callee="secrets", caller=peer), None) for peer in PEERS),
+    ]
+    async with grpc_server.refusing(listeners, sealed):
+        while True:
+            await asyncio.sleep(SEALED_RETRY_SECONDS)
+            with contextlib.suppress(KeySourceDown):
+                return await foundation.opened(settings, root, file, now)
 
 
 @asynccontextmanager

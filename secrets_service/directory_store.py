@@ -397,21 +397,19 @@ def _write_principal(
 # --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
-    """Makes the MACs of the directory anew: of what is stored where it is `believed`, else of what is verified."""
+def authenticate_principal(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of a principal anew, as `store.authenticate_scope` does that of a scope."""
+    row = connection.execute(f"{PRINCIPAL} WHERE id = ?", (row_id,)).fetchone()
     made = integrity.of(connection)
-    connection.executemany(
-        "UPDATE principals SET mac = ? WHERE id = ?",
-        [
-            (made.mac("principal", *row[:7]), row[0])
-            for row in connection.execute(PRINCIPAL).fetchall()
-            if believed or made.is_intact(row[7], "principal", *row[:7])
-        ],
-    )
-    accounts = connection.execute(
-        "SELECT id, display_name, given_name, family_name, emails, is_active, mac FROM accounts"
-    )
-    for account_id, *columns, mac in accounts.fetchall():
-        belongs = _stored_groups(connection, account_id)
-        if believed or made.is_intact(mac, "account", account_id, *columns, sorted(belongs)):
-            _write_account(connection, account_id, tuple(columns), belongs)
+    if believed or made.is_intact(row[7], "principal", *row[:7]):
+        connection.execute("UPDATE principals SET mac = ? WHERE id = ?", (made.mac("principal", *row[:7]), row_id))
+
+
+def authenticate_account(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of an account with its groups anew, as `store.authenticate_scope` does that of a scope."""
+    *columns, mac = connection.execute(
+        "SELECT display_name, given_name, family_name, emails, is_active, mac FROM accounts WHERE id = ?", (row_id,)
+    ).fetchone()
+    belongs = _stored_groups(connection, row_id)
+    if believed or integrity.of(connection).is_intact(mac, "account", row_id, *columns, sorted(belongs)):
+        _write_account(connection, row_id, tuple(columns), belongs)

@@ -19,6 +19,7 @@ from servicekit.errors import (
     NotFound,
     PermissionDenied,
     ServiceError,
+    Unavailable,
 )
 
 _NOUNS = {Kind.USER: "user", Kind.GROUP: "group", Kind.SERVICE_PRINCIPAL: "service principal"}
@@ -192,6 +193,30 @@ class RootKeyNotReplaced(BadRequest):
             f"A new root key cannot be written beside {path}: {cause}. Let the service write there; or start it with"
             " the new key's file in TESSERA_ROOT_KEY_FILE and this one's in TESSERA_PREVIOUS_ROOT_KEY_FILE."
         )
+
+
+class RootKeyGiven(BadRequest):
+    """The root key was given to the service at its start, which has no way to replace it."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(
+            f"The root key comes from {source}, where the service cannot put another one. Start it with the new key"
+            " there, and say in TESSERA_PREVIOUS_ROOT_KEY_SOURCE where this one is."
+        )
+
+
+class KeySourceDown(Unavailable):
+    """The plugin of a key service does not answer, or is not well; that may change."""
+
+    def __init__(self, source: str, cause: str) -> None:
+        super().__init__(f"The root key's source does not answer: {source}: {cause}. See the plugin's log.")
+
+
+class KeySourceWrong(BadRequest):
+    """The plugin of a key service answers what no root key can be had with, and will again."""
+
+    def __init__(self, source: str, cause: str) -> None:
+        super().__init__(f"The root key's source cannot be used: {source}: {cause}.")
 
 
 class RootKeyWrong(BadRequest):

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from secrets_service import directory_store, grant_store, integrity, places, store
+from secrets_service import integrity, places, rotation_store, store
 from secrets_service.cipher import Damaged, Place, joined
 from secrets_service.integrity import Integrity
 from secrets_service.keyring import Keyring
@@ -114,8 +114,7 @@ def authenticate(connection: sqlite3.Connection, root: RootKey, keyring: Keyring
 
 def authenticate_rights(connection: sqlite3.Connection) -> None:
     """Makes the MACs of all rights of what is stored, whatever that is."""
-    for part in (store, directory_store, grant_store):
-        part.authenticate_all(connection, believed=True)
+    rotation_store.authenticate_all(connection)
 
 
 def _migrate_scope(

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from secrets_service import admin, directory_store, first_format, integrity, names, places, rootkey, store
+from secrets_service import admin, directory_store, first_format, integrity, names, places, rootsource, store
 from secrets_service.authority import SigningKeys
 from secrets_service.cipher import Damaged
 from secrets_service.directory import FIRST_ENTITLEMENTS
-from secrets_service.errors import RightsDamaged
+from secrets_service.errors import KeySourceWrong, RightsDamaged
 from secrets_service.integrity import Integrity
 from secrets_service.keyring import Keyring
 from secrets_service.model import USERS, Email, Platform, Profile, SealedKeyring, SealedSigningKey, SecretBytes
 from secrets_service.rootkey import RootKey
+from secrets_service.rootsource import RootSource
 from secrets_service.settings import SecretsSettings
 from secrets_service.tokens import TokenMacs
 from servicekit.context import ADMINS
@@ -40,6 +41,7 @@ ADMIN = "admin"
 class Foundation:
     """What the parts of the service are built on."""
 
+    root: RootSource
     platform: Platform
     keyring: Keyring
     integrity: Integrity
@@ -47,16 +49,30 @@ class Foundation:
     signing_keys: SigningKeys
 
 
-async def opened(settings: SecretsSettings, database: Database, now: Callable[[], float]) -> Foundation:
-    """Founds a new store, or opens one that was founded before; raises StartError when its key is not at hand."""
+async def opened(
+    settings: SecretsSettings, root: RootSource, database: Database, now: Callable[[], float]
+) -> Foundation:
+    """Founds a new store, or opens one that was founded before.
+
+    Raises StartError when its key is not at hand, and KeySourceDown when it may be after a while.
+    """
+    try:
+        return await _opened(settings, root, database, now)
+    except KeySourceWrong as error:
+        raise StartError(f"{error.message} Nothing was changed.") from None
+
+
+async def _opened(
+    settings: SecretsSettings, root: RootSource, database: Database, now: Callable[[], float]
+) -> Foundation:
     platform = await database.read(store.stated_platform)
     if platform is None:
         if await database.read(store.holds_data):
             raise StartError(
                 f"{settings.database} holds data, but not what a store begins with. Restore it from a backup."
             )
-        return await _founded(settings, database, now)
-    keyring, authenticated = await _opened_keyring(settings, database, platform, now)
+        return await _founded(settings, root, database, now)
+    keyring, authenticated = await _opened_keyring(settings, root, database, platform, now)
     try:
         platform = await database.read(store.find_platform)
         keys = {
@@ -73,19 +89,18 @@ async def opened(settings: SecretsSettings, database: Database, now: Callable[[]
         ) from None
     if not keys:
         raise StartError(f"{settings.database} has lost its signing keys. Restore it from a backup.")
-    return Foundation(platform, keyring, authenticated, TokenMacs(keyring.token_mac_keys()), SigningKeys(keys))
+    return Foundation(root, platform, keyring, authenticated, TokenMacs(keyring.token_mac_keys()), SigningKeys(keys))
 
 
 async def _opened_keyring(
-    settings: SecretsSettings, database: Database, platform: Platform, now: Callable[[], float]
+    settings: SecretsSettings, source: RootSource, database: Database, platform: Platform, now: Callable[[], float]
 ) -> tuple[Keyring, Integrity]:
     sealed = await database.read(store.find_keyring)
     if sealed is None:
-        root = rootkey.load(settings.root_key)
+        root = await _root_key_of_first_format(settings, source)
         keyring = await _migrated(settings, database, platform, root, now)
     else:
-        root = rootkey.load_wanted(settings.root_key, sealed.root_key_id)
-        before = _root_key_of(settings, sealed, root)
+        before, root = await _root_keys(settings, source, sealed)
         keyring = _unsealed(settings, platform, sealed, before)
         if before != root:
             await database.write(store.replace_keyring, keyring.sealed(root))
@@ -96,24 +111,36 @@ async def _opened_keyring(
     return keyring, authenticated
 
 
+async def _root_key_of_first_format(settings: SecretsSettings, source: RootSource) -> RootKey:
+    root = await source.key_of(SealedKeyring(root_key_id="", record=b""))
+    if root is None:
+        raise StartError(
+            f"{settings.database} is of an older version, which had its root key in a file. Start it once with that"
+            " file (TESSERA_ROOT_KEY_SOURCE=file); then it can move to another source."
+        )
+    return root
+
+
 async def _equip(database: Database, keyring: Keyring) -> Integrity:
     authenticated = Integrity(keyring.rights_keys())
     await database.equip(lambda connection: integrity.equip(connection, authenticated))
     return authenticated
 
 
-def _root_key_of(settings: SecretsSettings, sealed: SealedKeyring, root: RootKey) -> RootKey:
-    """The root key that a keyring is sealed under: the one in use, or the one before where that is at hand."""
-    if sealed.root_key_id == root.id:
-        return root
-    if settings.previous_root_key_file is not None:
-        before = rootkey.load(settings.previous_root_key_file)
-        if sealed.root_key_id == before.id:
-            return before
+async def _root_keys(settings: SecretsSettings, source: RootSource, sealed: SealedKeyring) -> tuple[RootKey, RootKey]:
+    """The root key that a keyring is sealed under, and the one that it is to be: the same, unless both are at hand."""
+    root = await source.key_of(sealed)
+    if root is not None and root.id == sealed.root_key_id:
+        return root, root
+    previous = rootsource.previous(settings)
+    before = None if previous is None else await previous.key_of(sealed)
+    if before is not None and before.id == sealed.root_key_id:
+        return before, root or await source.first()
+    has = "none for this store" if root is None else root.id
     raise StartError(
-        f"The root key {settings.root_key} is {root.id}, but {settings.database} was sealed under"
-        f" {sealed.root_key_id}. Put that one in its place, or name its file in TESSERA_PREVIOUS_ROOT_KEY_FILE to have"
-        " the store sealed anew; nothing was changed."
+        f"The root key of {source.name} is {has}, but {settings.database} was sealed under {sealed.root_key_id}. Put"
+        " that one in its place, or name its file in TESSERA_PREVIOUS_ROOT_KEY_FILE (or where else it is, in"
+        " TESSERA_PREVIOUS_ROOT_KEY_SOURCE) to have the store sealed anew; nothing was changed."
     )
 
 
@@ -146,9 +173,11 @@ async def _migrated(
     return keyring
 
 
-async def _founded(settings: SecretsSettings, database: Database, now: Callable[[], float]) -> Foundation:
+async def _founded(
+    settings: SecretsSettings, source: RootSource, database: Database, now: Callable[[], float]
+) -> Foundation:
     store_id = os.urandom(16)
-    root = rootkey.load_or_make(settings.root_key)
+    root = await source.first()
     keyring = Keyring.made(store_id, int(now() * 1000))
     macs = TokenMacs(keyring.token_mac_keys())
     key_id, key = secrets.token_hex(8), Ed25519PrivateKey.generate()
@@ -179,6 +208,6 @@ async def _founded(settings: SecretsSettings, database: Database, now: Callable[
     platform = await database.write(found)
     log.warning(
         "first start: keep a safe copy of the root key; without it every stored value is lost",
-        extra={"root_key": str(settings.root_key), "admin_token": str(settings.admin_token)},
+        extra={"root_key": source.name, "admin_token": str(settings.admin_token)},
     )
-    return Foundation(platform, keyring, authenticated, macs, SigningKeys({key_id: key}))
+    return Foundation(source, platform, keyring, authenticated, macs, SigningKeys({key_id: key}))

@@ -301,11 +301,16 @@ _CHANGED = ("endpoint", "principal", "token")
 # --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
-    """Makes the MACs of endpoints anew: of what is stored where it is `believed`, else of what is verified."""
-    made = integrity.of(connection)
-    for row in connection.execute("SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints").fetchall():
-        found = _stored(connection, row)
-        if believed or made.is_intact(row[4], "endpoint", *found.content):
-            _authenticate(connection, found)
-    connection.execute("DELETE FROM access_changes")  # nothing has changed for those who enforce rights
+def authenticate_endpoint(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of an endpoint anew, as `store.authenticate_scope` does that of a scope."""
+    row = connection.execute(
+        "SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints WHERE rowid = ?", (row_id,)
+    ).fetchone()
+    found = _stored(connection, row)
+    if believed or integrity.of(connection).is_intact(row[4], "endpoint", *found.content):
+        _authenticate(connection, found)
+
+
+def forget_access_changes(connection: sqlite3.Connection) -> None:
+    """Tells those who enforce rights nothing of the transaction under way, which has changed none."""
+    connection.execute("DELETE FROM access_changes")

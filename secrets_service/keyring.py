@@ -57,6 +57,8 @@ class Keyring:
         self.rights_are_authenticated = rights_are_authenticated
         self.current = max(self._store_keys)
         """The version of the store key that is in use."""
+        self.uses = 0
+        """How often this object has sealed under it."""
         self._ciphers = {version: Cipher(key, store_id, version) for version, (_, key) in self._store_keys.items()}
         self._records = {
             version: Cipher(cipher.derive(_RECORDS), store_id, version) for version, cipher in self._ciphers.items()
@@ -81,7 +83,7 @@ class Keyring:
         if self.rights_are_authenticated:
             entries.append(_ENTRY.pack(_RIGHTS_ARE_AUTHENTICATED, 1, 0, bytes(KEY_LENGTH)))
         record = _under(root, self._store_id).seal(SecretBytes(b"".join(entries)), _place(root))
-        return SealedKeyring(root.id, record)
+        return SealedKeyring(root.id, record, root.wrapped)
 
     @classmethod
     def opened(cls, sealed: SealedKeyring, root: RootKey, store_id: bytes) -> Keyring:
@@ -122,6 +124,7 @@ class Keyring:
         """Goes over to another keyring of the same store. Only to one that is on stable storage."""
         self.learn(other)
         self.current = other.current
+        self.uses = other.uses
 
     def store_keys(self) -> dict[int, int]:
         """The versions of the store key that are or were in use, and when each was made (Unix milliseconds)."""
@@ -132,12 +135,15 @@ class Keyring:
 
     def new_scope_key(self, scope: bytes, version: int) -> WrappedKey:
         """A new key for the scope of that uuid, sealed."""
-        return WrappedKey(version, self._ciphers[self.current].seal(_new_key(), _scope_place(scope, version)))
+        return self._wrapped(_new_key(), scope, version)
 
     def rewrapped(self, scope: bytes, wrapped: WrappedKey) -> WrappedKey:
         """The same key of a scope, sealed under the store key that is in use; raises Damaged."""
-        key = self._unwrapped(scope, wrapped)
-        return WrappedKey(wrapped.version, self._ciphers[self.current].seal(key, _scope_place(scope, wrapped.version)))
+        return self._wrapped(self._unwrapped(scope, wrapped), scope, wrapped.version)
+
+    def _wrapped(self, key: SecretBytes, scope: bytes, version: int) -> WrappedKey:
+        self.uses += 1
+        return WrappedKey(version, self._ciphers[self.current].seal(key, _scope_place(scope, version)))
 
     def of_scope(self, scope: bytes, wrapped: WrappedKey) -> Cipher:
         """What seals and opens the values of a scope under a version of its key; raises Damaged."""
@@ -156,6 +162,7 @@ class Keyring:
 
     def seal(self, value: SecretBytes, place: Place) -> bytes:
         """The record of something that belongs to no scope."""
+        self.uses += 1
         return self._records[self.current].seal(value, place)
 
     def open(self, record: bytes, place: Place) -> SecretBytes:

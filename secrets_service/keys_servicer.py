@@ -32,9 +32,14 @@ class KeysServicer(rpc.KeysServicer):
 def _as_message(status: KeyStatus) -> pb.KeyStatus:
     return pb.KeyStatus(
         root_key_id=status.root_key_id,
+        root_key_source=status.root_key_source,
         store_keys=[
             pb.StoreKey(
-                version=each.version, creation_timestamp=each.made_ms, scope_keys=each.scope_keys, tokens=each.tokens
+                version=each.version,
+                creation_timestamp=each.made_ms,
+                scope_keys=each.scope_keys,
+                tokens=each.tokens,
+                rights=each.rights,
             )
             for each in status.store_keys
         ],

@@ -323,16 +323,19 @@ class SealedKeyring:
 
     root_key_id: str
     record: bytes = field(repr=False)
+    wrapped: bytes | None = field(default=None, repr=False)
+    """What the source of the root key needs to have it again; None where it keeps the key itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreKeyUse:
-    """A store key, when it was made (Unix milliseconds), and how many scope keys and MACs of tokens are under it."""
+    """A store key, when it was made (Unix milliseconds), and how many scope keys and MACs are under it."""
 
     version: int
     made_ms: int
     scope_keys: int
     tokens: int
+    rights: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -340,6 +343,8 @@ class KeyStatus:
     """Which keys there are, and how much is not under the newest ones."""
 
     root_key_id: str
+    root_key_source: str
+    """Where the root key comes from, for people."""
     store_keys: Sequence[StoreKeyUse]
     scopes: int
     oldest_scope_key_ms: int

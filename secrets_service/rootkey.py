@@ -32,11 +32,13 @@ class RootKey:
 
     id: str
     key: SecretBytes = field(repr=False)
+    wrapped: bytes | None = field(default=None, repr=False)
+    """What its source needs to have it again, stored beside what it seals; None for a source that keeps it itself."""
 
     @classmethod
-    def of(cls, key: bytes) -> RootKey:
+    def of(cls, key: bytes, wrapped: bytes | None = None) -> RootKey:
         """The root key of these 32 bytes."""
-        return cls(hmac.digest(key, _ID, hashlib.sha256)[:_ID_BYTES].hex(), SecretBytes(key))
+        return cls(hmac.digest(key, _ID, hashlib.sha256)[:_ID_BYTES].hex(), SecretBytes(key), wrapped)
 
 
 def load(path: Path) -> RootKey:

@@ -1,34 +1,36 @@
 """The use cases of keys: which there are, and new ones in their place while the service runs.
 
 The rule: nothing is sealed under a key before that is on stable storage, and nothing is in the database that the
-service does not open. So a new store key is learned first, then recorded with all that it protects in one
-transaction, and used after that; whoever asked for it may be gone meanwhile. A new root key is in a file before the
-keyring is sealed under it.
+service does not open. So a new store key is learned first, then recorded, and used after that; whoever asked for it
+may be gone meanwhile. A new root key is where its source keeps it before the keyring is sealed under it.
 
-Values follow the newest key of their scope in the background, some at a time. How far that went, the rows say
-themselves, so a service that was killed goes on where it was; then the older key is destroyed.
+What is under older keys follows in the background, some rows at a time: MACs of rights and keys of scopes the newest
+store key, values the newest key of their scope. How far that went, the rows say themselves, so a service that was
+killed goes on where it was; then the older key of a scope is destroyed.
+
+A key that is old, or was used very often, is renewed without being asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from secrets_service import directory_store, grant_store, integrity, names, places, rootkey, rotation_store, store
+from secrets_service import names, places, rotation_store, store
 from secrets_service.cipher import Damaged
-from secrets_service.errors import RootKeyNotReplaced, RootKeyWrong, ScopeNotFound
+from secrets_service.errors import RootKeyWrong, ScopeNotFound
 from secrets_service.foundation import Foundation
-from secrets_service.integrity import Integrity
 from secrets_service.keyring import Keyring
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import KeyStatus, Scope, SealedSigningKey
 from secrets_service.rootkey import RootKey
-from servicekit.errors import StartError
+from servicekit.errors import ServiceError, StartError
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +40,33 @@ PAUSE_SECONDS = 0.005
 RETRY_SECONDS = 30.0
 """After which the work in the background is tried again when it failed, such as on a full disk."""
 
+CHECK_SECONDS = 300.0
+"""How often it is looked whether a key is due for renewal."""
+
+MOST_USES = 2**32
+"""How often one key seals before it is renewed. Of a scope's key its puts are counted, of a store key what it has
+sealed since the service was started."""
+
+_DAY_MS = 24 * 3600 * 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyAges:
+    """After how many days keys are renewed without being asked for; 0: never."""
+
+    store: int
+    scope: int
+
 
 class KeyRotation:
     """The keys of a service that runs. `now` tells Unix seconds."""
 
     def __init__(
-        self, root_key: Path, base: Foundation, database: RememberingDatabase, now: Callable[[], float]
+        self, base: Foundation, database: RememberingDatabase, ages: KeyAges, now: Callable[[], float]
     ) -> None:
-        self._path = root_key
         self._base = base
         self._database = database
+        self._ages = ages
         self._now = now
         self._one_at_a_time = asyncio.Lock()
         self._has_work = asyncio.Event()
@@ -63,7 +82,7 @@ class KeyRotation:
         return await self.status()
 
     async def rotate_store(self) -> KeyStatus:
-        """Makes a new store key, and brings under it what store keys protect."""
+        """Makes a new store key; what store keys protect follows in the background."""
         await self._to_its_end(self._rotate_store())
         return await self.status()
 
@@ -90,16 +109,20 @@ class KeyRotation:
         return await self.status()
 
     async def run(self) -> None:
-        """Seals values under the newest keys of their scopes whenever some are not, until cancelled."""
+        """Renews keys that are due, and brings everything under the newest ones, until cancelled."""
         while True:
-            await self._has_work.wait()
-            self._has_work.clear()
             try:
-                await self._follow()
-            except sqlite3.Error:
-                log.warning("values are not under the newest keys of their scopes yet")
+                await self._renew_due()
+                if self._has_work.is_set():
+                    self._has_work.clear()
+                    await self._follow()
+            except (sqlite3.Error, ServiceError) as error:
+                cause = error.message if isinstance(error, ServiceError) else "the database failed"
+                log.warning("not everything is under the newest keys yet", extra={"cause": cause})
                 await asyncio.sleep(RETRY_SECONDS)
                 self._has_work.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._has_work.wait(), CHECK_SECONDS)
 
     # --- one transaction each ---
 
@@ -108,6 +131,7 @@ class KeyRotation:
         assert sealed is not None  # the service does not run without
         return KeyStatus(
             root_key_id=sealed.root_key_id,
+            root_key_source=self._base.root.name,
             store_keys=rotation_store.store_key_uses(connection, self._base.keyring),
             scopes=store.count_scopes(connection),
             oldest_scope_key_ms=rotation_store.oldest_scope_key(connection),
@@ -116,17 +140,14 @@ class KeyRotation:
 
     async def _rotate_root(self) -> None:
         await self._root_in_use()
-        try:
-            fresh = await asyncio.to_thread(rootkey.stage_rotation, self._path)
-        except OSError as error:
-            raise RootKeyNotReplaced(str(self._path), error.strerror or "") from None
+        fresh = await self._base.root.stage()
         await self._database.write(
             lambda connection: store.replace_keyring(connection, self._base.keyring.sealed(fresh))
         )
-        await asyncio.to_thread(rootkey.finish_rotation, self._path)
+        await self._base.root.finish()
         log.warning(
             "root key rotated: keep a safe copy of the new one; without it every stored value is lost",
-            extra={"root_key": str(self._path), "root_key_id": fresh.id},
+            extra={"root_key": self._base.root.name, "root_key_id": fresh.id},
         )
 
     async def _rotate_store(self) -> None:
@@ -134,22 +155,24 @@ class KeyRotation:
         keyring = self._base.keyring.with_new_store_key(self._now_ms())
         self._base.keyring.learn(keyring)
         self._base.integrity.learn(keyring.rights_keys())
-        await self._database.destroy(partial(_brought_under, root=root, keyring=keyring))
+        await self._database.write(_recorded, root=root, keyring=keyring)
         self._base.keyring.use(keyring)
         self._base.integrity.use(keyring.rights_keys())
         self._base.token_macs.use(keyring.token_mac_keys())
         log.info("store key rotated", extra={"version": keyring.current})
+        self._has_work.set()
 
     async def _root_in_use(self) -> RootKey:
-        """The root key that the keyring is sealed under, from its file."""
+        """The root key that the keyring is sealed under, from its source."""
         sealed = await self._database.read(store.find_keyring)
         assert sealed is not None  # the service does not run without
         try:
-            root = await asyncio.to_thread(rootkey.load_wanted, self._path, sealed.root_key_id)
+            root = await self._base.root.key_of(sealed)
         except StartError as error:
             raise RootKeyWrong(str(error)) from None
-        if root.id != sealed.root_key_id:
-            raise RootKeyWrong(f"The root key {self._path} is {root.id}; {sealed.root_key_id} is in use.")
+        if root is None or root.id != sealed.root_key_id:
+            has = "none" if root is None else root.id
+            raise RootKeyWrong(f"The root key of {self._base.root.name} is {has}; {sealed.root_key_id} is in use.")
         return root
 
     async def _to_its_end(self, rotation: Coroutine[Any, Any, None]) -> None:
@@ -161,7 +184,27 @@ class KeyRotation:
 
     # --- in the background ---
 
+    async def _renew_due(self) -> None:
+        made_ms = max(self._base.keyring.store_keys().values())
+        is_old = 0 < self._ages.store * _DAY_MS <= self._now_ms() - made_ms
+        if is_old or self._base.keyring.uses >= MOST_USES:
+            await self._to_its_end(self._rotate_store())
+        made_before_ms = self._now_ms() - self._ages.scope * _DAY_MS if self._ages.scope else -1
+
+        def renew(connection: sqlite3.Connection) -> int:
+            due = rotation_store.due_scopes(connection, made_before_ms=made_before_ms, uses=MOST_USES)
+            for scope in due:
+                rotation_store.add_scope_key(connection, self._base.keyring, scope, created_ms=self._now_ms())
+            return len(due)
+
+        if await self._database.read(rotation_store.due_scopes, made_before_ms=made_before_ms, uses=MOST_USES):
+            while count := await self._database.write(renew):
+                log.info("scope keys renewed", extra={"scopes": count})
+                self._has_work.set()
+                await asyncio.sleep(PAUSE_SECONDS)
+
     async def _follow(self) -> None:
+        await self._follow_store_key()
         for scope in await self._database.read(rotation_store.scopes_with_older_keys):
             at: int | None = 0
             sealed = 0
@@ -175,6 +218,27 @@ class KeyRotation:
                 extra={"scope": scope.name, "values": sealed, "keys_destroyed": dropped},
             )
 
+    async def _follow_store_key(self) -> None:
+        keyring = self._base.keyring
+        is_any = await self._in_parts(partial(rotation_store.rewrap_scope_keys, keyring=keyring))
+        for kind in rotation_store.KINDS:
+            renew = partial(rotation_store.renew_macs, kind=kind, version=keyring.current)
+            is_any = await self._in_parts(renew) or is_any
+        if is_any:
+            # The older records are still in the database's log.
+            await self._database.destroy(lambda connection: (None, 1))
+            log.info("everything that store keys protect is under the newest one", extra={"version": keyring.current})
+
+    async def _in_parts(self, step: Callable[..., rotation_store.Place | None]) -> bool:
+        """Does something some rows at a time, to its end; whether there were any."""
+        place, is_any = rotation_store.BEGINNING, False
+        while True:
+            following = await self._database.write(partial(step, after=place))
+            if following is None:
+                return is_any
+            place, is_any = following, True
+            await asyncio.sleep(PAUSE_SECONDS)
+
     def _now_ms(self) -> int:
         return int(self._now() * 1000)
 
@@ -184,19 +248,8 @@ def _dropped(connection: sqlite3.Connection, scope: Scope) -> tuple[int, int]:
     return count, count
 
 
-def _brought_under(connection: sqlite3.Connection, root: RootKey, keyring: Keyring) -> tuple[None, int]:
-    """Brings all that store keys protect under the newest one of a keyring, which is recorded, too.
-
-    What was sealed under the one before is destroyed with it.
-    """
-    before = integrity.of(connection)
-    integrity.equip(connection, Integrity(keyring.rights_keys()))
-    try:
-        for part in (store, directory_store, grant_store):
-            part.authenticate_all(connection, believed=False)
-    finally:  # whether this is committed is not known here
-        integrity.equip(connection, before)
-    rotation_store.rewrap_scope_keys(connection, keyring)
+def _recorded(connection: sqlite3.Connection, root: RootKey, keyring: Keyring) -> None:
+    """Records a keyring that has a new key in use, with the signing keys under that one."""
     for signing_key in store.signing_keys(connection):
         place = places.signing_key(signing_key.key_id)
         try:
@@ -205,4 +258,3 @@ def _brought_under(connection: sqlite3.Connection, root: RootKey, keyring: Keyri
             continue
         store.replace_signing_key(connection, SealedSigningKey(signing_key.key_id, record))
     store.replace_keyring(connection, keyring.sealed(root))
-    return None, 1

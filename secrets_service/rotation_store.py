@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections import Counter
+from collections.abc import Callable, Mapping
 
-from secrets_service import places, store
+from secrets_service import directory_store, grant_store, places, store
 from secrets_service.cipher import VERSION_LENGTH, Damaged
 from secrets_service.keyring import Keyring
 from secrets_service.model import Scope, StoreKeyUse, WrappedKey
 
 PART = 50
-"""Values that one transaction seals anew: some milliseconds, so that nobody's change waits long."""
+"""Rows that one transaction seals or authenticates anew: some milliseconds, so that nobody's change waits long."""
+
+Place = tuple[int, int]
+"""Where to go on in what is done some rows at a time: the last row that was looked at."""
+
+BEGINNING: Place = (-1, -1)
 
 
 # --- scope keys ---
@@ -24,10 +31,28 @@ def add_scope_key(connection: sqlite3.Connection, keyring: Keyring, scope: Scope
     store.insert_scope_key(connection, scope, key, created_ms=created_ms)
 
 
-def rewrap_scope_keys(connection: sqlite3.Connection, keyring: Keyring) -> None:
-    """Seals the keys of all scopes under the store key that is in use. What is damaged stays as it is."""
+def due_scopes(connection: sqlite3.Connection, *, made_before_ms: int, uses: int) -> list[Scope]:
+    """Scopes whose newest key was made before a time, or has sealed so many values; PART of them at the most."""
+    rows = connection.execute(
+        "SELECT s.id, s.uuid, s.name FROM scopes s JOIN scope_keys k ON k.scope_id = s.id"
+        " WHERE k.version = (SELECT max(version) FROM scope_keys WHERE scope_id = s.id) AND (k.created_ms < ? OR"
+        " (SELECT coalesce(sum(last_version), 0) FROM keys WHERE scope_id = s.id) - k.puts_before >= ?)"
+        " ORDER BY s.id LIMIT ?",
+        (made_before_ms, uses, PART),
+    )
+    return [Scope(*row) for row in rows]
+
+
+def rewrap_scope_keys(connection: sqlite3.Connection, keyring: Keyring, after: Place) -> Place | None:
+    """Seals some keys of scopes under the store key that is in use: where to go on, None at the end.
+
+    What is damaged stays as it is.
+    """
     rows = connection.execute(
         "SELECT k.scope_id, s.uuid, k.version, k.record FROM scope_keys k JOIN scopes s ON s.id = k.scope_id"
+        " WHERE (k.scope_id, k.version) > (?, ?) AND substr(k.record, 2, ?) <> ?"
+        " ORDER BY k.scope_id, k.version LIMIT ?",
+        (*after, VERSION_LENGTH, _stated(keyring.current), PART),
     ).fetchall()
     for scope_id, uuid, version, record in rows:
         with contextlib.suppress(Damaged):
@@ -36,6 +61,11 @@ def rewrap_scope_keys(connection: sqlite3.Connection, keyring: Keyring) -> None:
                 "UPDATE scope_keys SET record = ? WHERE scope_id = ? AND version = ?",
                 (wrapped.record, scope_id, version),
             )
+    return (rows[-1][0], rows[-1][2]) if rows else None
+
+
+def _stated(version: int) -> bytes:
+    return version.to_bytes(VERSION_LENGTH, "big")
 
 
 def scopes_with_older_keys(connection: sqlite3.Connection) -> list[Scope]:
@@ -91,6 +121,52 @@ def drop_scope_keys(connection: sqlite3.Connection, scope: Scope) -> int:
     ).rowcount
 
 
+# --- rights ---
+
+_ROWS = {
+    "principals": "SELECT rowid, substr(mac, 2, 4) AS version FROM principals",
+    "accounts": "SELECT rowid, substr(mac, 2, 4) AS version FROM accounts",
+    "scopes": "SELECT rowid, substr(mac, 2, 4) AS version FROM scopes",
+    "endpoints": "SELECT rowid, substr(mac, 2, 4) AS version FROM endpoints",
+    "tokens": "SELECT rowid, substr(row_mac, 2, 4) AS version FROM tokens",
+    "platform": "SELECT rowid, substr(mac, 2, 4) AS version FROM platform",
+}
+"""The objects that have a MAC, and the version of the store key that each states."""
+
+_AUTHENTICATE: Mapping[str, Callable[..., None]] = {
+    "principals": directory_store.authenticate_principal,
+    "accounts": directory_store.authenticate_account,
+    "scopes": store.authenticate_scope,
+    "endpoints": grant_store.authenticate_endpoint,
+    "tokens": store.authenticate_token,
+    "platform": store.authenticate_platform,
+}
+"""What makes the MAC of one of them anew."""
+
+KINDS = tuple(_ROWS)
+"""Tables of objects that have a MAC."""
+
+
+def authenticate_all(connection: sqlite3.Connection) -> None:
+    """Makes the MACs of all rights of what is stored, whatever that is."""
+    for kind, authenticate in _AUTHENTICATE.items():
+        for row_id, _ in connection.execute(_ROWS[kind]).fetchall():
+            authenticate(connection, row_id, believed=True)
+    grant_store.forget_access_changes(connection)
+
+
+def renew_macs(connection: sqlite3.Connection, kind: str, version: int, after: Place) -> Place | None:
+    """Makes some MACs of a kind anew, under the store key that is in use, of that version: where to go on, None at the
+    end. What is damaged stays as it is."""
+    behind = connection.execute(
+        f"{_ROWS[kind]} WHERE rowid > ? AND version IS NOT ? ORDER BY rowid LIMIT ?", (after[0], _stated(version), PART)
+    ).fetchall()
+    for row_id, _ in behind:
+        _AUTHENTICATE[kind](connection, row_id, believed=False)
+    grant_store.forget_access_changes(connection)
+    return (behind[-1][0], 0) if behind else None
+
+
 # --- what there is ---
 
 
@@ -116,12 +192,16 @@ def store_key_uses(connection: sqlite3.Connection, keyring: Keyring) -> list[Sto
         connection.execute("SELECT substr(record, 2, ?), count(*) FROM scope_keys GROUP BY 1", (VERSION_LENGTH,))
     )
     tokens = dict(connection.execute("SELECT mac_version, count(*) FROM tokens GROUP BY 1"))
+    rights: Counter[bytes] = Counter()
+    for kind in KINDS:
+        rights.update(version for _, version in connection.execute(_ROWS[kind]))
     return [
         StoreKeyUse(
             version,
             made_ms,
-            scope_keys=wrapped.get(version.to_bytes(VERSION_LENGTH, "big"), 0),
+            scope_keys=wrapped.get(_stated(version), 0),
             tokens=tokens.get(version, 0),
+            rights=rights[_stated(version)],
         )
         for version, made_ms in keyring.store_keys().items()
     ]

@@ -114,26 +114,31 @@ def holds_data(connection: sqlite3.Connection) -> bool:
 
 def find_keyring(connection: sqlite3.Connection) -> SealedKeyring | None:
     """The keyring; None in a store of the first format."""
-    row = connection.execute("SELECT root_key_id, record FROM keyring").fetchone()
+    row = connection.execute("SELECT root_key_id, record, wrapped FROM keyring").fetchone()
     return SealedKeyring(*row) if row else None
 
 
 def insert_keyring(connection: sqlite3.Connection, keyring: SealedKeyring) -> None:
     """Records the keyring of a store that has none yet."""
     connection.execute(
-        "INSERT INTO keyring (one, root_key_id, record) VALUES (1, ?, ?)", (keyring.root_key_id, keyring.record)
+        "INSERT INTO keyring (one, root_key_id, record, wrapped) VALUES (1, ?, ?, ?)",
+        (keyring.root_key_id, keyring.record, keyring.wrapped),
     )
 
 
 def replace_keyring(connection: sqlite3.Connection, keyring: SealedKeyring) -> None:
     """Records a keyring in place of the one before."""
-    connection.execute("UPDATE keyring SET root_key_id = ?, record = ?", (keyring.root_key_id, keyring.record))
+    connection.execute(
+        "UPDATE keyring SET root_key_id = ?, record = ?, wrapped = ?",
+        (keyring.root_key_id, keyring.record, keyring.wrapped),
+    )
 
 
 def insert_scope_key(connection: sqlite3.Connection, scope: Scope, key: WrappedKey, *, created_ms: int) -> None:
     """Adds a version to the key of a scope."""
     connection.execute(
-        "INSERT INTO scope_keys (scope_id, version, created_ms, record) VALUES (?, ?, ?, ?)",
+        "INSERT INTO scope_keys (scope_id, version, created_ms, record, puts_before)"
+        " VALUES (?1, ?2, ?3, ?4, (SELECT coalesce(sum(last_version), 0) FROM keys WHERE scope_id = ?1))",
         (scope.id, key.version, created_ms, key.record),
     )
 
@@ -739,25 +744,28 @@ def _take_away(connection: sqlite3.Connection, before: _GrantedScope, principal_
 # --- all MACs anew ---
 
 
-def authenticate_all(connection: sqlite3.Connection, *, believed: bool) -> None:
-    """Makes the MACs of scopes, tokens and the platform anew: of what is stored, whatever that is, where it is
-    `believed`, else of what is verified. The directory's and the endpoints' are made by functions of the same name."""
-    made = integrity.of(connection)
-    for row in connection.execute(_SCOPE).fetchall():
-        found = _stored_scope(connection, row)
-        if believed or made.is_intact(row[5], "scope", *found.content):
-            _authenticate_scope(connection, found)
-    connection.executemany(
-        "UPDATE tokens SET row_mac = ? WHERE id = ?",
-        [
-            (made.mac("token", *row[:9]), row[0])
-            for row in connection.execute(_TOKENS).fetchall()
-            if believed or _is_intact_token(connection, row)
-        ],
-    )
-    for row in connection.execute(_PLATFORM).fetchall():
-        if believed or made.is_intact(row[5], "platform", *row[:5]):
-            _authenticate_platform(connection, row[:5])
+def authenticate_scope(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of a scope anew: of what is stored, whatever that is, where it is `believed`; else only of what is
+    intact. Other objects have functions of the same kind; rotation_store.py lists them."""
+    row = connection.execute(f"{_SCOPE} WHERE rowid = ?", (row_id,)).fetchone()
+    found = _stored_scope(connection, row)
+    if believed or integrity.of(connection).is_intact(row[5], "scope", *found.content):
+        _authenticate_scope(connection, found)
+
+
+def authenticate_token(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of a token's row anew, as `authenticate_scope` does."""
+    row = connection.execute(f"{_TOKENS} WHERE t.rowid = ?", (row_id,)).fetchone()
+    if believed or _is_intact_token(connection, row):
+        mac = integrity.of(connection).mac("token", *row[:9])
+        connection.execute("UPDATE tokens SET row_mac = ? WHERE rowid = ?", (mac, row_id))
+
+
+def authenticate_platform(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+    """Makes the MAC of what the first start decided anew, as `authenticate_scope` does."""
+    row = connection.execute(f"{_PLATFORM} WHERE rowid = ?", (row_id,)).fetchone()
+    if believed or integrity.of(connection).is_intact(row[5], "platform", *row[:5]):
+        _authenticate_platform(connection, row[:5])
 
 
 def _new_id(cursor: sqlite3.Cursor) -> int:

@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from servicekit import background, policy, tracing
 from servicekit.audit import Trail
-from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, StartError
+from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, ServiceError, StartError, to_status
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import Identify
 from servicekit.interceptors import RequestInterceptor, SourceOf
@@ -37,6 +37,15 @@ DRAIN_SECONDS = 5.0
 
 READINESS_SECONDS = 0.9
 """How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
+
+_OPTIONS = (
+    # Without this two servers silently share a port.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_metadata_size", 16 * 1024),
+    ("grpc.max_concurrent_streams", 100),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 REFLECTION = reflection_pb2.DESCRIPTOR.services_by_name["ServerReflection"]
@@ -111,6 +120,33 @@ async def serving(
         yield addresses
 
 
+@asynccontextmanager
+async def refusing(listeners: Sequence[tuple[str, Certificate | None]], error: ServiceError) -> AsyncIterator[None]:
+    """Listens at these addresses for a service that is not there yet: it is not ready, and each call gets the error.
+
+    Raises StartError when an address cannot be listened on.
+    """
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any]:
+            return grpc.stream_stream_rpc_method_handler(refuse)
+
+    async def refuse(requests: object, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await rpc.abort_with_status(to_status(error))
+
+    statuses = health.aio.HealthServicer()
+    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    async with AsyncExitStack() as stack:
+        for address, certificate in listeners:
+            server = grpc.aio.server(options=_OPTIONS)
+            health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+            server.add_generic_rpc_handlers([Refusing()])
+            _listen(server, address, certificate)
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+        yield
+
+
 def _server(
     listener: Listener,
     services: Sequence[tuple[ServiceDescriptor, object]],
@@ -153,30 +189,28 @@ def _server(
             ),
         ],
         options=[
-            # Without this two servers silently share a port.
-            ("grpc.so_reuseport", 0),
+            *_OPTIONS,
             ("grpc.max_receive_message_length", message_limit),
             ("grpc.max_send_message_length", message_limit),
-            ("grpc.max_metadata_size", 16 * 1024),
-            ("grpc.max_concurrent_streams", 100),
-            ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-            ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
     server.add_generic_rpc_handlers(handlers)
     health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
     if listener.reflection:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return server, _listen(server, listener.address, listener.certificate)
+
+
+def _listen(server: grpc.aio.Server, address: str, certificate: Certificate | None) -> str:
+    """The address, with the port that the system chose."""
     try:
-        if listener.certificate is None:
-            port = server.add_insecure_port(listener.address)
+        if certificate is None:
+            port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(listener.address, listener.certificate.grpc_credentials())
+            port = server.add_secure_port(address, certificate.grpc_credentials())
     except RuntimeError:
-        raise StartError(f"Cannot listen on {listener.address}: it is in use, or not an address of ours.") from None
-    if listener.address.startswith("unix:"):
-        return server, listener.address
-    return server, f"{listener.address.rpartition(':')[0]}:{port}"
+        raise StartError(f"Cannot listen on {address}: it is in use, or not an address of ours.") from None
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 
 def _source_on(listener: Listener) -> SourceOf:

@@ -14,10 +14,11 @@ from pathlib import Path
 from servicekit.errors import StartError
 
 
-def read(path: Path, *, what: str, longest: int, may_be_link: bool) -> bytes:
+def read(path: Path, *, what: str, longest: int, may_be_link: bool, may_be_given: bool = False) -> bytes:
     """The first `longest` bytes of a regular file of ours that only we can read.
 
-    `what` begins the texts of errors. Raises FileNotFoundError, and StartError for a file that is not as it should be.
+    `what` begins the texts of errors. With `may_be_given` it may also be root's, and a group may read it: so a
+    supervisor hands over what it keeps. Raises FileNotFoundError, and StartError for one that is not as it should be.
     """
     name = f"{what} {path}"
     try:
@@ -34,9 +35,9 @@ def read(path: Path, *, what: str, longest: int, may_be_link: bool) -> bytes:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise StartError(f"{name} is not a regular file.")
-        if found.st_uid != os.geteuid():
+        if found.st_uid != os.geteuid() and not (may_be_given and found.st_uid == 0):
             raise StartError(f"{name} belongs to another user.")
-        if stat.S_IMODE(found.st_mode) not in (0o400, 0o600):
+        if stat.S_IMODE(found.st_mode) not in (0o400, 0o600, *((0o440, 0o640) if may_be_given else ())):
             raise StartError(
                 f"{name} has mode {stat.S_IMODE(found.st_mode):04o}, so others may have read it."
                 " If they have not, run chmod 600 on it."

@@ -34,6 +34,9 @@ STATUS_FAILED = 1
 COLLECT_AFTER = 10_000
 """How many objects more there have to be before the garbage collector looks at the new ones."""
 
+START_GRACE_SECONDS = 1.0
+"""How long a start that is under way may go on when the service is to stop: mostly long enough for an orderly end."""
+
 SUPERVISOR_GONE_SECONDS = 4.0
 """How long a service may take to end when its supervisor is gone."""
 
@@ -99,13 +102,20 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncContextManager[Any]]) -> int:
     loop = asyncio.get_running_loop()
-    stopping = asyncio.Event()
+    main = asyncio.current_task()
+    assert main is not None
+    started, stopping = asyncio.Event(), asyncio.Event()
     failures: list[BaseException] = []
+
+    def stop() -> None:
+        """Asks the service to end; a start that waits for something, such as its key, is given up."""
+        stopping.set()
+        loop.call_later(START_GRACE_SECONDS, lambda: None if started.is_set() else main.cancel())
 
     def on_signal(number: int) -> None:
         if stopping.is_set():
             os._exit(128 + number)
-        stopping.set()
+        stop()
 
     def on_exception(loop: asyncio.AbstractEventLoop, facts: dict[str, Any]) -> None:
         error = facts.get("exception")
@@ -120,10 +130,11 @@ async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncCo
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     if configured.supervised:
-        _watch_supervisor(loop, stopping)
+        _watch_supervisor(loop, stop)
     try:
         async with running(configured):
             with _pid_file(configured.data_dir / "run" / f"{name.removesuffix('_service')}.pid"):
+                started.set()
                 log.info("started")
                 _collect_less_often()
                 await stopping.wait()
@@ -131,6 +142,11 @@ async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncCo
     except StartError as error:
         log.error("cannot start", extra={"cause": str(error)})
         return STATUS_FAILED
+    except asyncio.CancelledError:
+        if not stopping.is_set():
+            raise
+        log.info("stopped before it was started")
+        return 0
     except Exception as error:
         # Not left to the interpreter, which would print the text of the error.
         log.critical("failed", exc_info=(type(error), error, error.__traceback__))
@@ -139,22 +155,22 @@ async def _main(name: str, configured: S, running: Callable[[S], AbstractAsyncCo
     return STATUS_FAILED if failures else 0
 
 
-def _watch_supervisor(loop: asyncio.AbstractEventLoop, stopping: asyncio.Event) -> None:
+def _watch_supervisor(loop: asyncio.AbstractEventLoop, stop: Callable[[], None]) -> None:
     """Ends the process when the supervisor is gone: it holds the other end of standard input, and never writes.
 
     In a thread of its own: whatever hangs, the event loop too, must not keep a service without a supervisor alive.
     """
 
-    def stop() -> None:
+    def orphaned() -> None:
         log.warning("the supervisor is gone")
-        stopping.set()
+        stop()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
             while os.read(0, 1024):
                 pass
         with contextlib.suppress(RuntimeError):  # the loop is closed, and the process about to end
-            loop.call_soon_threadsafe(stop)
+            loop.call_soon_threadsafe(orphaned)
         time.sleep(SUPERVISOR_GONE_SECONDS)
         os._exit(STATUS_FAILED)
 

@@ -1,8 +1,9 @@
 """`tessera keys`: which keys everything stored is sealed under, and new ones in their place, while the platform runs.
 
 `rotate root` writes the new root key into its file; the one before stays beside it as FILE.previous and opens nothing
-but older backups. `rotate store` renews what lies between the root key and the keys of scopes. `rotate scope` gives
-scopes new keys; their values follow in the background, and `status` says how many are still to.
+but older backups. With a KMS plugin the new root key is encrypted under the key that the plugin has now. `rotate store`
+renews what lies between the root key and the keys of scopes. `rotate scope` gives scopes new keys. What they protect
+follows in the background, and `status` says how much is still to.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     rotate = chosen.add_parser("rotate", help="put new keys in the place of others").add_subparsers(
         required=True, metavar="LEVEL"
     )
-    root = rotate.add_parser("root", help="the root key, in its file")
+    root = rotate.add_parser("root", help="the root key, where it is kept")
     root.set_defaults(request=pb.RotateRootKeyRequest(), method=lambda keys: keys.RotateRootKey)
     store = rotate.add_parser("store", help="the key that the keys of scopes are sealed under")
     store.set_defaults(request=pb.RotateStoreKeyRequest(), method=lambda keys: keys.RotateStoreKey)
@@ -63,11 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     status = operator.call(
         arguments, method, request, pb.KeyStatus, timeout=_TIMEOUT_SECONDS, failed="The keys stay as they are"
     )
-    print(f"root key    {status.root_key_id}")
+    print(f"root key    {status.root_key_id}, from {status.root_key_source}")
     for key in status.store_keys:
         print(
             f"store key   {key.version}, made {_date(key.creation_timestamp)}:"
-            f" {key.scope_keys} keys of scopes, MACs of {key.tokens} tokens"
+            f" {key.scope_keys} keys of scopes, MACs of {key.tokens} tokens and {key.rights} objects of rights"
         )
     oldest = f", the oldest made {_date(status.oldest_scope_key_timestamp)}" if status.scopes else ""
     print(f"scope keys  of {status.scopes} scopes{oldest}; {status.values_behind} values to be sealed anew")

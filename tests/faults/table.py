@@ -27,6 +27,7 @@ _GPUS = "tests/service/test_gpus.py"
 _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_as_the_model_answers_it"
 _INTEGRITY = "tests/unit/secrets_service/test_integrity.py"
 _ROTATION = "tests/service/test_key_rotation.py"
+_SOURCES = "tests/service/test_key_sources.py"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
@@ -380,30 +381,49 @@ FAULTS = (
         name="store-key-used-before-it-is-stored",
         property="S5",
         file="secrets_service/rotation.py",
-        old="""        await self._database.destroy(partial(_brought_under, root=root, keyring=keyring))
+        old="""        await self._database.write(_recorded, root=root, keyring=keyring)
         self._base.keyring.use(keyring)
 """,
         new="""        self._base.keyring.use(keyring)
-        await self._database.destroy(partial(_brought_under, root=root, keyring=keyring))
+        await self._database.write(_recorded, root=root, keyring=keyring)
 """,
         tests=(f"{_ROTATION}::test_store_key_that_cannot_be_recorded_is_not_used",),
     ),
     Fault(
         name="rotation-blesses-edits",
         property="S3",
-        file="secrets_service/rotation.py",
-        old="part.authenticate_all(connection, believed=False)",
-        new="part.authenticate_all(connection, believed=True)",
+        file="secrets_service/rotation_store.py",
+        old="_AUTHENTICATE[kind](connection, row_id, believed=False)",
+        new="_AUTHENTICATE[kind](connection, row_id, believed=True)",
         tests=(f"{_ROTATION}::test_new_store_key_blesses_nothing_that_was_edited",),
     ),
     Fault(
         name="root-key-moved-too-early",
         property="S5",
         file="secrets_service/rotation.py",
-        old="            fresh = await asyncio.to_thread(rootkey.stage_rotation, self._path)\n",
-        new="            fresh = await asyncio.to_thread(rootkey.stage_rotation, self._path)\n"
-        "            rootkey.finish_rotation(self._path)\n",
+        old="        fresh = await self._base.root.stage()\n",
+        new="        fresh = await self._base.root.stage()\n        await self._base.root.finish()\n",
         tests=(f"{_ROTATION}::test_rotation_that_is_killed_at_any_step_loses_nothing",),
+    ),
+    Fault(
+        name="key-service-not-asked-back",
+        property="S4",
+        file="secrets_service/kms.py",
+        old="        if not hmac.compare_digest(root.key.reveal(), key):\n",
+        new="        if False:\n",
+        tests=(f"{_SOURCES}::test_plugin_that_would_lose_the_root_key_gets_none_of_a_store_that_runs",),
+    ),
+    Fault(
+        name="sealed-and-ready",
+        property="R28",
+        file="servicekit/grpc_server.py",
+        old="""    statuses = health.aio.HealthServicer()
+    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    async with""",
+        new="""    statuses = health.aio.HealthServicer()
+    await statuses.set("", health_pb2.HealthCheckResponse.SERVING)
+    async with""",
+        tests=(f"{_SOURCES}::test_restart_without_the_plugin_stays_sealed_and_goes_on_when_it_is_back",),
     ),
     Fault(
         name="nonce-reused",

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from secrets_service import foundation, integrity, store
+from secrets_service import foundation, integrity, rootsource, store
 from secrets_service.app import MIGRATIONS
 from servicekit import channels, database
 from servicekit.errors import StartError
@@ -232,7 +232,7 @@ async def migrated(directory: Path) -> Any:
     """The keyring of the store in a directory, which is brought up to date; all of its signing keys open."""
     settings = settings_for(directory)
     async with database.opened(settings.database, MIGRATIONS, kind=integrity.Connection) as opened:
-        return (await foundation.opened(settings, opened, then())).keyring
+        return (await foundation.opened(settings, rootsource.chosen(settings), opened, then())).keyring
 
 
 async def test_process_that_is_killed_in_the_middle_loses_nothing() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import pytest
 
-from secrets_service import files, foundation, integrity, rotation_store, store
+from secrets_service import files, foundation, integrity, rootsource, rotation, rotation_store, store
 from secrets_service.app import MIGRATIONS
 from secrets_service.values import SecretValues
 from servicekit import database
@@ -57,11 +57,13 @@ async def status(service: RunningSecrets) -> pb.KeyStatus:
 
 
 async def settled(service: RunningSecrets) -> None:
-    """Waits until every value is under the newest key of its scope, and that is the only one."""
+    """Waits until everything is under the newest key that there is for it."""
 
     async def is_settled() -> bool:
         keys = rows(service.settings.data_dir, "SELECT count(*) - count(DISTINCT scope_id) FROM scope_keys")
-        return (await status(service)).values_behind == 0 and keys == [(0,)]
+        found = await status(service)
+        older = sum(key.scope_keys + key.rights for key in found.store_keys[:-1])
+        return found.values_behind == 0 and older == 0 and keys == [(0,)]
 
     await eventually(is_settled)
 
@@ -174,6 +176,7 @@ STEPS: tuple[tuple[Any, str], ...] = (
     (store, "replace_keyring"),
     (store, "replace_signing_key"),
     (rotation_store, "rewrap_scope_keys"),
+    (rotation_store, "renew_macs"),
     (rotation_store, "drop_scope_keys"),
     (files, "write_private"),
     (files, "rename"),
@@ -225,7 +228,7 @@ async def opens(directory: Path) -> None:
     """Whether everything in a directory opens, at a start of the service and without one."""
     settings = settings_for(directory)
     async with database.opened(settings.database, MIGRATIONS, kind=integrity.Connection) as opened:
-        base = await foundation.opened(settings, opened, Clock())
+        base = await foundation.opened(settings, rootsource.chosen(settings), opened, Clock())
         values = SecretValues(base.keyring, keep=5, now=Clock())
 
         def read(connection: sqlite3.Connection) -> None:
@@ -310,6 +313,11 @@ async def test_new_store_key_blesses_nothing_that_was_edited() -> None:
             connection.commit()
         async with running_secrets(directory) as service:
             await rotate(service, "store")
+
+            async def is_the_only_one_left() -> bool:
+                return [key.rights for key in (await status(service)).store_keys[:-1]] == [1]
+
+            await eventually(is_the_only_one_left)
             alice = service.public((directory / "alice").read_text())
             assert (await refusal(alice.get("one", "a"))).reason == "DATA_LOSS"
             assert await alice.get("two", "a") == b"two/a/3"
@@ -404,6 +412,82 @@ async def test_store_is_sealed_under_another_root_key_when_both_are_at_hand(capl
                 assert await service.public((directory / "alice").read_text()).get("two", "a") == b"two/a/3"
 
 
+# --- by themselves ---
+
+
+DAY = 24 * 3600
+
+
+async def keys_of(service: RunningSecrets) -> tuple[list[int], list[int]]:
+    """The newest versions of all scopes' keys, and the versions of the store key."""
+    found = rows(service.settings.data_dir, "SELECT max(version) FROM scope_keys GROUP BY scope_id ORDER BY scope_id")
+    return [row[0] for row in found], [key.version for key in (await status(service)).store_keys]
+
+
+async def test_keys_are_renewed_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "CHECK_SECONDS", 0.02)
+    clock = Clock()
+    looked = 0
+    due_scopes = rotation_store.due_scopes
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return due_scopes(*args, **kwargs)
+
+    monkeypatch.setattr(rotation_store, "due_scopes", looking)
+
+    async def looked_twice() -> None:
+        since = looked
+        await eventually(lambda: looked > since + 1)
+
+    with data_directory() as directory:
+        async with filled(directory):
+            pass
+        async with running_secrets(directory, clock=clock) as service:
+            clock.offset = 89 * DAY
+            await looked_twice()
+            assert await keys_of(service) == ([1, 1], [1])
+            for days, expected in ((91, ([2, 2], [1])), (366, ([3, 3], [1, 2]))):
+                clock.offset = days * DAY
+
+                async def are_renewed(expected: object = expected) -> bool:
+                    return bool(await keys_of(service) == expected)
+
+                await eventually(are_renewed)
+                await settled(service)
+            await looked_twice()
+            assert await keys_of(service) == ([3, 3], [1, 2])
+        async with running_secrets(directory, clock=clock, scope_key_days=0, store_key_days=0) as service:
+            clock.offset = 9_999 * DAY
+            await looked_twice()
+            assert await keys_of(service) == ([3, 3], [1, 2])
+        await opens(directory)
+
+
+async def test_keys_are_renewed_when_they_were_used_very_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "CHECK_SECONDS", 0.02)
+    monkeypatch.setattr(rotation, "MOST_USES", 20)
+    async with running_secrets() as service:
+        for scope in ("busy", "idle"):
+            await service.admin.create_scope(scope)
+        for turn in range(20):
+            await service.admin.put("busy", f"{turn % 3}", f"{turn}")
+
+        async def is_renewed() -> bool:
+            return await keys_of(service) == ([2, 1], [1])
+
+        await eventually(is_renewed)
+        for turn in range(20):
+            await service.admin.create_scope(f"{turn}")
+
+        async def has_another() -> bool:
+            return (await keys_of(service))[1][-1] > 1
+
+        await eventually(has_another)
+        assert await service.admin.get("busy", "1") == b"19"
+
+
 # --- as an operator does it ---
 
 
@@ -424,7 +508,9 @@ async def test_operator_rotates_every_level_from_the_command_line(
         assert await asyncio.to_thread(main, ["keys", *words, *directory]) == 0
         return said()
 
-    assert f"root key    {before}\nstore key   1, made 2" in await command("status")
+    assert f"root key    {before}, from file {service.settings.root_key}\nstore key   1, made 2" in await command(
+        "status"
+    )
     assert before not in await command("rotate", "root")
     assert "store key   2, made" in await command("rotate", "store")
     assert "scope keys  of 1 scopes" in await command("rotate", "scope", "shop")
