@@ -8,7 +8,8 @@ ENV PATH=/opt/tessera/venv/bin:$PATH \
 
 # The directories are made here so that new volumes belong to the services' user, and to nobody else.
 RUN useradd --uid 10001 --create-home tessera \
-    && install -d -m 0700 -o tessera -g tessera /data /sockets
+    && install -d -m 0700 -o tessera -g tessera /data /sockets \
+    /certs /certs/authority /certs/secrets /certs/serving /certs/gateway
 WORKDIR /home/tessera
 
 # Every package that is needed to run is checked against its hash. Apart from the sources, which change more often.

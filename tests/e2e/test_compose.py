@@ -26,13 +26,14 @@ READY_SECONDS = 180.0
 
 
 class Composition:
-    """`docker-compose` on our file, under a project name and a port of its own."""
+    """`docker-compose` on files of ours, under a project name and a port of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *files: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self._project = f"tessera-test-{secrets.token_hex(4)}"
-        self._program = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+        program = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+        self._program = [*program, *(argument for file in files for argument in ("--file", file))]
 
     def __call__(self, *arguments: str, timeout: float = 600) -> str:
         """Runs a subcommand; fails with its output when it fails."""
@@ -67,9 +68,9 @@ def _engine_answers() -> bool:
 
 
 @contextlib.contextmanager
-def _composed() -> Iterator[Composition]:
+def _composed(*files: str) -> Iterator[Composition]:
     """The composed platform, newly built; its logs are shown when something fails."""
-    compose = Composition()
+    compose = Composition(*files)
     try:
         compose("build", timeout=BUILD_SECONDS)
         compose("up", "--detach")
@@ -81,10 +82,20 @@ def _composed() -> Iterator[Composition]:
         compose("down", "--volumes")
 
 
-@pytest.mark.skipif(not _engine_answers(), reason="no Docker engine answers `docker version`")
+pytestmark = pytest.mark.skipif(not _engine_answers(), reason="no Docker engine answers `docker version`")
+
+
 def test_documented_create_serves_a_secret_from_the_composed_platform() -> None:
-    with _composed() as composed:
+    with _composed("docker-compose.yml") as composed:
         _check(composed)
+
+
+def test_documented_create_serves_a_secret_where_the_services_share_nothing() -> None:
+    with _composed("docker-compose.yml", "docker-compose.mtls.yml") as composed:
+        _check(composed)
+        # What Secrets has for the gateway is where Secrets is, and the gateway reached it otherwise.
+        listed = {name: composed("exec", "-T", name, "ls", "/sockets").split() for name in ("secrets", "serving")}
+        assert ["secrets-for-gateway.sock" in listed[name] for name in ("secrets", "serving")] == [True, False]
 
 
 def _check(composed: Composition) -> None:
