@@ -17,6 +17,7 @@ from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
 from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
+from secrets_service.backups import SecretsBackups
 from secrets_service.client_secrets import ClientSecrets
 from secrets_service.directory import Accounts, Directory, Groups
 from secrets_service.errors import KeySourceDown
@@ -46,6 +47,7 @@ from secrets_service.versions import SecretVersions
 from servicekit import audit, database, grpc_server, peers, relay, sockets, tls
 from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
+from servicekit.backups import BackupsServicer
 from servicekit.database import Database
 from servicekit.errors import Unavailable
 from servicekit.failed_logins import FailedLogins
@@ -53,6 +55,7 @@ from servicekit.grpc_server import Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
 from servicekit.tls import Certificate
+from tessera.backups.v1 import backups_pb2
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
@@ -121,6 +124,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
         client_secrets = ClientSecrets(opened, base.token_macs, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
+        backups = SecretsBackups(base, file)
         ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)
         rotation = KeyRotation(base, opened, ages, now)
         jobs = {
@@ -163,7 +167,11 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 services=[
                     (secrets_services["Secrets"], SecretsServicer(scopes, versions)),
                     (secrets_services["SecretResolver"], SecretResolverServicer(grants)),
-                    (secrets_services["Keys"], KeysServicer(rotation)),
+                    (secrets_services["Keys"], KeysServicer(rotation, backups)),
+                    (
+                        backups_pb2.DESCRIPTOR.services_by_name["Backups"],
+                        BackupsServicer(settings.database.parent / "copies", backups.taken),
+                    ),
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["ServicePrincipalSecrets"], ClientSecretsServicer(client_secrets)),

@@ -394,7 +394,22 @@ def _write_principal(
     )
 
 
-# --- all MACs anew ---
+# --- all MACs ---
+
+
+def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    """What does not fit its MAC, of principals and accounts: kind and id."""
+    made = integrity.of(connection)
+    principals = connection.execute(PRINCIPAL).fetchall()
+    found = [("principal", str(row[0])) for row in principals if not made.is_intact(row[7], "principal", *row[:7])]
+    accounts = connection.execute(
+        "SELECT id, display_name, given_name, family_name, emails, is_active, mac FROM accounts"
+    )
+    return found + [
+        ("account", str(account_id))
+        for account_id, *columns, mac in accounts.fetchall()
+        if not made.is_intact(mac, "account", account_id, *columns, sorted(_stored_groups(connection, account_id)))
+    ]
 
 
 def authenticate_principal(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:

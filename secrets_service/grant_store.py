@@ -314,3 +314,14 @@ def authenticate_endpoint(connection: sqlite3.Connection, row_id: int, *, believ
 def forget_access_changes(connection: sqlite3.Connection) -> None:
     """Tells those who enforce rights nothing of the transaction under way, which has changed none."""
     connection.execute("DELETE FROM access_changes")
+
+
+def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    """The endpoints that do not fit their MACs: kind and id."""
+    made = integrity.of(connection)
+    rows = connection.execute("SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints").fetchall()
+    return [
+        ("endpoint", row[0])
+        for row in rows
+        if not ({row[2], row[3]} <= {0, 1} and made.is_intact(row[4], "endpoint", *_stored(connection, row).content))
+    ]

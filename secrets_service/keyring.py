@@ -36,6 +36,7 @@ _RIGHTS_ARE_AUTHENTICATED = 3
 _RECORDS = "records"
 _RIGHTS = "rights"
 _AUDIT = "audit"
+_BACKUPS = "backups"
 _TOKEN_MAC = "token-mac"  # noqa: S105 (a label, not a token)
 
 
@@ -179,6 +180,10 @@ class Keyring:
     def audit_keys(self, service: str) -> dict[int, SecretBytes]:
         """The keys that the audit log of a service is chained with, by version; the highest is in use."""
         return {version: cipher.derive(f"{_AUDIT}/{service}") for version, cipher in self._ciphers.items()}
+
+    def backup_keys(self) -> dict[int, SecretBytes]:
+        """The keys under which backups have their MACs, by version of the store key."""
+        return {version: cipher.derive(_BACKUPS) for version, cipher in self._ciphers.items()}
 
     def token_mac_keys(self) -> dict[int, SecretBytes]:
         """The keys under which tokens have their MACs, by version; the highest is in use."""

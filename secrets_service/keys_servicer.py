@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from secrets_service.backups import SecretsBackups
 from secrets_service.model import KeyStatus
 from secrets_service.rotation import KeyRotation
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -13,8 +14,9 @@ from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 class KeysServicer(rpc.KeysServicer):
     """The keys that everything is sealed under."""
 
-    def __init__(self, rotation: KeyRotation) -> None:
+    def __init__(self, rotation: KeyRotation, backups: SecretsBackups) -> None:
         self._rotation = rotation
+        self._backups = backups
 
     async def GetKeyStatus(self, request: pb.GetKeyStatusRequest, context: Any) -> pb.KeyStatus:
         return _as_message(await self._rotation.status())
@@ -27,6 +29,13 @@ class KeysServicer(rpc.KeysServicer):
 
     async def RotateScopeKeys(self, request: pb.RotateScopeKeysRequest, context: Any) -> pb.KeyStatus:
         return _as_message(await self._rotation.rotate_scopes(request.scopes))
+
+    async def AuthenticateBackup(
+        self, request: pb.AuthenticateBackupRequest, context: Any
+    ) -> pb.AuthenticateBackupResponse:
+        return pb.AuthenticateBackupResponse(
+            mac=self._backups.authenticated(request.manifest, request.store_key_version)
+        )
 
 
 def _as_message(status: KeyStatus) -> pb.KeyStatus:

@@ -170,6 +170,23 @@ def renew_macs(connection: sqlite3.Connection, kind: str, version: int, after: P
 # --- what there is ---
 
 
+def damaged_values(connection: sqlite3.Connection, keyring: Keyring) -> list[tuple[str, str]]:
+    """The secrets of which a kept version does not open: scope and key."""
+    found: dict[tuple[str, str], None] = {}
+    for scope in store.scopes(connection):
+        for key_id, folded in store.folded_keys(connection, scope):
+            for version, _ in store.records(connection, key_id):
+                sealed = store.sealed_version(connection, key_id, version)
+                assert sealed is not None  # all of it is one state of the database
+                try:
+                    keyring.of_scope(scope.uuid, sealed.wrapped_key).open(
+                        sealed.record, places.secret(scope, folded, version)
+                    )
+                except Damaged:
+                    found[scope.name, sealed.key] = None
+    return list(found)
+
+
 def count_behind(connection: sqlite3.Connection) -> int:
     """How many values are not sealed under the newest key of their scope."""
     return sum(

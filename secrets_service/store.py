@@ -741,7 +741,20 @@ def _take_away(connection: sqlite3.Connection, before: _GrantedScope, principal_
     _authenticate_scope(connection, replace(before, generation=before.generation + 1, granted=granted))
 
 
-# --- all MACs anew ---
+# --- all MACs ---
+
+
+def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+    """What does not fit its MAC, of scopes, tokens and the platform: kind and name."""
+    made = integrity.of(connection)
+    scopes = [(row, _stored_scope(connection, row)) for row in connection.execute(_SCOPE).fetchall()]
+    found = [("scope", row[2]) for row, stored in scopes if not made.is_intact(row[5], "scope", *stored.content)]
+    tokens = connection.execute(_TOKENS).fetchall()
+    found += [("token", row[0]) for row in tokens if not _is_intact_token(connection, row)]
+    platform = connection.execute(_PLATFORM).fetchone()
+    if platform is None or not made.is_intact(platform[5], "platform", *platform[:5]):
+        found.append(("platform", "itself"))
+    return found
 
 
 def authenticate_scope(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:

@@ -15,7 +15,7 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -40,7 +40,10 @@ class DatabaseError(StartError):
 class Database:
     """An open database. Functions given to `read` and `write` run in the thread of a connection: no awaiting there."""
 
-    def __init__(self, writer: aiosqlite.Connection, readers: list[aiosqlite.Connection], existed: bool) -> None:
+    def __init__(
+        self, path: Path, writer: aiosqlite.Connection, readers: list[aiosqlite.Connection], existed: bool
+    ) -> None:
+        self._path = path
         self._writer = writer
         self._readers = readers
         self._next = 0
@@ -77,6 +80,13 @@ class Database:
             is_done = False
         if not is_done:
             log.warning("deleted content stays in the database's log for a while")
+
+    async def copy(self, to: Path) -> None:
+        """Copies the database, as it is at one moment, into a new file; whoever writes meanwhile need not wait.
+
+        What was deleted meanwhile may stay in the log that much longer. Raises sqlite3.Error and OSError.
+        """
+        await asyncio.to_thread(copied, self._path, to)
 
     async def ping(self) -> None:
         """Raises when the database does not answer."""
@@ -124,6 +134,68 @@ async def _hop(
     return result
 
 
+# --- copies, which nobody has open ---
+
+
+def copied(path: Path, to: Path) -> None:
+    """Copies a database, which others may be writing to, into a new file for its owner alone, without a log beside it.
+
+    Raises sqlite3.Error and OSError.
+    """
+    os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    with (
+        contextlib.closing(sqlite3.connect(_address(path, "mode=ro"), uri=True)) as source,
+        contextlib.closing(sqlite3.connect(to, isolation_level=None)) as target,
+    ):
+        source.backup(target)  # in one step, and so in one transaction
+        target.execute("PRAGMA journal_mode=DELETE")
+
+
+@contextlib.contextmanager
+def looked_at(path: Path, *, kind: type[sqlite3.Connection] = sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """A connection to a copy, which reads and leaves nothing beside it. Raises sqlite3.Error."""
+    address = _address(path, "mode=ro&immutable=1")
+    with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None, factory=kind)) as connection:
+        _prepare_reader(connection)
+        yield connection
+
+
+def amended(path: Path, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kw: P.kwargs) -> T:
+    """Runs a function as one transaction on a copy; raises sqlite3.Error."""
+    with contextlib.closing(sqlite3.connect(_address(path, "mode=rw"), uri=True, isolation_level=None)) as connection:
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "trusted_schema=OFF"):
+            connection.execute(f"PRAGMA {pragma}")
+        return _transaction(connection, "BEGIN IMMEDIATE", function, *args, **kw)
+
+
+def faults(path: Path, migrations: Traversable | None) -> list[str]:
+    """What is wrong with a copy, one line each; with `migrations` also whether this program can use it.
+
+    All of it is read. Without them it is a database of somebody else's.
+    """
+    try:
+        with looked_at(path) as connection:
+            found = [row[0] for row in connection.execute("PRAGMA integrity_check(10)") if row[0] != "ok"]
+            if migrations is None or found:
+                return found
+            if connection.execute("PRAGMA foreign_key_check").fetchone():
+                found.append("rows refer to others that there are not")
+            scripts = _scripts(migrations)
+            if _applied(connection) > len(scripts):
+                return [*found, "it was written by a newer version of this program; install that version"]
+            if not _applied(connection):
+                return [*found, "it is no database of this program"]
+            if foreign := _foreign_code(connection, scripts[: _applied(connection)]):
+                found.append(f"it has other triggers or views than this program makes ({foreign})")
+            return found
+    except sqlite3.Error as error:
+        return [str(error)]
+
+
+def _address(path: Path, parameters: str) -> str:
+    return f"{path.absolute().as_uri()}?{parameters}"
+
+
 @asynccontextmanager
 async def opened(
     path: Path, migrations: Traversable, *, kind: type[sqlite3.Connection] = sqlite3.Connection
@@ -147,11 +219,12 @@ async def opened(
             except sqlite3.DatabaseError as error:
                 raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
             for _ in range(READERS):
-                address = f"{path.absolute().as_uri()}?mode=ro"
-                reader = await aiosqlite.connect(address, uri=True, isolation_level=None, factory=kind)
+                reader = await aiosqlite.connect(
+                    _address(path, "mode=ro"), uri=True, isolation_level=None, factory=kind
+                )
                 readers.append(reader)
                 await _hop(reader, _prepare_reader)
-            yield Database(writer, readers, existed)
+            yield Database(path, writer, readers, existed)
         finally:
             await asyncio.gather(*(reader.close() for reader in readers))
             # Last, since whoever closes last moves the WAL into the database, and only the writer may.
@@ -202,8 +275,8 @@ def _prepare(connection: sqlite3.Connection, path: Path, migrations: Traversable
     damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if damage != "ok":
         raise DatabaseError(f"{path} is damaged ({damage}). Restore it from a backup.")
-    scripts = sorted((entry for entry in migrations.iterdir() if entry.name.endswith(".sql")), key=lambda e: e.name)
-    applied = connection.execute("PRAGMA user_version").fetchone()[0]
+    scripts = _scripts(migrations)
+    applied = _applied(connection)
     if applied > len(scripts):
         raise DatabaseError(f"{path} was written by a newer version of this program. Install that version.")
     for number, script in enumerate(scripts[applied:], start=applied + 1):
@@ -218,8 +291,21 @@ def _apply(connection: sqlite3.Connection, number: int, script: Traversable) -> 
     connection.executescript(f"BEGIN IMMEDIATE;\n{sql}\nPRAGMA user_version={number};\nCOMMIT;")
 
 
+def _scripts(migrations: Traversable) -> list[Traversable]:
+    return sorted((entry for entry in migrations.iterdir() if entry.name.endswith(".sql")), key=lambda e: e.name)
+
+
+def _applied(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
 def _refuse_foreign_code(connection: sqlite3.Connection, path: Path, scripts: list[Traversable]) -> None:
-    """Raises DatabaseError when the database has triggers or views that the migrations do not make.
+    if name := _foreign_code(connection, scripts):
+        raise DatabaseError(f"{path} has other triggers or views than this program ({name}). Restore it from a backup.")
+
+
+def _foreign_code(connection: sqlite3.Connection, scripts: list[Traversable]) -> str:
+    """The name of a trigger or view that the migrations do not make, or that they make and is not there.
 
     They would run with every change of ours, whoever wrote them.
     """
@@ -227,9 +313,8 @@ def _refuse_foreign_code(connection: sqlite3.Connection, path: Path, scripts: li
         for number, script in enumerate(scripts, start=1):
             _apply(fresh, number, script)
         expected = _code(fresh)
-    if foreign := _code(connection) ^ expected:
-        name = min(foreign)[0]
-        raise DatabaseError(f"{path} has other triggers or views than this program ({name}). Restore it from a backup.")
+    foreign = _code(connection) ^ expected
+    return min(foreign)[0] if foreign else ""
 
 
 def _code(connection: sqlite3.Connection) -> set[tuple[str, str]]:

@@ -17,6 +17,7 @@ from servicekit import audit, channels, database, grpc_server, peers, relay, soc
 from servicekit.access import AccessTable
 from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
+from servicekit.backups import BackupsServicer
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import Listener
 from servicekit.http_client import HttpPool
@@ -27,6 +28,7 @@ from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from servicekit.relay import Way
 from serving_service import audit_key, cgroups, couriers, nvidia_smi, store
+from serving_service.backups import ServingBackups
 from serving_service.build_logs import BuildLogs
 from serving_service.caches import FolderCache
 from serving_service.consumption import Consumption
@@ -56,6 +58,7 @@ from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
 from serving_service.slots import LaunchSlots
 from serving_service.template import Template
+from tessera.backups.v1 import backups_pb2
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -65,6 +68,9 @@ MIGRATIONS = files("serving_service") / "migrations"
 
 MESSAGE_LIMIT = 17 << 20
 """Bytes of one message: the body of a query, and room for what is around it."""
+
+PEERS = ("gateway", "operator")
+"""Who may call over a socket of its own; the operator is the person who runs this machine."""
 
 ISOLATION_FILE = "isolation.txt"
 """Beside the database: what isolates models here, for whoever starts the platform."""
@@ -114,9 +120,8 @@ async def running(
         used = partial(opened.read, store.used_folders)
         models = FolderCache(data / "models", content=MODEL_FOLDER, bound=settings.model_cache << 20, used=used)
         registry = registry or MlflowRegistry(settings.registry_uri, models, variables)
-        environments = ModelEnvironments(
-            Places.below(data), variables, bound=settings.environment_cache << 20, used=used
-        )
+        places = Places.below(data)
+        environments = ModelEnvironments(places, variables, bound=settings.environment_cache << 20, used=used)
         build_logs = BuildLogs(opened)
         smi = nvidia_smi.program(own_environment().get("PATH"))
         gpus = GpuPool(opened, await nvidia_smi.machine(smi, settings.gpus))
@@ -214,6 +219,7 @@ async def running(
             deadline=settings.inference_deadline,
             queue_seconds=settings.queue_seconds,
         )
+        backups = ServingBackups(opened, settlement, registry=settings.embedded_registry, locks=places.locks)
         entrance = ""
         if certificate is not None and settings.peer_listen:
             doors = partial(_behind, directory)
@@ -230,16 +236,23 @@ async def running(
                         failed_logins=FailedLogins(settings.failed_logins),
                         reflection=settings.has_reflection,
                     ),
-                    Listener(
-                        address=sockets.socket_address(directory, callee="serving", caller="gateway"),
-                        identify=by_assertion(exchange.verifier),
-                        peer="gateway",
+                    *(
+                        Listener(
+                            address=sockets.socket_address(directory, callee="serving", caller=peer),
+                            identify=by_assertion(exchange.verifier),
+                            peer=peer,
+                        )
+                        for peer in PEERS
                     ),
                 ],
                 services=[
                     (services["ServingEndpoints"], ServingEndpointsServicer(endpoints, queries)),
                     (services["Routes"], RoutesServicer(routes)),
                     (services["Metering"], MeteringServicer(meters)),
+                    (
+                        backups_pb2.DESCRIPTOR.services_by_name["Backups"],
+                        BackupsServicer(data / "copies", backups.taken),
+                    ),
                 ],
                 table=POLICY,
                 readiness={"database": opened.ping},

@@ -297,12 +297,22 @@ class ServingSettings(settings.AuditedSettings):
     @property
     def registry_uri(self) -> str:
         """The registry that models come from."""
-        return self.model_registry or f"sqlite:///{self.data_dir / 'registry.db'}"
+        return self.model_registry or _sqlite(self.data_dir / "registry.db")
+
+    @property
+    def embedded_registry(self) -> Path | None:
+        """The registry's file in the data directory; None when models come from another one."""
+        embedded = self.data_dir / "registry.db"
+        return embedded if self.registry_uri == _sqlite(embedded) else None
 
     @property
     def has_reflection(self) -> bool:
         """Whether the public listener offers reflection."""
         return settings.is_loopback(self.listen) if self.reflection is None else self.reflection
+
+
+def _sqlite(path: Path) -> str:
+    return f"sqlite:///{path}"
 
 
 def _together(*pair: tuple[str, object]) -> None:

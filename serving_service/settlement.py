@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -53,6 +55,7 @@ class Settlement:
         self._is_reconciled = False
         self._over = _Over()
         self._woken = asyncio.Event()
+        self._telling = asyncio.Lock()
 
     async def reconciled(self) -> None:
         """Returns when Secrets knows what a predecessor left; raises ServiceError when it does not answer."""
@@ -73,6 +76,16 @@ class Settlement:
                 waiting_for=self._channel,
             )
             self._is_reconciled = True
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Keeps to itself what is over until the context is left, so that Secrets forgets nothing that is there now.
+
+        Raises ServiceError when Secrets does not answer.
+        """
+        await self.reconciled()
+        async with self._telling:
+            yield
 
     def ended(self, replica_id: str) -> None:
         """Has Secrets told that a launch has ended; also of one that it never heard of, and more than once."""
@@ -95,7 +108,8 @@ class Settlement:
             self._woken.clear()
             try:
                 await self.reconciled()
-                await self._tell()
+                async with self._telling:
+                    await self._tell()
             except ServiceError as error:
                 log.debug("ends are not told yet", extra={"reason": error.reason})
                 await asyncio.sleep(RETRY_SECONDS)

@@ -555,6 +555,12 @@ def next_epoch(connection: sqlite3.Connection) -> int:
     return int(connection.execute("UPDATE epochs SET epoch = epoch + 1 RETURNING epoch").fetchone()[0])
 
 
+def begin_anew(connection: sqlite3.Connection, epoch: int) -> None:
+    """Makes a restored database one of a service that has no replicas yet, and a higher epoch than ever before."""
+    connection.execute("DELETE FROM replicas")
+    connection.execute("UPDATE epochs SET epoch = max(epoch, ?)", (epoch,))
+
+
 def user_of(connection: sqlite3.Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:
     """The user of an endpoint's models: the one it has, or else the first that is nobody's and not `busy`, now its own.
 

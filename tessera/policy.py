@@ -103,6 +103,9 @@ POLICY: Table = {
     # The keys of the audit logs: Serving's for Serving, all of them for who verifies the logs.
     "tessera.identity.v1.AuditKeys/GetKey": internal("serving"),
     "tessera.identity.v1.AuditKeys/ListKeys": internal("operator"),
+    "tessera.secrets.v1.Keys/AuthenticateBackup": internal("operator"),
+    # Copies of what each service keeps.
+    "tessera.backups.v1.Backups/Copy": internal("operator"),
     # Permissions on endpoints (contract 3.4), and the feed that tells them to those who enforce them.
     "tessera.identity.v1.Permissions/GetPermissions": CAN_MANAGE,
     "tessera.identity.v1.Permissions/SetPermissions": CAN_MANAGE,

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from servicekit.errors import StartError
 from servicekit.settings import SettingsError
-from tessera.cli import admin_token, audit, certs, demo, endpoints, events, keys, logs, up
+from tessera.cli import admin_token, audit, backup, certs, demo, endpoints, events, keys, logs, restore, up, verify
 
 INTERRUPTED, CLOSED = 130, 141
 """The status of a command that a person ended, or whose output nobody reads any more; as shells have it."""
 
-_COMMANDS = (up, demo, endpoints, events, logs, admin_token, keys, certs, audit)
+_COMMANDS = (up, demo, endpoints, events, logs, admin_token, keys, backup, verify, restore, certs, audit)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,6 +28,8 @@ _MODEL = "tests/service/test_secrets_model.py::test_every_sequence_is_answered_a
 _INTEGRITY = "tests/unit/secrets_service/test_integrity.py"
 _ROTATION = "tests/service/test_key_rotation.py"
 _SOURCES = "tests/service/test_key_sources.py"
+_BACKUP = "tests/service/test_backup.py"
+_SETTLEMENT = "tests/unit/serving_service/test_settlement.py"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
@@ -461,6 +463,34 @@ FAULTS = (
             _warn_if_abandoned(connection, found, before)""",
         new="""            store.delete_grant(connection, found, folded)""",
         tests=("tests/service/test_warnings.py::test_deleting_the_last_manage_is_warned_of", _MODEL),
+    ),
+    # --- backups ---
+    Fault(
+        name="forgotten-while-it-is-copied",
+        property="R25",
+        file="serving_service/settlement.py",
+        old="        async with self._telling:\n            yield\n",
+        new="        yield\n",
+        tests=(
+            f"{_SETTLEMENT}::test_ends_are_kept_back_while_they_are_held_and_told_afterwards",
+            f"{_BACKUP}::test_what_happens_between_the_two_copies_leaves_nothing_that_cannot_be_launched",
+        ),
+    ),
+    Fault(
+        name="changed-backup-believed",
+        property="R25",
+        file="tessera/cli/verify.py",
+        old="    if not backups.is_authentic(keyring, backup.content, backup.mac):\n",
+        new="    if not backup.mac:\n",
+        tests=(f"{_BACKUP}::test_change_that_somebody_made_who_can_make_digests_is_found_with_the_root_key",),
+    ),
+    Fault(
+        name="replicas-of-another-adopted",
+        property="R25",
+        file="serving_service/store.py",
+        old='    connection.execute("DELETE FROM replicas")\n    connection.execute("UPDATE epochs',
+        new='    connection.execute("UPDATE epochs',
+        tests=(f"{_BACKUP}::test_restored_platform_starts_replicas_of_its_own_and_stops_those_of_the_other",),
     ),
     # --- one thing at a time ---
     Fault(

@@ -269,7 +269,7 @@ async def test_metrics_have_the_documented_names_kinds_and_labels(
     running, admin = serving
     endpoint = await admin.create("demo")
     await admin.settled("demo")
-    stub = rpc.MeteringStub(running.gateway_channel)
+    stub = rpc.MeteringStub(running.peer_channels["gateway"])
     key = Key(endpoint.id, "ready-1", "1")
     refused = (Key(endpoint.id), measured(1, refused=1))
     await stub.Report(report(1, (key, measured(7, refused=2, failed=1)), refused, at=START * 2))
@@ -341,7 +341,7 @@ async def test_history_and_use_can_be_read_page_by_page(
 ) -> None:
     running, admin = serving
     endpoint = await admin.create("demo", None)
-    stub = rpc.MeteringStub(running.gateway_channel)
+    stub = rpc.MeteringStub(running.peer_channels["gateway"])
     now = time.time()
     key = Key(endpoint.id, "one", "3")
     ada = UsageKey(endpoint.id, "one", "7", "ada@example.com")

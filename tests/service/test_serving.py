@@ -968,7 +968,9 @@ async def test_a_gateway_that_comes_while_replicas_are_being_found_gets_the_whol
                 gateway = serving.routes.Watch(timeout=STREAM_TIMEOUT)
                 await gateway.write(pb.RouteReport())
                 # Over the same connection, so that the stream has been met when this is answered.
-                await health_pb2_grpc.HealthStub(serving.gateway_channel).Check(health_pb2.HealthCheckRequest())
+                await health_pb2_grpc.HealthStub(serving.peer_channels["gateway"]).Check(
+                    health_pb2.HealthCheckRequest()
+                )
                 launcher.may_find.set()
                 table = await gateway.read()
                 assert [each.replica_id for each in table.endpoints[0].entities[0].replicas] == [replica_id]

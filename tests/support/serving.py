@@ -186,7 +186,7 @@ class RunningServing:
 
     address: str
     public_channel: grpc.aio.Channel
-    gateway_channel: grpc.aio.Channel
+    peer_channels: dict[str, grpc.aio.Channel]
     launcher: LocalLauncher
 
     def public(self, token: str | None) -> ServingCaller:
@@ -196,7 +196,7 @@ class RunningServing:
     @property
     def routes(self) -> Any:
         """The table of routes, as gateways ask for it."""
-        return rpc.RoutesStub(self.gateway_channel)
+        return rpc.RoutesStub(self.peer_channels["gateway"])
 
     async def replicas(self) -> dict[str, int]:
         """The process of each replica that runs, by replica id."""
@@ -229,11 +229,15 @@ async def running_serving(
     registry = registry or MannerRegistry(settings.data_dir)
     async with AsyncExitStack() as stack:
         service = await stack.enter_async_context(app.running(settings, launcher=launcher, registry=registry))
-        gateway = sockets.socket_address(settings.sockets, callee="serving", caller="gateway")
         yield RunningServing(
             address=service.address,
             public_channel=await stack.enter_async_context(channels.opened(service.address)),
-            gateway_channel=await stack.enter_async_context(channels.opened(gateway)),
+            peer_channels={
+                peer: await stack.enter_async_context(
+                    channels.opened(sockets.socket_address(settings.sockets, callee="serving", caller=peer))
+                )
+                for peer in app.PEERS
+            },
             launcher=launcher,
         )
 

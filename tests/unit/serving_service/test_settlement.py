@@ -110,3 +110,25 @@ async def test_ends_are_told_until_they_are_heard_and_then_no_more(secrets: Secr
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_ends_are_kept_back_while_they_are_held_and_told_afterwards(secrets: Secrets, told: Settlement) -> None:
+    running = asyncio.create_task(told.run())
+    try:
+        async with told.held():
+            assert secrets.heard == [("keep", ["live", "e"])]  # what is not named there may be forgotten at once
+            told.ended("r1")
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert len(secrets.heard) == 1
+        await eventually(lambda: secrets.heard[1:] == [("end", ["r1"])])
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_nothing_is_held_before_secrets_knows_what_there_is(secrets: Secrets, told: Settlement) -> None:
+    secrets.is_away = True
+    with pytest.raises(Unavailable):
+        async with told.held():
+            pytest.fail("Secrets may forget what is there")

@@ -1,0 +1,112 @@
+"""Copies of what a service keeps, handed to the operator of the machine while the service runs.
+
+The rule: everything of a copy is of one moment, and nothing is remembered of it afterwards. It is made in a folder of
+the service's own, whole before the first byte of it leaves; so it is made as fast as the disk allows, and a caller who
+reads slowly keeps nobody waiting. What a killed process leaves there is gone with the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from servicekit.errors import BadRequest, Conflict, DeadlineExceeded
+from tessera.backups.v1 import backups_pb2 as pb
+from tessera.backups.v1 import backups_pb2_grpc as rpc
+
+log = logging.getLogger(__name__)
+
+PATIENCE_SECONDS = 10.0
+"""How long a caller waits for another one's copy, which may be that of one that is just gone."""
+
+HELD_SECONDS = 600.0
+"""How long a caller may take from the copy's being there to saying so: another service copies itself meanwhile."""
+
+PART_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True)
+class Copy:
+    """What was copied."""
+
+    files: Mapping[str, Path]
+    """Where the copies are, by the name that each has in a backup."""
+    facts: Mapping[str, str]
+    """What else a restore has to know."""
+
+
+Take = Callable[[Path], AbstractAsyncContextManager[Copy]]
+"""Copies into an empty folder; the context is left when the caller has what else belongs to the same moment."""
+
+
+class BackupsServicer(rpc.BackupsServicer):
+    """Hands out copies that `take` makes, one at a time, in a folder below `directory`."""
+
+    def __init__(self, directory: Path, take: Take) -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        self._directory = directory
+        self._take = take
+        self._one_at_a_time = asyncio.Lock()
+
+    async def Copy(self, request_iterator: AsyncIterator[pb.CopyRequest], context: Any) -> AsyncIterator[Any]:
+        async with AsyncExitStack() as stack:
+            await self._alone(stack)
+            began = time.monotonic()
+            try:
+                self._directory.mkdir(mode=0o700, exist_ok=True)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory))
+                held = await stack.enter_async_context(AsyncExitStack())
+                copy = await held.enter_async_context(self._take(Path(folder)))
+            except (OSError, sqlite3.Error) as error:
+                raise BadRequest(f"No copy can be made: {_cause(error)}.") from None
+            sizes = {name: path.stat().st_size for name, path in copy.files.items()}
+            files = [pb.CopiedFile(name=name, size=size) for name, size in sizes.items()]
+            yield pb.CopyResponse(snapshot=pb.Snapshot(files=files, facts=copy.facts))
+            await _closed(request_iterator)
+            await held.aclose()
+            for path in copy.files.values():
+                async for part in _read(path):
+                    yield pb.CopyResponse(content=part)
+            log.info(
+                "copied for a backup",
+                extra={
+                    "files": len(sizes),
+                    "bytes": sum(sizes.values()),
+                    "seconds": round(time.monotonic() - began, 3),
+                },
+            )
+
+    async def _alone(self, stack: AsyncExitStack) -> None:
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await stack.enter_async_context(self._one_at_a_time)
+        except TimeoutError:
+            raise Conflict("Another backup is being made; try again when it is done.") from None
+
+
+async def _closed(requests: AsyncIterator[pb.CopyRequest]) -> None:
+    try:
+        async with asyncio.timeout(HELD_SECONDS):
+            async for _ in requests:
+                pass
+    except TimeoutError:
+        raise DeadlineExceeded("The caller did not go on within ten minutes of the copy.") from None
+
+
+async def _read(path: Path) -> AsyncIterator[bytes]:
+    with path.open("rb") as file:
+        while part := await asyncio.to_thread(file.read, PART_BYTES):
+            yield part
+
+
+def _cause(error: OSError | sqlite3.Error) -> str:
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__

@@ -1,0 +1,53 @@
+"""What Serving adds to a backup: its database, the registry that is kept beside it, and which packages led to what.
+
+Neither models nor environments: they are caches, and the registry and the locks say what belongs in them. Secrets must
+not forget a grant that the copy still refers to before it has copied itself, so until then it hears of no end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from servicekit import database
+from servicekit.backups import Copy
+from servicekit.database import Database
+from serving_service.settlement import Settlement
+
+DATABASE = "serving.db"
+REGISTRY = "registry.db"
+LOCKS = "locks"
+
+
+class ServingBackups:
+    """Backups of a service that runs. `registry` is the embedded registry's file, None where another is used."""
+
+    def __init__(self, opened: Database, settlement: Settlement, *, registry: Path | None, locks: Path) -> None:
+        self._database = opened
+        self._settlement = settlement
+        self._registry = registry
+        self._locks = locks
+
+    @asynccontextmanager
+    async def taken(self, directory: Path) -> AsyncIterator[Copy]:
+        """Copies what there is now; until the context is left, everything that is granted stays granted."""
+        async with self._settlement.held():
+            files = {DATABASE: directory / DATABASE}
+            await self._database.copy(files[DATABASE])
+            # After the database: what an endpoint serves was registered before.
+            if self._registry is not None and self._registry.exists():
+                files[REGISTRY] = directory / REGISTRY
+                await asyncio.to_thread(database.copied, self._registry, files[REGISTRY])
+            files |= await asyncio.to_thread(self._copied_locks, directory / LOCKS)
+            yield Copy(files, {"model_registry": "elsewhere" if self._registry is None else "embedded"})
+
+    def _copied_locks(self, directory: Path) -> dict[str, Path]:
+        directory.mkdir(mode=0o700)
+        for lock in sorted(self._locks.glob("*.txt")):
+            with contextlib.suppress(FileNotFoundError):  # one that was not used for long may go meanwhile
+                shutil.copyfile(lock, directory / lock.name)
+        return {f"{LOCKS}/{copy.name}": copy for copy in sorted(directory.iterdir())}
