@@ -6,12 +6,14 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import orjson
+from google.api.httpbody_pb2 import HttpBody
+from google.protobuf.descriptor import MethodDescriptor
 
 from gateway import errors, http_server
 from gateway.admission import Admission
@@ -31,6 +33,7 @@ from servicekit import background, channels, context, peers, policy, relay, tls,
 from servicekit.access import AccessTable
 from servicekit.context import Principal, RequestContext
 from servicekit.errors import ServiceError
+from servicekit.exposure import is_read
 from servicekit.failed_logins import FailedLogins
 from servicekit.http_client import HttpPool
 from servicekit.identity import CREDENTIAL_REFUSED, Identity, TokenExchange, refuse_bound, token_from
@@ -40,6 +43,7 @@ from servicekit.metrics import listening as metrics_at
 from servicekit.policy import Decision, Row
 from servicekit.rate_limits import Ledger
 from servicekit.relay import Way
+from servicekit.shedding import Lag, Room
 from servicekit.sockets import socket_address, socket_path
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
 from tessera.identity.v1 import identity_pb2, permissions_pb2
@@ -61,6 +65,10 @@ _OWNED = {
 }
 """Which service answers the RPCs of which proto files."""
 
+AT_ANY_TIME = ("GET /health", "GET /.well-known/databricks-config")
+"""Routes that are answered however much there is to do: a supervisor asks for the one, and clients that are refused the
+other do not begin."""
+
 NO_ROUTE, GONE = "(none)", "(none)"
 """What requests are counted under that no route takes, and that nobody was answered."""
 
@@ -77,7 +85,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         ways = await stack.enter_async_context(_ways(settings))
         open_channel = {
             name: await stack.enter_async_context(
-                channels.opened(socket_address(directory, callee=name, caller="gateway"))
+                channels.opened(socket_address(directory, callee=name, caller="gateway"), retried=_reads_of(name))
             )
             for name in ("secrets", "serving")
         }
@@ -97,6 +105,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             address_of=_behind_a_door if "serving" in ways else _on_this_machine,
         )
         metrics = ServiceMetrics()
+        lag = Lag()
         measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
@@ -125,6 +134,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
             failed_logins=FailedLogins(settings.failed_logins),
+            room=Room("callers", settings.calls, lag),
             calls=Calls(metrics.registry, "tessera_http_requests", "Requests over HTTP", kind="route", ending="status"),
         )
         metrics.watch("tessera_endpoints", "Endpoints that this gateway knows.", table.count)
@@ -137,6 +147,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                     "measures": partial(Reporter(measures).run, open_channel["serving"]),
                     "access": partial(access.follow, open_channel["secrets"]),
                     "workspace": partial(_learn_workspace, exchange),
+                    "lag": lag.run,
                 }
             )
         )
@@ -146,6 +157,13 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         stack.callback(gateway.streams.stop)  # before the server waits for what is under way
         await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url
+
+
+def _reads_of(name: str) -> list[MethodDescriptor]:
+    """The RPCs of a service that may be called again when it does not answer."""
+    services = [service for file in _OWNED[name] for service in file.services_by_name.values()]
+    methods = [method for service in services for method in service.methods]
+    return [method for method in methods if is_read(method) and not method.server_streaming]
 
 
 @asynccontextmanager
@@ -177,23 +195,24 @@ _Handle = Callable[[Request, Answer, re.Match[str]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class _Special:
-    """A route that is no message: which requests it takes, who may send them, and who answers them."""
+    """A route that is no message: which requests it takes, who may send them, who answers them, and in what room."""
 
     method: str
     template: str
     path: re.Pattern[str]
     row: Row
+    room: Room
     handle: _Handle
 
 
-def _special(name: str, row: Row, handle: _Handle) -> _Special:
+def _special(name: str, row: Row, room: Room, handle: _Handle) -> _Special:
     """The route that the policy names so.
 
     One slash at the end is tolerated, as with routes that are messages; but what is open is open in one spelling only.
     """
     method, _, template = name.partition(" ")
     path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
-    return _Special(method, template, re.compile(f"{path}/?" if row.needs_caller else path), row, handle)
+    return _Special(method, template, re.compile(f"{path}/?" if row.needs_caller else path), row, room, handle)
 
 
 class Gateway:
@@ -212,6 +231,7 @@ class Gateway:
         public_url: str,
         trusted_proxies: Sequence[Network],
         failed_logins: FailedLogins,
+        room: Room,
         calls: Calls,
     ) -> None:
         self._rules = rules
@@ -222,6 +242,7 @@ class Gateway:
         self._public_url = public_url
         self._trusted_proxies = trusted_proxies
         self._failed_logins = failed_logins
+        self._room = room
         self._calls = calls
         self._workspace: tuple[bytes, bytes] | None = None
         self.streams = Streams(exchange)
@@ -252,7 +273,12 @@ class Gateway:
         }
         services = {binding.service.full_name: binding.service for binding in rules}
         policy.check(table, services.values(), routes=specials)
-        self._special = tuple(_special(name, table[name], handle) for name, handle in specials.items())
+        # What costs nothing is answered at any time, and queries wait in queues of their own.
+        free = Room("any", 0, Lag())
+        self._special = tuple(
+            _special(name, table[name], free if name in AT_ANY_TIME or table[name].is_inference else room, handle)
+            for name, handle in specials.items()
+        )
 
     async def __call__(self, request: Request, answer: Answer) -> None:
         given = request.header(b"x-tessera-request-id")
@@ -330,8 +356,18 @@ class Gateway:
     async def _route(self, request: Request, answer: Answer) -> None:
         for special in self._special:
             if special.method == request.method and (match := special.path.fullmatch(request.path)):
-                await self._answer_special(special, request, answer, match)
+                with special.room:
+                    await self._answer_special(special, request, answer, match)
                 return
+        with self._room:
+            pieces, caller = await self._answer_message(request, answer)
+        if pieces is not None:  # which goes on for as long as somebody reads, and keeps no place
+            await self.streams.pass_on(request, answer, caller, pieces)
+
+    async def _answer_message(
+        self, request: Request, answer: Answer
+    ) -> tuple[AsyncGenerator[HttpBody, None] | None, Principal]:
+        """Answers with a message; or returns the pieces of what is to be answered, where that is a stream."""
         # Callers that we do not know learn nothing about which paths there are.
         identity = await self._identify(request, answer)
         found = self._rules.match(request.method, request.path)
@@ -353,14 +389,14 @@ class Gateway:
             pieces = self._transcoder.stream(
                 binding, parameters, request.query_string, metadata, longest_silence=CONTROL_DEADLINE
             )
-            await self.streams.pass_on(request, answer, identity.principal, pieces)
-            return
+            return pieces, identity.principal
         transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
         )
         warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
         content_type = (b"content-type", transcoded.content_type.encode("ascii"))
         answer.whole(binding.success_status, [*warnings, content_type], transcoded.body)
+        return None, identity.principal
 
     async def _answer_special(self, special: _Special, request: Request, answer: Answer, match: re.Match[str]) -> None:
         """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from servicekit.settings import ServiceSettings, address, count, metrics_listen, origin, remote, seconds, setting
+from servicekit.settings import ServiceSettings, address, calls, count, metrics_listen, origin, remote, seconds, setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class GatewaySettings(ServiceSettings):
     secrets_address: str = remote("TESSERA_SECRETS_ADDRESS", "Secrets")
     serving_address: str = remote("TESSERA_SERVING_ADDRESS", "Serving")
     metrics_listen: str = metrics_listen("TESSERA_GATEWAY_METRICS_LISTEN")
+    calls: int = calls()
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
         origin,

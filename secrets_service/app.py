@@ -51,7 +51,7 @@ from servicekit.backups import BackupsServicer
 from servicekit.database import Database
 from servicekit.errors import Unavailable
 from servicekit.failed_logins import FailedLogins
-from servicekit.grpc_server import Listener
+from servicekit.grpc_server import CallLimits, Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
 from servicekit.tls import Certificate
@@ -184,6 +184,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 readiness={"database": file.ping},
                 jobs=jobs,
                 message_limit=MESSAGE_LIMIT,
+                limits=CallLimits(calls=settings.calls, changes=settings.changes),
                 metrics=metrics,
                 trail=trail,
             )

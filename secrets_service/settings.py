@@ -93,6 +93,8 @@ class SecretsSettings(AuditedSettings):
     )
     peer_listen: str = settings.peer_listen("TESSERA_SECRETS_PEER_LISTEN", "the gateway and Serving")
     metrics_listen: str = settings.metrics_listen("TESSERA_SECRETS_METRICS_LISTEN")
+    calls: int = settings.calls()
+    changes: int = settings.changes()
     root_key_source: str = setting(
         "TESSERA_ROOT_KEY_SOURCE",
         _current_source,

@@ -1,20 +1,23 @@
 """Channels to peer services: every call has a deadline, the request's id and the caller's assertion.
 
-A peer that was restarted is found again within a second. Nothing is retried here; who calls decides.
+A peer that was restarted is found again within a second. Whoever opens a channel says which methods are retried on it:
+those that only read, and at one layer of all that a request goes through, which is the gateway.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 
 from servicekit import context, tracing
 from servicekit.errors import DeadlineExceeded, InvalidParameter, from_rpc_error
@@ -47,14 +50,38 @@ OVERDUE_SECONDS = 1.0
 METADATA_LIMIT = 64 * 1024
 """Bytes of headers or trailers that we take from a peer: room for a long error message."""
 
+KEEPALIVE_SECONDS = 30.0
+"""How often a silent peer is asked whether it is there."""
+
+KEEPALIVE_TIMEOUT = 10.0
+"""How long it has to answer; then the connection is given up, with what was under way on it."""
+
+ATTEMPTS = 3
+"""How often a call that may be retried is made, all in all."""
+
+_RETRIES = {
+    "maxAttempts": ATTEMPTS,
+    "initialBackoff": "0.1s",
+    "maxBackoff": "1s",
+    "backoffMultiplier": 3,  # each pause is drawn from around 0.1 s and 0.3 s
+    "retryableStatusCodes": ["UNAVAILABLE"],
+}
+
+_THROTTLE = {"maxTokens": 10, "tokenRatio": 0.1}
+"""A failure takes a token, an answer gives a tenth of one, and with half of them gone nothing is retried: a peer that
+does not answer at all is not asked three times as much."""
+
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     # How long one attempt may take, whatever its name: on a busy machine, longer than between two that are refused.
     ("grpc.min_reconnect_backoff_ms", 1_000),
     # A peer on this machine costs nothing to ask again, and while a channel backs off its calls fail.
     ("grpc.max_reconnect_backoff_ms", 200),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_time_ms", round(KEEPALIVE_SECONDS * 1000)),
+    ("grpc.keepalive_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),
+    # The same for any other ping: gRPC sends some to measure with, and while one of those is not answered it asks no
+    # other question. By default it would wait for a minute.
+    ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),
     ("grpc.max_receive_message_length", 17 * 1024 * 1024),
     ("grpc.max_send_message_length", 17 * 1024 * 1024),
     ("grpc.max_metadata_size", METADATA_LIMIT),
@@ -66,14 +93,25 @@ _OPTIONS: list[tuple[str, Any]] = [
 
 
 @asynccontextmanager
-async def opened(address: str) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to `unix:/path` or `host:port`, closed in the end. It connects when first used."""
+async def opened(address: str, *, retried: Iterable[MethodDescriptor] = ()) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to `unix:/path` or `host:port`, closed in the end. It connects when first used.
+
+    Calls of `retried` are made again when the peer does not answer just now; they must change nothing.
+    """
     interceptors = [ClientTracing()] if tracing.is_on() else None
-    channel = grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
+    options = [*_OPTIONS, ("grpc.service_config", _service_config(retried))]
+    channel = grpc.aio.insecure_channel(address, options=options, interceptors=interceptors)
     try:
         yield channel
     finally:
         await channel.close()
+
+
+def _service_config(retried: Iterable[MethodDescriptor]) -> str:
+    names = [{"service": each.containing_service.full_name, "method": each.name} for each in retried]
+    if not names:
+        return "{}"
+    return json.dumps({"methodConfig": [{"name": names, "retryPolicy": _RETRIES}], "retryThrottling": _THROTTLE})
 
 
 async def until_connected(channel: grpc.aio.Channel, *, within: float) -> None:

@@ -41,6 +41,13 @@ def internal(*callers: str) -> Exposure:
     return Exposure(Audience.INTERNAL, frozenset(callers))
 
 
+def is_read(method: MethodDescriptor) -> bool:
+    """Whether a public RPC only reads, which the verb of its route says: it may be called again, and as often."""
+    options = method.GetOptions()
+    rule = options.Extensions[annotations_pb2.http]
+    return options.HasExtension(annotations_pb2.http) and rule.WhichOneof("pattern") == "get"
+
+
 def exposure(method: MethodDescriptor) -> Exposure:
     """What the options of `method` say; raises ValueError, naming the RPC, when they say nothing or several things."""
     options = method.GetOptions()

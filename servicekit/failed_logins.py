@@ -10,16 +10,13 @@ import ipaddress
 import logging
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from servicekit.errors import ServiceError, TooManyRequests, Unauthenticated
+from servicekit.pace import MOST_KEPT, Pace
 from servicekit.source import Source
 
 log = logging.getLogger(__name__)
-
-MOST_ADDRESSES = 10_000
-"""How many addresses are remembered; then the one that failed the longest ago is forgotten."""
 
 IPV6_NETWORK = 64
 """Bits of an address of version 6 that tell who it belongs to; the others are its owner's to choose."""
@@ -43,12 +40,9 @@ class FailedLogins:
     """
 
     def __init__(self, per_minute: int, *, now: Callable[[], float] = time.monotonic) -> None:
-        # The generic cell rate algorithm (ITU-T I.371): of each address, when a failure would be on time.
-        self._interval = 60 / per_minute if per_minute else 0.0
-        self._tolerance = self._interval * max(2 * per_minute - 1, 0)
-        self._now = now
-        self._on_time: OrderedDict[str, float] = OrderedDict()
+        self._pace = Pace(per_minute / 60, 2 * per_minute, now=now) if per_minute else None
         self._throttled: set[str] = set()
+        """Addresses that the log hears no more of."""
 
     def refusal(self, error: ServiceError, source: Source, facts: dict[str, str]) -> ServiceError:
         """Counts that a request from `source` was refused for its credential; returns what it is to be answered.
@@ -56,31 +50,18 @@ class FailedLogins:
         The log is told, with `facts`, as long as there are not too many.
         """
         address = _owner(source.address)
-        wait = self._failed(address)
-        if wait is None:
+        wait = 0.0 if self._pace is None else self._pace.wait(address)
+        if not wait:
             self._throttled.discard(address)
             log.info("credential refused", extra=facts | {"reason": error.reason} | source.fields())
             return error
         if address not in self._throttled:
+            if len(self._throttled) >= MOST_KEPT:
+                self._throttled.clear()
             self._throttled.add(address)
             log.warning("too many credentials refused, no more of this address are logged", extra=source.fields())
         # To send none at all is no guess, and clients look for that answer.
         return error if isinstance(error, Unauthenticated) else TooManyFailures(math.ceil(wait))
-
-    def _failed(self, address: str) -> float | None:
-        """Counts a failure; seconds until another one would not be too many, when this one is."""
-        if not self._interval:
-            return None
-        now = self._now()
-        on_time = max(self._on_time.get(address, now), now)
-        if on_time - now > self._tolerance:
-            return on_time - now - self._tolerance
-        self._on_time[address] = on_time + self._interval
-        self._on_time.move_to_end(address)
-        if len(self._on_time) > MOST_ADDRESSES:
-            forgotten, _ = self._on_time.popitem(last=False)
-            self._throttled.discard(forgotten)
-        return None
 
 
 def _owner(address: str) -> str:

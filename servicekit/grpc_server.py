@@ -22,11 +22,15 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from servicekit import background, policy, tracing
 from servicekit.audit import Trail
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, ServiceError, StartError, to_status
+from servicekit.exposure import is_read
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import Identify
-from servicekit.interceptors import RequestInterceptor, SourceOf
+from servicekit.interceptors import LONGEST_DEADLINE, Method, RequestInterceptor, SourceOf
 from servicekit.metrics import ServiceMetrics
+from servicekit.pace import Pace
+from servicekit.policy import Row
 from servicekit.rpc_tracing import ServerTracing
+from servicekit.shedding import Lag, Room
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
 from servicekit.tls import Certificate
 
@@ -38,12 +42,26 @@ DRAIN_SECONDS = 5.0
 READINESS_SECONDS = 0.9
 """How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
 
+MOST_RPCS = 2_000
+"""How many RPCs of all kinds a listener has at the most, those included whose request is still on its way."""
+
+CONNECTION_AGE_SECONDS = 1800.0
+"""How long a connection takes new calls, give or take a tenth that gRPC adds, so that not all end at once."""
+
+KEEPALIVE_SECONDS = 20.0
+"""How often a client may ask whether we are there; ours do every `channels.KEEPALIVE_SECONDS`."""
+
+STREAMS = 100
+"""How many calls one connection may have at a time, in public."""
+
+PEER_STREAMS = 1_000
+"""The same of a peer, which has one connection for all that its callers ask: rooms decide what is too much."""
+
 _OPTIONS = (
     # Without this two servers silently share a port.
     ("grpc.so_reuseport", 0),
     ("grpc.max_metadata_size", 16 * 1024),
-    ("grpc.max_concurrent_streams", 100),
-    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", round(KEEPALIVE_SECONDS * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
 )
 
@@ -79,6 +97,20 @@ class Listener:
     """Whether callers may ask for descriptors."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class CallLimits:
+    """How much may be asked of a service; 0: any number."""
+
+    calls: int
+    """Calls at a time, of each kind and on each listener (`servicekit.shedding`)."""
+
+    changes: int
+    """Changes of one principal in a second, and twice as many at once."""
+
+    longest: float = LONGEST_DEADLINE
+    """Seconds that the longest call takes: so long it may go on when its connection takes no new ones."""
+
+
 @asynccontextmanager
 async def serving(
     listeners: Sequence[Listener],
@@ -88,21 +120,26 @@ async def serving(
     readiness: Mapping[str, Check],
     jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     message_limit: int,
+    limits: CallLimits,
     metrics: ServiceMetrics | None = None,
     trail: Trail | None = None,
 ) -> AsyncIterator[list[str]]:
     """Listens until the context is left, then lets calls under way finish.
 
     `services` pairs descriptors with servicers, `table` is the policy, `readiness` holds a check per dependency of our
-    own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes, and
-    calls are counted in `metrics` and recorded in `trail`. Yields the addresses, with the ports that the system chose.
-    Raises StartError when the table does not fit the services, or an address cannot be listened on.
+    own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes,
+    `limits` says how much may be asked, and calls are counted in `metrics` and recorded in `trail`. Yields the
+    addresses, with the ports that the system chose. Raises StartError when the table does not fit the services, or an
+    address cannot be listened on.
     """
     policy.check(table, [service for service, _ in services], standard=[HEALTH, REFLECTION])
     statuses = health.aio.HealthServicer()
     await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # until the first look says otherwise
     async with AsyncExitStack() as stack:
         servers: list[grpc.aio.Server] = []
+        lag = Lag()
+        # One for all listeners: whoever changes things, through the gateway or not, is one principal.
+        changes = Pace(limits.changes, 2 * limits.changes) if limits.changes else None
         addresses = []
 
         async def stop() -> None:
@@ -110,13 +147,16 @@ async def serving(
 
         stack.push_async_callback(stop)
         for listener in listeners:
-            server, address = _server(listener, services, table, statuses, message_limit, metrics, trail)
+            rooms = _Rooms(listener, limits.calls, lag)
+            server, address = _server(
+                listener, services, table, statuses, rooms, changes, message_limit, limits.longest, metrics, trail
+            )
             servers.append(server)
             await server.start()
             addresses.append(address)
         stack.push_async_callback(statuses.enter_graceful_shutdown)
         watch = _watching(statuses, readiness)
-        await stack.enter_async_context(background.running({"readiness": watch, **(jobs or {})}))
+        await stack.enter_async_context(background.running({"readiness": watch, "lag": lag.run, **(jobs or {})}))
         yield addresses
 
 
@@ -138,7 +178,7 @@ async def refusing(listeners: Sequence[tuple[str, Certificate | None]], error: S
     await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     async with AsyncExitStack() as stack:
         for address, certificate in listeners:
-            server = grpc.aio.server(options=_OPTIONS)
+            server = grpc.aio.server(options=[*_OPTIONS, ("grpc.max_concurrent_streams", STREAMS)])
             health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
             server.add_generic_rpc_handlers([Refusing()])
             _listen(server, address, certificate)
@@ -147,17 +187,51 @@ async def refusing(listeners: Sequence[tuple[str, Certificate | None]], error: S
         yield
 
 
+class _Rooms:
+    """The rooms of one listener: whose calls take places from whose."""
+
+    def __init__(self, listener: Listener, most: int, lag: Lag) -> None:
+        self._most = most
+        self._lag = lag
+        self._name = listener.peer or "public"
+        self.public = self._room("callers", most)
+        self._follow = self._room("streams", most)
+        self._internal = self._room("own services", most)
+        self._health = self._room("health", most)
+        self._unbounded = self._room("any", 0)
+
+    def of(self, method: MethodDescriptor, row: Row) -> Room:
+        """Where calls of a method take their places."""
+        if row.is_inference or (row.peers and method.server_streaming):
+            return self._unbounded  # queues of their own, and what our own services follow for as long as they live
+        if method.server_streaming:
+            return self._follow
+        if method.containing_service in (HEALTH, REFLECTION):
+            return self._health
+        return self._internal if row.peers else self.public
+
+    def _room(self, whose: str, most: int) -> Room:
+        return Room(f"{self._name}: {whose}", most, self._lag)
+
+
 def _server(
     listener: Listener,
     services: Sequence[tuple[ServiceDescriptor, object]],
     table: policy.Table,
     statuses: object,
+    rooms: _Rooms,
+    changes: Pace | None,
     message_limit: int,
+    longest_call: float,
     metrics: ServiceMetrics | None,
     trail: Trail | None,
 ) -> tuple[grpc.aio.Server, str]:
-    standard = [policy.rpc_name(method) for service in (HEALTH, REFLECTION) for method in service.methods]
-    rows = {f"/{name}": table[name] for name in standard if name in table}
+    known = {
+        f"/{name}": Method(table[name], rooms.of(method, table[name]))
+        for service in (HEALTH, REFLECTION)
+        for method in service.methods
+        if (name := policy.rpc_name(method)) in table
+    }
     handlers = []
     names = []
     for service, servicer in services:
@@ -167,19 +241,22 @@ def _server(
             row = table[name]
             if row.peers and listener.peer not in row.peers:
                 continue
-            rows[f"/{name}"] = row
+            is_change = not (row.peers or row.is_inference or is_read(method))
+            known[f"/{name}"] = Method(row, rooms.of(method, row), is_change=is_change)
             methods[method.name] = _handler(method, getattr(servicer, method.name))
         if methods:
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
             names.append(service.full_name)
     # Outermost, so that a trace tells of refused calls too; health is asked all the time, by those who trace nothing.
-    traced = [ServerTracing(rows.keys() - {f"/{policy.rpc_name(each)}" for each in HEALTH.methods})]
+    traced = [ServerTracing(known.keys() - {f"/{policy.rpc_name(each)}" for each in HEALTH.methods})]
     server = grpc.aio.server(
         interceptors=[
             *(traced if tracing.is_on() else ()),
             RequestInterceptor(
                 listener.identify,
-                rows=rows,
+                methods=known,
+                elsewhere=rooms.public,
+                changes=changes,
                 longest_message=LONGEST_MESSAGE if listener.peer is None else LONGEST_PEER_MESSAGE,
                 source=_source_on(listener) if listener.peer is None else None,
                 failed_logins=listener.failed_logins,
@@ -188,10 +265,17 @@ def _server(
                 calls=None if metrics is None else metrics.rpcs,
             ),
         ],
+        maximum_concurrent_rpcs=MOST_RPCS,
         options=[
             *_OPTIONS,
             ("grpc.max_receive_message_length", message_limit),
             ("grpc.max_send_message_length", message_limit),
+            ("grpc.max_concurrent_streams", STREAMS if listener.peer is None else PEER_STREAMS),
+            # Against strangers who open streams only to reset them, gRPC refuses a new one while an old one is still
+            # being put away. A peer that keeps to the number of streams would be refused calls by that, at random.
+            ("grpc.http.overload_protection", int(listener.peer is None)),
+            ("grpc.max_connection_age_ms", round(CONNECTION_AGE_SECONDS * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(longest_call * 1000)),
         ],
     )
     server.add_generic_rpc_handlers(handlers)

@@ -1,16 +1,19 @@
-"""What happens around every RPC, in this order: request context, access log, audit, errors, identity, first answer,
-deadline, record.
+"""What happens around every RPC, in this order: request context, access log, errors, room, audit, identity, pace, first
+answer, deadline, record.
 
 The log comes first so that refused calls are seen too; errors wrap identity because a refusal is an error like any
-other. Whatever a handler raises that is no ServiceError reaches the caller as a fixed text and a request id.
+other. For a call without room nothing else is done, and one whose deadline has passed is not begun. Whatever a handler
+raises that is no ServiceError reaches the caller as a fixed text and a request id.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,11 +22,20 @@ from google.protobuf.message import DecodeError
 
 from servicekit import audit, channels, context, once
 from servicekit.audit import AuditUnavailable, Entry, Trail
-from servicekit.errors import DeadlineExceeded, MalformedRequest, ServiceError, Unauthenticated, to_status
+from servicekit.errors import (
+    DeadlineExceeded,
+    MalformedRequest,
+    ServiceError,
+    TooManyRequests,
+    Unauthenticated,
+    to_status,
+)
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.metrics import Calls
+from servicekit.pace import Pace
 from servicekit.policy import OPEN, Decision, Row, Undecided
+from servicekit.shedding import Overloaded, Room
 from servicekit.source import Source, is_address
 
 log = logging.getLogger("servicekit.access")
@@ -40,19 +52,43 @@ SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
 
 
+class TooManyChanges(TooManyRequests):
+    """The caller changes things faster than anybody may."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(
+            f"Too many changes in a short time by the same caller. Try again in {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a listener knows about one of its RPCs."""
+
+    row: Row
+    room: Room
+    """What it takes a place in."""
+    is_change: bool = False
+    """Whether it counts among the changes of its caller."""
+
+
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """The chain of one listener.
 
-    `rows` holds the policy's row for each method there is, by its path; error messages are cut after `longest_message`
-    bytes. `source` tells where public calls come from, and `failed_logins` counts those whose credential is refused;
-    `source` is None on a listener for the one `peer`, which says it itself. Calls are recorded in `trail`, or nowhere.
+    `methods` holds what is known of each method there is, by its path, `elsewhere` the room for calls of any other;
+    `changes` is how fast each principal may change things. Error messages are cut after `longest_message` bytes.
+    `source` tells where public calls come from, and `failed_logins` counts those whose credential is refused; `source`
+    is None on a listener for the one `peer`, which says it itself. Calls are recorded in `trail`, or nowhere.
     """
 
     def __init__(
         self,
         identify: Identify,
         *,
-        rows: Mapping[str, Row],
+        methods: Mapping[str, Method],
+        elsewhere: Room,
+        changes: Pace | None,
         longest_message: int,
         source: SourceOf | None,
         failed_logins: FailedLogins,
@@ -61,7 +97,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         trail: Trail | None = None,
     ) -> None:
         self._identify = identify
-        self.rows = rows
+        self._methods = methods
+        self._elsewhere = elsewhere
+        self._changes = changes
         self.peer = peer or ""
         self.trail = trail
         self.longest_message = longest_message
@@ -75,13 +113,19 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler[Any, Any]:
         handler = await continuation(handler_call_details)
-        if handler_call_details.method not in self.rows:
+        known = self._methods.get(handler_call_details.method)
+        if known is None:
             handler = None  # what nobody said anything about is not there
         method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
         metadata = {
             key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
         }
-        call = _Call(self, method, metadata)
+        room = self._elsewhere if known is None else known.room
+        call = _Call(self, method, metadata, room)
+        try:
+            room.check()
+        except Overloaded as full:  # as a stream, of which nothing is received before somebody reads it
+            return grpc.stream_stream_rpc_method_handler(call.refused(full))
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(call.streaming(_no_such_method))
         read, write = handler.request_deserializer, handler.response_serializer
@@ -97,7 +141,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     async def authenticate(self, method: str, metadata: dict[str, str], request_id: str) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
-        row = self.rows.get(method)
+        row = self.row(method)
         decision = None if row is None else Decision(row)
         if row == OPEN:
             return context.RequestContext(request_id, decision=decision)
@@ -124,6 +168,19 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             decision=decision,
         )
 
+    def row(self, method: str) -> Row | None:
+        """The policy's row for a method; None when there is no such method."""
+        known = self._methods.get(method)
+        return None if known is None else known.row
+
+    def check_pace(self, method: str, caller: context.Principal | None) -> None:
+        """Counts a change of the caller's, if it is one; raises TooManyChanges."""
+        known = self._methods.get(method)
+        if self._changes is None or caller is None or known is None or not known.is_change:
+            return
+        if wait := self._changes.wait(caller.id):
+            raise TooManyChanges(math.ceil(wait))
+
     def _may_be_repeated(self, row: Row | None, metadata: dict[str, str]) -> bool:
         """Whether the caller chose the request's id; raises InvalidParameter when what it chose is none.
 
@@ -138,8 +195,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One RPC under way."""
 
-    def __init__(self, chain: RequestInterceptor, method: str, metadata: dict[str, str]) -> None:
+    def __init__(self, chain: RequestInterceptor, method: str, metadata: dict[str, str], room: Room) -> None:
         self._chain = chain
+        self._room = room
         self._method = method
         self._metadata = metadata
         self._decision: Decision | None = None
@@ -153,13 +211,25 @@ class _Call:
         given = metadata.get(channels.REQUEST_ID, "")
         self._request_id = given if channels.is_request_id(given) else channels.new_request_id()
 
+    def refused(self, error: ServiceError) -> Any:
+        async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+            try:
+                await self._refuse(rpc, error)
+            finally:
+                self._ended(None)
+
+        return handle
+
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
         async def handle(request: bytes, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                await self._begin(rpc)
-                message = self._decoded(request, read)
-                once.enter(self._method, message)
-                answer = await _within_deadline(self._answered(behavior(message, rpc), write), rpc.time_remaining())
+                with self._room:
+                    _time_left(rpc)
+                    await self._begin(rpc)
+                    seconds = _time_left(rpc)
+                    message = self._decoded(request, read)
+                    once.enter(self._method, message)
+                    answer = await _within_deadline(self._answered(behavior(message, rpc), write), seconds)
             except once.Answered as first:  # which was decided about at the time
                 self._code = grpc.StatusCode.OK
                 log.info("first answer given again", extra=self._facts())
@@ -184,17 +254,18 @@ class _Call:
     def streaming(self, behavior: Any, read: Any = None) -> Any:
         async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                await self._begin(rpc)
-                answers = behavior(request if read is None else self._decoded(request, read), rpc)
-                if hasattr(answers, "__aiter__"):
-                    async for answer in answers:
+                with self._room:
+                    await self._begin(rpc)
+                    answers = behavior(request if read is None else self._decoded(request, read), rpc)
+                    if hasattr(answers, "__aiter__"):
+                        async for answer in answers:
+                            self._require_decision()
+                            if self._is_judged_anew():
+                                await self._authenticate()
+                            yield answer
+                    else:  # health and reflection write through the context
                         self._require_decision()
-                        if self._is_judged_anew():
-                            await self._authenticate()
-                        yield answer
-                else:  # health and reflection write through the context
-                    self._require_decision()
-                    await answers
+                        await answers
             except ServiceError as error:
                 await self._refuse(rpc, error)
             except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
@@ -212,7 +283,7 @@ class _Call:
         chain = self._chain
         context.enter(context.RequestContext(self._request_id))
         context.came_from(partial(self._source, rpc))
-        row = chain.rows.get(self._method)
+        row = chain.row(self._method)
         if chain.trail is not None and (row is None or row.is_audited):
             self._entry = chain.trail.begin(
                 self._method.removeprefix("/"),
@@ -222,14 +293,16 @@ class _Call:
                 via=chain.peer,
             )
             await chain.trail.ready()
-        await self._authenticate()
+        caller = await self._authenticate()
+        chain.check_pace(self._method, caller)
 
-    async def _authenticate(self) -> None:
+    async def _authenticate(self) -> context.Principal | None:
         request = await self._chain.authenticate(self._method, self._metadata, self._request_id)
         self._decision = request.decision
         if self._entry is not None:
             self._entry.caller = request.caller
         context.enter(request)
+        return request.caller
 
     def _is_judged_anew(self) -> bool:
         """Whether each message of a stream is decided about by itself, for a caller who is asked for again (S12).
@@ -278,8 +351,10 @@ class _Call:
         self._lacks_audit = isinstance(error, AuditUnavailable)
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
-        else:
+        elif not isinstance(error, Overloaded):
             log.info("call refused", extra={**self._facts(), "reason": error.reason})
+        elif self._chain.trail is not None:  # a flood is counted, and neither logged nor recorded call by call
+            self._chain.trail.count(self._source(rpc) or self._chain.peer, "too many requests")
         self._code = error.code
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
@@ -315,9 +390,21 @@ def _decoded(request: bytes, read: Callable[[bytes], Any]) -> Any:
         raise MalformedRequest("The request is not a message of the type that this method takes.") from None
 
 
-async def _within_deadline(answer: Awaitable[Any], remaining: float | None) -> Any:
-    """The answer, when it comes in time: the caller's if that is not too long, ours if the caller set none."""
-    seconds = DEFAULT_DEADLINE if remaining is None else min(remaining, LONGEST_DEADLINE)
+def _time_left(rpc: grpc.aio.ServicerContext[Any, Any]) -> float:
+    """The caller's time if that is not too long, ours if the caller set none; raises DeadlineExceeded when it is over.
+
+    What nobody waits for any more is not begun.
+    """
+    remaining = rpc.time_remaining()
+    if remaining is None:
+        return DEFAULT_DEADLINE
+    if remaining <= 0:
+        raise DeadlineExceeded("The deadline passed before the request was looked at.")
+    return min(remaining, LONGEST_DEADLINE)
+
+
+async def _within_deadline(answer: Awaitable[Any], seconds: float) -> Any:
+    """The answer, when it comes in time."""
     try:
         async with asyncio.timeout(seconds) as limit:
             return await answer

@@ -237,6 +237,28 @@ def peer_listen(variable: str, names: str) -> Any:
     )
 
 
+def calls() -> Any:
+    """The field of a settings class that says how much is done at a time."""
+    return setting(
+        "TESSERA_CALLS",
+        count,
+        default=200,
+        help="How many calls are answered at a time by each listener, of each kind (of callers, of the other services,"
+        " health checks); more are answered 429. Queries of models have queues of their own. 0: any number.",
+    )
+
+
+def changes() -> Any:
+    """The field of a settings class that says how fast one principal may change things."""
+    return setting(
+        "TESSERA_CHANGES_PER_SECOND",
+        count,
+        default=50,
+        help="How many changes one user or service principal may make in a second, and twice as many at once; more are"
+        " answered 429. Reads are not counted. 0: any number.",
+    )
+
+
 def metrics_listen(variable: str) -> Any:
     """The field of a settings class that says where the service tells its own metrics."""
     return setting(

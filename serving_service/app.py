@@ -19,7 +19,7 @@ from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
 from servicekit.backups import BackupsServicer
 from servicekit.failed_logins import FailedLogins
-from servicekit.grpc_server import Listener
+from servicekit.grpc_server import CallLimits, Listener
 from servicekit.http_client import HttpPool
 from servicekit.identity import TokenExchange, by_assertion, by_token
 from servicekit.measures import Measures
@@ -50,6 +50,7 @@ from serving_service.monitoring import Monitoring
 from serving_service.notices import Outbox
 from serving_service.probes import Probes
 from serving_service.query import Queries
+from serving_service.quotas import EndpointChanges
 from serving_service.registry import MODEL_FOLDER, MlflowRegistry, Registry
 from serving_service.routes import RouteTable
 from serving_service.scaling import Patience
@@ -71,6 +72,9 @@ MESSAGE_LIMIT = 17 << 20
 
 PEERS = ("gateway", "operator")
 """Who may call over a socket of its own; the operator is the person who runs this machine."""
+
+LONGEST_FOLLOWED = 6 * 3600.0
+"""Seconds for which a log can be followed after its connection takes no new calls: nothing else takes as long."""
 
 ISOLATION_FILE = "isolation.txt"
 """Beside the database: what isolates models here, for whoever starts the platform."""
@@ -209,6 +213,7 @@ async def running(
             public_url=settings.public_url,
             can_notify=outbox.is_open,
             machine=gpus.machine,
+            often=EndpointChanges(settings.endpoint_changes),
         )
         queries = Queries(
             routes,
@@ -275,6 +280,7 @@ async def running(
                     "followers": followers.run,
                 },
                 message_limit=MESSAGE_LIMIT,
+                limits=CallLimits(calls=settings.calls, changes=settings.changes, longest=LONGEST_FOLLOWED),
                 metrics=metrics,
                 trail=trail,
             )

@@ -116,8 +116,9 @@ class Endpoints:
         public_url: str,
         can_notify: bool,
         machine: Machine,
+        often: quotas.EndpointChanges,
     ) -> None:
-        """`machine` is where models run."""
+        """`machine` is where models run, `often` how often endpoints may be made or changed."""
         self._database = database
         self._registry = registry
         self._references = references
@@ -131,6 +132,7 @@ class Endpoints:
         self._public_url = public_url
         self._can_notify = can_notify
         self._machine = machine
+        self._often = often
         self._changes: set[asyncio.Task[Any]] = set()
         self._asked: dict[tuple[int, str], asyncio.Task[Any]] = {}
         """Changes under way whose callers chose their ids."""
@@ -321,6 +323,7 @@ class Endpoints:
         await self._database.read(self._answers.look)
         configs.check_create(request)
         described = self._described(request)
+        self._often.count()
         now = _now()
         pending = None
         if request.HasField("config"):
@@ -437,6 +440,7 @@ class Endpoints:
         endpoint, level = await self._found(name, caller)
         if endpoint.is_updating:
             raise UpdateInProgress(name)
+        self._often.count()
         pending = configs.read_config(
             config,
             at="",

@@ -93,6 +93,17 @@ class TooManyEndpoints(errors.LimitExceeded):
         super().__init__(f"There are {limit} serving endpoints, which is the limit. Delete one first.")
 
 
+class TooManyEndpointChanges(errors.TooManyRequests):
+    """Endpoints were made or changed as often of late as may be."""
+
+    def __init__(self, limit: int, *, retry_after: int) -> None:
+        super().__init__(
+            f"Serving endpoints were made or got another configuration {limit} times within five minutes, which is the"
+            f" limit. Try again in {retry_after} s.",
+            retry_after=retry_after,
+        )
+
+
 class ConcurrencyQuotaExceeded(errors.LimitExceeded):
     """More concurrency would be provisioned than may be."""
 

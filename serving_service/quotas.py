@@ -1,20 +1,40 @@
-"""How much concurrency may be provisioned, for one model and for all of them together (contract 5.6).
+"""How much concurrency may be provisioned, for one model and for all of them together, and how often endpoints may be
+made or get another configuration (contract 5.6).
 
-What counts is the most that a configuration may have: of each endpoint that of the configuration that is being
-deployed, or else of the active one. Stopped endpoints count too, so that they can be started at any time.
+What counts of concurrency is the most that a configuration may have: of each endpoint that of the configuration that
+is being deployed, or else of the active one. Stopped endpoints count too, so that they can be started at any time.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from servicekit.pace import Window
 from serving_service import scaling
-from serving_service.errors import ConcurrencyQuotaExceeded
+from serving_service.errors import ConcurrencyQuotaExceeded, TooManyEndpointChanges
 from serving_service.model import EndpointConfig
 
 MOST_OF_A_MODEL = 1_024
 MOST_IN_ALL = 4_096
+
+CHANGES_SECONDS = 300.0
+"""In which endpoints may be made or changed so often."""
+
+
+class EndpointChanges:
+    """How often endpoints were made or changed of late: at the most `most` times, or any number when that is 0."""
+
+    def __init__(self, most: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        self._most = most
+        self._window = Window(most, CHANGES_SECONDS, now=now) if most else None
+
+    def count(self) -> None:
+        """Counts one that is to be made; raises TooManyEndpointChanges."""
+        if self._window is not None and (wait := self._window.wait("workspace")):
+            raise TooManyEndpointChanges(self._most, retry_after=math.ceil(wait))
 
 
 def check(config: EndpointConfig, others: Iterable[EndpointConfig]) -> None:

@@ -45,6 +45,15 @@ class ServingSettings(settings.AuditedSettings):
     peer_listen: str = settings.peer_listen("TESSERA_SERVING_PEER_LISTEN", "gateways")
     secrets_address: str = settings.remote("TESSERA_SECRETS_ADDRESS", "Secrets")
     metrics_listen: str = settings.metrics_listen("TESSERA_SERVING_METRICS_LISTEN")
+    calls: int = settings.calls()
+    changes: int = settings.changes()
+    endpoint_changes: int = setting(
+        "TESSERA_ENDPOINT_CHANGES_PER_5_MINUTES",
+        settings.count,
+        default=50,
+        help="How often endpoints may be made or get another configuration within five minutes, by all callers"
+        " together; more is answered 429. 0: any number.",
+    )
     public_url: str = setting(
         "TESSERA_PUBLIC_URL",
         settings.origin,

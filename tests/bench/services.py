@@ -17,7 +17,7 @@ from tessera.cli import addresses
 from tests.bench import programs
 from tests.bench.platform import until
 from tests.bench.programs import Started
-from tests.support.stack import clean_environment
+from tests.support.stack import UNHURRIED, clean_environment
 
 SERVICES = ("secrets", "serving", "gateway")
 """In the order in which they need each other."""
@@ -45,6 +45,7 @@ class Services:
         """Runs one service; `seconds` is until its health says SERVING (for the gateway, until `/health` is 200)."""
         environment = {
             **clean_environment(),
+            **UNHURRIED,
             "TESSERA_DATA_DIR": str(self.data_dir),
             "TESSERA_SECRETS_LISTEN": self.addresses.secrets,
             "TESSERA_SERVING_LISTEN": self.addresses.serving,

@@ -34,6 +34,7 @@ _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_chan
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
 
+_LISTENERS = "tests/service/test_grpc_server.py"
 _FOLLOW = "tests/service/test_follow.py"
 _CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
 
@@ -794,8 +795,8 @@ FAULTS = (
         name="follower-of-grpc-asked-for-once",
         property="S12",
         file="servicekit/interceptors.py",
-        old="""                        if self._is_judged_anew():
-                            await self._authenticate()
+        old="""                            if self._is_judged_anew():
+                                await self._authenticate()
 """,
         new="",
         tests=(f"{_FOLLOW}::test_who_may_not_read_any_more_is_told_nothing_more",),
@@ -1156,9 +1157,9 @@ FAULTS = (
     Fault(
         name="wrong-tokens-without-end",
         property="S11",
-        file="servicekit/failed_logins.py",
+        file="servicekit/pace.py",
         old="        if on_time - now > self._tolerance:",
-        new="        if on_time - now > self._tolerance and address in self._throttled:",
+        new="        if on_time - now > self._tolerance and not key:",
         tests=("tests/unit/servicekit/test_failed_logins.py::test_twenty_at_once_and_then_ten_a_minute",),
     ),
     # --- the audit log ---
@@ -1185,6 +1186,58 @@ FAULTS = (
         old='        elif (seq, record["prev"]) != (verdict.head.seq + 1, verdict.head.mac):',
         new="        elif seq <= verdict.head.seq:",
         tests=("tests/service/test_audit.py::test_rotation_and_retention_keep_the_chain",),
+    ),
+    # --- limits and failures ---
+    Fault(
+        name="room-kept-by-what-fails",
+        property="R16",
+        file="servicekit/shedding.py",
+        old="        self._taken -= 1\n",
+        new="        self._taken -= error is None\n",
+        tests=(
+            "tests/unit/servicekit/test_shedding.py::test_a_place_is_given_back_whatever_happens",
+            f"{_LISTENERS}::test_calls_that_are_given_up_or_fail_give_their_room_back",
+        ),
+    ),
+    Fault(
+        name="changes-retried",
+        property="R3",
+        file="gateway/app.py",
+        old="if is_read(method) and not method.server_streaming",
+        new="if not method.server_streaming",
+        tests=("tests/service/test_peer_retries.py::test_a_read_is_asked_three_times_and_a_change_once",),
+    ),
+    Fault(
+        name="retries-without-end",
+        property="R15",
+        file="servicekit/channels.py",
+        old=', "retryThrottling": _THROTTLE',
+        new="",
+        tests=("tests/service/test_peer_retries.py::test_a_service_that_is_out_is_not_asked_three_times_as_much",),
+    ),
+    Fault(
+        name="silence-of-a-peer-waited-for",
+        property="R14",
+        file="servicekit/channels.py",
+        old='    ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),\n',
+        new="",
+        tests=(f"{_LISTENERS}::test_a_peer_that_says_nothing_more_is_given_up",),
+    ),
+    Fault(
+        name="overdue-work-begun",
+        property="R14",
+        file="servicekit/interceptors.py",
+        old="    if remaining <= 0:\n",
+        new="    if remaining <= -60:\n",
+        tests=(f"{_LISTENERS}::test_call_whose_deadline_has_passed_is_not_begun",),
+    ),
+    Fault(
+        name="changes-counted-per-credential",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old="self._changes.wait(caller.id)",
+        new="self._changes.wait(f'{caller.token_id} {id(self)}')",
+        tests=(f"{_LISTENERS}::test_changes_of_one_caller_are_counted_over_all_listeners_and_reads_are_not",),
     ),
 )
 

@@ -23,8 +23,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from servicekit import channels, context, errors, grpc_server, interceptors, logs
 from servicekit.errors import NotFound, StartError, from_rpc_error
-from servicekit.grpc_server import Listener
-from servicekit.identity import TokenExchange, by_assertion, by_token
+from servicekit.grpc_server import CallLimits, Listener
+from servicekit.identity import Identity, TokenExchange, by_assertion, by_token
 from servicekit.policy import AUTHENTICATED, OPEN, Row, Table, on_behalf, permission
 from servicekit.sockets import socket_address
 from tessera.identity.v1 import identity_pb2 as identity_pb
@@ -34,11 +34,13 @@ from tessera.serving.v1 import serving_pb2 as serving_pb
 from tessera.serving.v1 import serving_pb2_grpc as serving_rpc
 from tests.support.authority import ADA, GRACE, ScriptedAuthority, authority_server
 from tests.support.eventually import eventually
+from tests.support.faulty_link import faulty
 from tests.support.sockets import short_directory
 
 CANARY = "canary-0123456789"
 TOKEN = (("authorization", "Bearer ada-token"),)
 LIMIT = 10_000
+UNLIMITED = CallLimits(calls=0, changes=0)
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -58,6 +60,9 @@ class Scim(identity_rpc.ScimServicer):
 
     async def GetUser(self, request: identity_pb.GetRequest, rpc: Any) -> identity_pb.User:
         return identity_pb.User(id=str(len(request.id)))
+
+    async def DeleteUser(self, request: identity_pb.DeleteRequest, rpc: Any) -> identity_pb.DeleteResponse:
+        return identity_pb.DeleteResponse()
 
 
 class Authority(identity_rpc.AuthorityServicer):
@@ -140,6 +145,7 @@ async def running(
     reflection: bool = False,
     identify: Any = None,
     table: Table = POLICY,
+    limits: CallLimits = UNLIMITED,
 ) -> AsyncIterator[Platform]:
     """The platform, served by the code under test."""
     platform = Platform()
@@ -170,6 +176,7 @@ async def running(
                 table=table,
                 readiness=readiness or {},
                 message_limit=LIMIT,
+                limits=limits,
             ) as addresses:
                 platform.addresses = addresses
                 async with (
@@ -712,7 +719,271 @@ async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platfo
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_call_whose_deadline_has_passed_is_not_begun() -> None:
+    """The event loop was busy for so long that nobody waits any more, and gRPC could not say so yet."""
+    begun = []
+
+    async def identify(metadata: Any, row: Row | None) -> Identity:
+        time.sleep(0.3)  # noqa: ASYNC251 (the point of it)
+        return Identity(ADA)
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        begun.append(rpc)
+        return await whoever_calls(rpc)
+
+    async with running(identify=identify) as platform:
+        platform.scim.answer = answer
+        assert await platform.me(timeout=30) == ADA.name
+        assert await code_of(platform.me(timeout=0.1)) is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert await platform.me(timeout=30) == ADA.name
+        assert len(begun) == 2
+
+
+# --- more than can be done
+
+
+async def test_more_calls_than_there_is_room_for_are_refused_at_once_and_before_anybody_asks_who_calls() -> None:
+    go_on, asked = asyncio.Event(), 0
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        await go_on.wait()
+        return await whoever_calls(rpc)
+
+    async def identify(metadata: Any, row: Row | None) -> Identity:
+        nonlocal asked
+        asked += 1
+        return Identity(ADA)
+
+    async with running(identify=identify, limits=CallLimits(calls=3, changes=0)) as platform:
+        await eventually(lambda: _serves(platform), within=30)
+        platform.scim.answer = answer
+        first = [asyncio.create_task(platform.me(timeout=60)) for _ in range(3)]
+        await eventually(lambda: asked == 3, within=30)
+        for call in (
+            platform.me(metadata=()),
+            platform.me(),
+            platform.raw("public", "/nothing/here", (), b"\xff"),
+            # Not even received: it is larger than a message may be.
+            platform.raw("public", "/tessera.identity.v1.Scim/GetUser", (), bytes(2 * LIMIT)),
+        ):
+            error = from_rpc_error(await refusal(call), peer="shop")
+            assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_LIMIT_EXCEEDED")
+            assert error.retry_after == 1
+        assert asked == 3
+        # A health check, and another listener, have room of their own.
+        assert await _serves(platform)
+        stub = identity_rpc.ScimStub(platform.channels["gateway"])
+        assert await stub.GetUser(identity_pb.GetRequest(id="1"), metadata=platform.assertion(), timeout=30)
+        go_on.set()
+        assert await asyncio.gather(*first) == [ADA.name] * 3
+        assert await platform.me() == ADA.name
+
+
+async def test_internal_calls_of_a_peer_have_room_beside_those_of_its_callers() -> None:
+    go_on, begun = asyncio.Event(), asyncio.Event()
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        begun.set()
+        await go_on.wait()
+        return await whoever_calls(rpc)
+
+    async with running(limits=CallLimits(calls=1, changes=0)) as platform:
+        platform.scim.answer = answer
+        first = asyncio.create_task(platform.me("gateway", platform.assertion(), timeout=60))
+        await asyncio.wait_for(begun.wait(), 30)
+        assert await code_of(platform.me("gateway", platform.assertion())) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        stub = identity_rpc.AuthorityStub(platform.channels["gateway"])
+        assert await stub.GetPlatform(identity_pb.GetPlatformRequest(), timeout=30)
+        go_on.set()
+        assert await first == ADA.name
+
+
+async def test_queries_of_models_take_no_room() -> None:
+    async with running(limits=CallLimits(calls=1, changes=0)) as platform:
+        platform.endpoints.hold = asyncio.Event()
+        stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+        queries = [aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=60)) for _ in range(5)]
+        for query in queries:
+            assert (await anext(query)).data == ADA.name.encode()
+        assert await platform.me() == ADA.name
+        platform.endpoints.hold.set()
+
+
+async def test_calls_that_are_given_up_or_fail_give_their_room_back() -> None:
+    async with running(limits=CallLimits(calls=2, changes=0)) as platform:
+        platform.scim.answer = raise_canary
+        for _ in range(5):
+            assert await code_of(platform.me()) is grpc.StatusCode.INTERNAL
+        for _ in range(5):
+            platform.scim.answer = hanging = Hanging()
+            call = asyncio.create_task(platform.me(timeout=60))
+            await asyncio.wait_for(hanging.begun.wait(), 30)
+            call.cancel()
+            await asyncio.wait_for(hanging.ended.wait(), 30)
+        platform.scim.answer = whoever_calls
+        assert await platform.me() == ADA.name
+
+
+async def test_changes_of_one_caller_are_counted_over_all_listeners_and_reads_are_not() -> None:
+    table = with_row("tessera.identity.v1.Scim/DeleteUser", AUTHENTICATED)
+    async with running(table=table, limits=CallLimits(calls=0, changes=1)) as platform:
+
+        async def is_refused(where: str, metadata: Metadata) -> bool:
+            stub = identity_rpc.ScimStub(platform.channels[where])
+            try:
+                await stub.DeleteUser(identity_pb.DeleteRequest(id="1"), metadata=metadata, timeout=30)
+            except grpc.aio.AioRpcError as error:
+                known = from_rpc_error(error, peer="shop")
+                assert (known.reason, known.retry_after) == ("REQUEST_LIMIT_EXCEEDED", 1)
+                return True
+            return False
+
+        places = (("public", TOKEN), ("gateway", platform.assertion()))
+        began = time.monotonic()
+        refusals = [await is_refused(*place) for place in places * 20]
+        assert not any(refusals[:2])
+        # Two at once, and one for each second that this took.
+        assert refusals.count(False) <= 2 + (time.monotonic() - began)
+        for _ in range(20):
+            assert await platform.me() == ADA.name
+        assert not await is_refused("public", (("authorization", "Bearer grace-token"),))
+
+
+# --- connections
+
+
+async def test_a_connection_takes_new_calls_for_a_while_only_and_nobody_notices(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call in the middle of its connection's end is finished; a stream beyond that ends, and can be opened anew."""
+    monkeypatch.setattr(grpc_server, "CONNECTION_AGE_SECONDS", 0.2)
+    hold, ended = asyncio.Event(), asyncio.Event()
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        await hold.wait()
+        return await whoever_calls(rpc)
+
+    async with running(limits=CallLimits(calls=0, changes=0, longest=2.0)) as platform:
+        peers: set[str] = set()
+        platform.scim.answer = answer
+        slow = asyncio.create_task(platform.me(timeout=60))
+        platform.endpoints.hold = asyncio.Event()
+        stub = serving_rpc.ServingEndpointsStub(platform.channels["public"])
+        stream = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=60))
+        await anext(stream)
+
+        async def note(rpc: Any) -> identity_pb.User:
+            peers.add(rpc.peer())
+            return await whoever_calls(rpc)
+
+        async def follow() -> None:
+            assert await code_of(anext(stream)) is grpc.StatusCode.UNAVAILABLE
+            ended.set()
+
+        following = asyncio.create_task(follow())
+
+        async def connections(most: int) -> bool:
+            platform.scim.answer = note
+            assert await platform.me(timeout=30) == ADA.name
+            return len(peers) >= most
+
+        await eventually(partial(connections, 2), within=30)
+        hold.set()
+        assert await slow == ADA.name
+        await asyncio.wait_for(ended.wait(), 30)
+        await following
+        await eventually(partial(connections, 3), within=30)
+
+
+async def test_a_client_that_asks_all_the_time_whether_we_are_there_is_sent_away() -> None:
+    """What ours do is allowed: the periods are compared, since waiting for them would take minutes."""
+    assert grpc_server.KEEPALIVE_SECONDS <= channels.KEEPALIVE_SECONDS
+    async with running() as platform:
+        platform.endpoints.hold = asyncio.Event()
+        options = (
+            ("grpc.keepalive_time_ms", 20),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+        )
+        async with grpc.aio.insecure_channel(platform.addresses[0], options=options) as channel:
+            stub = serving_rpc.ServingEndpointsStub(channel)
+            stream = aiter(stub.Query(serving_pb.QueryRequest(), metadata=TOKEN, timeout=60))
+            await anext(stream)
+            error = await refusal(anext(stream))
+        assert (error.code(), error.details()) == (grpc.StatusCode.UNAVAILABLE, "Too many pings")
+
+
+async def test_a_peer_that_says_nothing_more_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its machine is gone: nobody closes the connection."""
+    assert {30_000: "grpc.keepalive_time_ms", 10_000: "grpc.keepalive_timeout_ms"}.items() <= {
+        value: name for name, value in channels._OPTIONS if "ping_timeout" not in name
+    }.items()
+    sooner = {30_000: 300, 10_000: 1_000}
+    monkeypatch.setattr(channels, "_OPTIONS", [(name, sooner.get(value, value)) for name, value in channels._OPTIONS])
+    async with (
+        running() as platform,
+        faulty(platform.addresses[1]) as link,
+        channels.opened(link.address) as channel,
+    ):
+        stub = identity_rpc.ScimStub(channel)
+        metadata = platform.assertion()
+
+        async def is_there() -> bool:
+            try:
+                return bool(await stub.GetMe(identity_pb.GetMeRequest(), metadata=metadata, timeout=30))
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.UNAVAILABLE  # noqa: PT017 (it may come on the way there)
+                return False
+
+        await eventually(is_there, within=30)
+        link.swallow()
+        error = await refusal(stub.GetMe(identity_pb.GetMeRequest(), metadata=metadata, timeout=50))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        link.heal()
+        await eventually(is_there, within=30)
+
+
+@pytest.mark.parametrize("where", ["public", "gateway"])
+async def test_a_connection_has_so_many_calls_at_a_time(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.setattr(grpc_server, "STREAMS", 3)
+    monkeypatch.setattr(grpc_server, "PEER_STREAMS", 3)
+    now, most, go_on = 0, 0, asyncio.Event()
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        nonlocal now, most
+        now += 1
+        most = max(now, most)
+        await go_on.wait()
+        now -= 1
+        return await whoever_calls(rpc)
+
+    async with running() as platform:
+        metadata = TOKEN if where == "public" else platform.assertion()
+        assert await platform.me(where, metadata)  # before its first answer a client does not know how many it may have
+        platform.scim.answer = answer
+        calls = [asyncio.create_task(platform.me(where, metadata, timeout=60)) for _ in range(12)]
+        await eventually(lambda: now == 3, within=30)
+        options = (("grpc.default_authority", "localhost"),)
+        index = list(platform.channels).index(where)
+        async with grpc.aio.insecure_channel(platform.addresses[index], options=options) as another:
+            assert await identity_rpc.ScimStub(another).GetUser(identity_pb.GetRequest(), metadata=metadata, timeout=30)
+        go_on.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert most == 3
+        refused = [each for each in answers if isinstance(each, grpc.aio.AioRpcError)]
+        # A stranger may be told to come back; calls of a peer wait for each other, and none of them fails.
+        assert {each.code() for each in refused} <= {grpc.StatusCode.UNAVAILABLE}
+        assert where == "public" or not refused
+        assert ADA.name in answers
+
+
 # --- start and stop
+
+
+def nothing_served(listeners: list[Listener]) -> Any:
+    return grpc_server.serving(
+        listeners, services=[], table=POLICY, readiness={}, message_limit=LIMIT, limits=UNLIMITED
+    )
 
 
 async def start(address: str) -> None:
@@ -720,7 +991,7 @@ async def start(address: str) -> None:
         return None
 
     listener = Listener(address=address, identify=identify)
-    async with grpc_server.serving([listener], services=[], table=POLICY, readiness={}, message_limit=LIMIT):
+    async with nothing_served([listener]):
         pass
 
 
@@ -748,7 +1019,7 @@ async def test_listener_that_fails_closes_the_ones_before_it(platform: Platform)
 
     listeners = [Listener(address=at, identify=identify) for at in (f"127.0.0.1:{port}", platform.addresses[0])]
     with pytest.raises(StartError):
-        async with grpc_server.serving(listeners, services=[], table=POLICY, readiness={}, message_limit=LIMIT):
+        async with nothing_served(listeners):
             pass
     with socket.create_server(("127.0.0.1", port)):
         pass

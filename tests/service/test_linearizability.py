@@ -29,6 +29,7 @@ from tests.support.secrets import TIMEOUT, Caller, data_directory, settings_for
 from tests.support.secrets_model import Secret
 from tests.support.seed import seeded
 from tests.support.service_process import ServiceProcess, service_process
+from tests.support.stack import UNHURRIED
 
 SCOPE = "Shop"
 KEYS = ("one", "two", "three", "four")
@@ -208,6 +209,7 @@ async def recorded(directory: Path) -> AsyncIterator[History]:
     settings = settings_for(directory)
     environment = {
         "PATH": os.environ["PATH"],
+        **UNHURRIED,
         "TESSERA_DATA_DIR": str(directory),
         "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",
         "TESSERA_SECRET_VERSIONS": str(KEEP),

@@ -423,6 +423,20 @@ async def test_a_workspace_holds_so_many_endpoints(platform: Platform, monkeypat
     await platform.admin.create("three", None)
 
 
+async def test_endpoints_are_made_and_changed_so_often_and_no_more() -> None:
+    async with running_platform(endpoint_changes=2) as platform:
+        await platform.admin.create("one", None)
+        await platform.admin.create("two", None)
+        for change in (
+            platform.admin.create("three", None),
+            platform.admin.update("one", an_input("ready")),
+        ):
+            refused = await refusal(change)
+            assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "REQUEST_LIMIT_EXCEEDED")
+        assert await platform.admin.names() == ["one", "two"]
+        await platform.admin.delete("one")
+
+
 # Secrets
 
 

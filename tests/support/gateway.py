@@ -334,7 +334,12 @@ async def neighbours(
             listener = grpc_server.Listener(address=address, identify=identify, peer="gateway")
             await stack.enter_async_context(
                 grpc_server.serving(
-                    [listener], services=services[name], table=POLICY, readiness={}, message_limit=1 << 20
+                    [listener],
+                    services=services[name],
+                    table=POLICY,
+                    readiness={},
+                    message_limit=1 << 20,
+                    limits=grpc_server.CallLimits(calls=0, changes=0),
                 )
             )
         yield

@@ -33,8 +33,9 @@ async def fetch(
     json: Any = None,
     body: bytes | AsyncIterator[bytes] = b"",
     headers: dict[str, str] | None = None,
+    timeout: float = 30,
 ) -> Answer:
-    """Sends one request on a connection of its own and returns the whole answer."""
+    """Sends one request on a connection of its own and returns the whole answer, which has so many seconds to come."""
     sent = {name.lower(): value for name, value in (headers or {}).items()}
     if token is not None:
         sent["authorization"] = f"Bearer {token}"
@@ -49,7 +50,7 @@ async def fetch(
             path,
             [(name.encode(), value.encode()) for name, value in sent.items()],
             body,
-            timeout=30,
+            timeout=timeout,
         )
         async with response:
             text = await response.read()

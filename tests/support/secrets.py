@@ -297,7 +297,9 @@ def data_directory() -> Iterator[Path]:
 
 def settings_for(directory: Path, **changes: Any) -> SecretsSettings:
     """Settings for a data directory, with a port that the system chooses."""
-    return SecretsSettings(**{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, **changes})
+    return SecretsSettings(
+        **{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, "changes": 0, **changes}
+    )
 
 
 @asynccontextmanager

@@ -216,7 +216,8 @@ async def running_replicas(launcher: LocalLauncher) -> dict[str, int]:
 
 def serving_settings(directory: Path, **changes: Any) -> ServingSettings:
     """Settings for a data directory, with a port that the system chooses."""
-    return ServingSettings(**{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, **changes})
+    free = {"failed_logins": 0, "changes": 0, "endpoint_changes": 0}
+    return ServingSettings(**{"data_dir": directory, "listen": "127.0.0.1:0", **free, **changes})
 
 
 @asynccontextmanager

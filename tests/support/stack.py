@@ -27,6 +27,9 @@ STOP_SECONDS = 12.0
 _FOREIGN = ("TESSERA_", "MLFLOW_", "DATABRICKS_")
 _SHOWN_LINES = 60
 
+UNHURRIED = {"TESSERA_CHANGES_PER_SECOND": "0", "TESSERA_ENDPOINT_CHANGES_PER_5_MINUTES": "0"}
+"""Tests are one user who does in a minute what people do in a day."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
@@ -91,7 +94,7 @@ def _running(directory: Path, arguments: tuple[str, ...], environment: Mapping[s
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**clean_environment(), **environment},
+            env={**clean_environment(), **UNHURRIED, **environment},
             start_new_session=True,
         )
     try:

@@ -84,6 +84,7 @@ def test_every_special_route_is_described_and_nothing_else(rules: RouteTable, do
         public_url="",
         trusted_proxies=(),
         failed_logins=Mock(),
+        room=Mock(),
         calls=Mock(),
     )._special
     by_hand = {(verb, path) for verb, path, _ in operations(document)} - {(one.verb, one.template) for one in rules}

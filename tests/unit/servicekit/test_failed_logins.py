@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from servicekit import failed_logins
+from servicekit import pace
 from servicekit.errors import ServiceError, Unauthenticated
 from servicekit.failed_logins import FailedLogins, TooManyFailures
 from servicekit.identity import InvalidToken
@@ -65,7 +65,7 @@ def test_no_limit() -> None:
 
 
 def test_who_failed_the_longest_ago_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failed_logins, "MOST_ADDRESSES", 2)
+    monkeypatch.setattr(pace, "MOST_KEPT", 2)
     guesses = Guesses(1)
     for address in ("a", "a", "b", "b"):
         guesses.fail(address)

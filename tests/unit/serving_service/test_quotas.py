@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 
 from serving_service import quotas
-from serving_service.errors import ConcurrencyQuotaExceeded
+from serving_service.errors import ConcurrencyQuotaExceeded, TooManyEndpointChanges
 from serving_service.model import EndpointConfig
+from serving_service.quotas import EndpointChanges
 from tests.support.builders import a_config, an_entity
 
 
@@ -31,3 +32,21 @@ def test_all_models_together_have_one_too() -> None:
     quotas.check(a_config_of("last", 1_024), others)
     with pytest.raises(ConcurrencyQuotaExceeded, match="all models together would have 4100 of at most 4096"):
         quotas.check(a_config_of("last", 1_024), [*others, dataclasses.replace(a_config())])
+
+
+def test_endpoints_change_fifty_times_in_five_minutes_and_not_more() -> None:
+    now = [1_000.0]
+    changes = EndpointChanges(50, now=lambda: now[0])
+    for _ in range(50):
+        changes.count()
+    with pytest.raises(TooManyEndpointChanges) as refused:
+        changes.count()
+    assert (refused.value.reason, refused.value.retry_after) == ("REQUEST_LIMIT_EXCEEDED", 300)
+    now[0] += 300
+    changes.count()
+
+
+def test_endpoints_change_at_will_where_there_is_no_limit() -> None:
+    changes = EndpointChanges(0)
+    for _ in range(1_000):
+        changes.count()
