@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from servicekit.durable import sync_directory
+
 
 def write_private(path: Path, content: bytes, *, replace: bool) -> None:
     """Writes a file that only we may read; on stable storage when this returns.
@@ -25,18 +27,10 @@ def write_private(path: Path, content: bytes, *, replace: bool) -> None:
             path.hardlink_to(staged)
     finally:
         staged.unlink(missing_ok=True)
-    _sync_directory(path)
+    sync_directory(path.parent)
 
 
 def rename(path: Path, to: Path) -> None:
     """Moves a file within its directory, in place of another; on stable storage when this returns."""
     path.replace(to)
-    _sync_directory(to)
-
-
-def _sync_directory(path: Path) -> None:
-    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync_directory(to.parent)

@@ -35,6 +35,8 @@ _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_
 _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_exactly_what_one_that_is_executed_is"
 
 _LISTENERS = "tests/service/test_grpc_server.py"
+_POWER = "tests/service/test_power_loss.py"
+_STORAGE = "tests/service/test_storage_faults.py"
 _FOLLOW = "tests/service/test_follow.py"
 _CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
 
@@ -207,6 +209,31 @@ FAULTS = (
             "tests/unit/servicekit/test_database.py::test_transaction_that_raises_leaves_nothing_and_the_next_one_works",
             f"{_DIRECTORY}::test_last_active_admin_stays",
         ),
+    ),
+    # --- what was acknowledged ---
+    Fault(
+        name="commits-not-synced",
+        property="R1",
+        file="servicekit/database.py",
+        old='        "synchronous=FULL",\n',
+        new='        "synchronous=NORMAL",\n',
+        tests=(f"{_POWER}::test_nothing_acknowledged_is_lost_by_a_power_loss_at_any_moment",),
+    ),
+    Fault(
+        name="failed-sync-survived",
+        property="R20",
+        file="servicekit/database.py",
+        old="        os._exit(STATUS_NOT_SYNCED)\n",
+        new="        return\n",
+        tests=(f"{_STORAGE}::test_sync_that_fails_ends_the_process_which_never_syncs_again",),
+    ),
+    Fault(
+        name="checkpoint-fails-in-silence",
+        property="R20",
+        file="servicekit/database.py",
+        old='        "wal_autocheckpoint=0",  # see `_write`\n',
+        new='        "wal_autocheckpoint=1",\n',
+        tests=(f"{_STORAGE}::test_sync_that_fails_ends_the_process_which_never_syncs_again",),
     ),
     # --- tokens and assertions ---
     Fault(

@@ -603,7 +603,7 @@ async def test_retry_after_a_full_disk_makes_the_change_once(
     admin = under(fresh, service.admin)
     before = content(service, answers=True)
     monkeypatch.setattr(database, "_transaction", on_a_full_disk)
-    assert (await refusal(admin.put(fresh, "key", "v" * 100_000))).reason == "INTERNAL_ERROR"
+    assert (await refusal(admin.put(fresh, "key", "v" * 100_000))).reason == "TEMPORARILY_UNAVAILABLE"
     assert content(service, answers=True) == before
     limit = None
     for _ in range(2):

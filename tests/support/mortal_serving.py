@@ -1,174 +1,55 @@
-"""Serving as a process that dies where it is told to, and is there again within a fraction of a second.
-
-`python -m tests.support.mortal_serving DIRECTORY` imports everything once and forks the service anew for every start.
-While one lives it reads its orders itself, from the same pipe: `watch [POINT]` (see `tests/support/failpoints.py`) and
-`passed`, which it answers with the points that it passed since.
-"""
+"""Serving as a process that dies where it is told to (`tests/support/mortal.py`)."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
 import sys
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-
-from servicekit import channels, sockets
-from serving_service import app
-from serving_service.settings import ServingSettings
-from tests.support.failpoints import Failpoints
+from servicekit import sockets
+from servicekit.database import Database
+from serving_service import app, launcher
+from serving_service.environment import SecretReferences
+from serving_service.launcher import LocalLauncher, LocalReplica
+from serving_service.routes import RouteTable
+from serving_service.settlement import Settlement
+from tests.support.failpoints import Door, step_of, written
+from tests.support.mortal import MortalService, mortal_service, nurse
 from tests.support.serving import MannerRegistry, a_launcher, serving_settings
 
-START_SECONDS = 20.0
+MortalServing = MortalService
+
+DOORS = (
+    Door(Database, "write", written),
+    Door(MannerRegistry, "fetch", step_of("fetch model")),
+    Door(SecretReferences, "grant", step_of("grant")),
+    Door(SecretReferences, "resolve", step_of("resolve")),
+    Door(Settlement, "_tell", step_of("settle")),
+    Door(Settlement, "reconciled", step_of("reconcile")),
+    Door(LocalLauncher, "start", step_of("start replica")),
+    Door(launcher, "_spawn_shim", step_of("spawn shim")),
+    Door(LocalLauncher, "adopt", step_of("adopt")),
+    Door(LocalReplica, "stop", step_of("stop replica")),
+    Door(RouteTable, "_change", step_of("change routes")),
+    Door(RouteTable, "acknowledged", step_of("acknowledge")),
+    Door(RouteTable, "drained", step_of("drain")),
+)
 
 
-class MortalServing:
-    """The service; `channel` leads to the gateway socket of the process that was started last."""
-
-    def __init__(self, address: str, nursery: asyncio.subprocess.Process, settings: Mapping[str, float]) -> None:
-        self.channel: grpc.aio.Channel
-        self.settings = settings
-        """Those that are not the default ones, from the next start on."""
-        self.pid = 0
-        self._born: asyncio.Future[None]
-        self._address = address
-        self._channels = AsyncExitStack()
-        self._nursery = nursery
-        self.ended = asyncio.Event()
-        """Set while no service lives."""
-        self.ended.set()
-        self._told: asyncio.Queue[list[str]] = asyncio.Queue()
-        self._reading = asyncio.create_task(self._read())
-
-    async def start(self, *, deadly: str | None = None) -> None:
-        """Starts it, to end at the point `deadly`; returns when it is there, or has ended again."""
-        assert self.ended.is_set()
-        self.ended.clear()
-        self._told = asyncio.Queue()  # without what its predecessor said last
-        self._born = asyncio.get_running_loop().create_future()
-        self._order("start", deadly)
-        told = await asyncio.wait_for(self._told.get(), START_SECONDS)
-        self.pid = int(told[0])
-        self._born.set_result(None)
-        await self._unless_ended(self._told.get())
-        # Anew, since one that was refused meanwhile waits for a second until it tries again; and ready, since all
-        # channels of this process to one address share what they know of it.
-        await self._channels.aclose()
-        self.channel = await self._channels.enter_async_context(channels.opened(self._address))
-        await self._unless_ended(self.channel.channel_ready())
-
-    async def _unless_ended(self, sign: Coroutine[Any, Any, Any]) -> None:
-        """Returns when there is a sign of the service, or when it has ended."""
-        waiting, ended = asyncio.create_task(sign), asyncio.create_task(self.ended.wait())
-        done, _ = await asyncio.wait((waiting, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        assert done, "Serving neither started nor ended"
-        for task in (waiting, ended):
-            task.cancel()
-
-    async def watch(self, deadly: str | None = None) -> None:
-        """Has the service note the points that it passes from now on, and end at the one that is deadly."""
-        self._order("watch", deadly)
-        await asyncio.wait_for(self._told.get(), START_SECONDS)
-
-    async def passed(self) -> list[str]:
-        """The points that the service has passed since `watch`, in their order."""
-        self._order("passed", None)
-        return await asyncio.wait_for(self._told.get(), START_SECONDS)
-
-    async def kill(self) -> None:
-        """Ends it as `kill -9` does; nothing when it has ended."""
-        if not self.ended.is_set():
-            await self._born  # one that was started a moment ago has no number yet but its predecessor's
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            await self.ended.wait()
-
-    async def close(self) -> None:
-        """Ends it and what starts it."""
-        await self.kill()
-        await self._channels.aclose()
-        self._reading.cancel()
-        self._nursery.kill()
-        await self._nursery.wait()
-
-    def _order(self, word: str, point: str | None) -> None:
-        assert self._nursery.stdin is not None
-        self._nursery.stdin.write(f"{json.dumps([word, point, dict(self.settings)])}\n".encode())
-
-    async def _read(self) -> None:
-        assert self._nursery.stdout is not None
-        async for line in self._nursery.stdout:
-            told = json.loads(line)
-            if told == ["ended"]:
-                self.ended.set()
-            else:
-                self._told.put_nowait(told)
-
-
-@contextlib.asynccontextmanager
-async def mortal_serving(directory: Path, **settings: float) -> AsyncIterator[MortalServing]:
+def mortal_serving(directory: Path, **settings: float) -> AbstractAsyncContextManager[MortalServing]:
     """The service on a data directory, with these settings, not started yet, and killed in the end."""
     address = sockets.socket_address(serving_settings(directory).sockets, callee="serving", caller="gateway")
-    nursery = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.mortal_serving", str(directory)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    serving = MortalServing(address, nursery, settings)
-    try:
-        yield serving
-    finally:
-        await serving.close()
+    return mortal_service("tests.support.mortal_serving", directory, address, settings)
 
 
-def _main(directory: Path) -> None:
-    while (order := _next_order()) is not None:
-        word, point, settings = order
-        if word != "start":
-            continue  # it was meant for one that has just ended
-        if (child := os.fork()) == 0:
-            asyncio.run(_serve(serving_settings(directory, **settings), deadly=point))
-        _tell(child)
-        os.waitpid(child, 0)
-        _tell("ended")
-
-
-async def _serve(settings: ServingSettings, *, deadly: str | None) -> None:
-    points = Failpoints()
-    points.install()
-    points.watch(deadly)
+@asynccontextmanager
+async def _living(changes: Mapping[str, Any]) -> AsyncIterator[None]:
+    settings = serving_settings(Path(sys.argv[1]), **changes)
     async with app.running(settings, launcher=a_launcher(settings), registry=MannerRegistry(settings.data_dir)):
-        _tell("serving")
-        while (order := await asyncio.to_thread(_next_order)) is not None:
-            word, point, _ = order
-            if word == "watch":
-                points.watch(point)
-                _tell()
-            else:
-                _tell(*points.passed)
-
-
-def _next_order() -> list[Any] | None:
-    """Byte by byte, so that nothing is taken that is meant for the next one who reads."""
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (piece := os.read(0, 1)):
-            return None
-        line += piece
-    order: list[Any] = json.loads(line)
-    return order
-
-
-def _tell(*words: object) -> None:
-    os.write(1, json.dumps(words).encode() + b"\n")
+        yield
 
 
 if __name__ == "__main__":
-    _main(Path(sys.argv[1]))
+    nurse(_living, DOORS)

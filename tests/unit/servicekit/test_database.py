@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from servicekit import database
-from servicekit.database import DatabaseError, opened
-from servicekit.errors import StartError
+from servicekit.database import DatabaseError, StorageFailed, opened
+from servicekit.errors import StartError, Unavailable
 from tests.support.sockets import short_directory
 
 ROOT = Path(__file__).parents[3]
@@ -185,6 +185,50 @@ async def test_files_are_for_the_owner_only(path: Path, migrations: Path) -> Non
 async def test_directory_is_made_for_the_owner_only(path: Path, migrations: Path) -> None:
     async with opened(path, migrations):
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+async def test_names_of_file_and_directories_are_on_stable_storage(
+    path: Path, migrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noted)
+    async with opened(path, migrations):
+        assert synced == [path.parent, path.parent.parent, path.parent.parent.parent]
+
+
+async def test_full_database_refuses_what_does_not_fit_and_takes_what_does(path: Path, migrations: Path) -> None:
+    async with opened(path, migrations) as db:
+        await db.write(insert, "a")
+        pages = await db.write(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+        await db.write(lambda c: c.execute(f"PRAGMA max_page_count={pages}").fetchone())
+        for kind in (StorageFailed, Unavailable, sqlite3.OperationalError):
+            with pytest.raises(kind):
+                await db.write(insert, *(f"{number:0100}" for number in range(100)))
+        assert await db.read(names_in) == ["a"]
+        await db.write(insert, "b")
+        assert await db.read(names_in) == ["a", "b"]
+
+
+async def test_log_is_moved_into_the_database_while_it_is_open_and_does_not_grow_for_ever(
+    path: Path, migrations: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CHECKPOINT_BYTES", 100_000)
+    log = Path(f"{path}-wal")
+    async with opened(path, migrations) as db:
+        sizes = []
+        for number in range(100):
+            await db.write(insert, f"{number:05000}")
+            await db.read(names_in)
+            sizes.append(log.stat().st_size)
+        assert max(sizes) < 200_000
+        assert min(sizes[50:]) < 100_000
+        assert path.stat().st_size > 300_000
 
 
 async def test_path_may_hold_characters_that_mean_something_in_an_address(directory: Path, migrations: Path) -> None:
