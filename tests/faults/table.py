@@ -436,6 +436,14 @@ FAULTS = (
         tests=(f"{_ROTATION}::test_rotation_that_is_killed_at_any_step_loses_nothing",),
     ),
     Fault(
+        name="old-key-of-a-scope-stays",
+        property="S5",
+        file="secrets_service/rotation.py",
+        old="        made_before_ms = self._now_ms() - self._ages.scope * _DAY_MS if self._ages.scope else -1\n",
+        new="        made_before_ms = -1\n",
+        tests=(f"{_ROTATION}::test_keys_are_renewed_when_they_are_old",),
+    ),
+    Fault(
         name="key-service-not-asked-back",
         property="S4",
         file="secrets_service/kms.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from secrets_service import scopes
+from secrets_service import files, scopes
 from servicekit.errors import StartError
 from servicekit.logs import JsonLines
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -278,6 +279,22 @@ def _for_nobody(key: Path) -> None:
     key.chmod(0o000)
 
 
+def _pipe(key: Path) -> None:
+    key.unlink()
+    os.mkfifo(key, 0o600)
+
+
+def _only_the_one_before(key: Path) -> None:
+    """As after a rotation whose new key was lost."""
+    key.rename(key.with_name("root.key.previous"))
+
+
+def _only_a_staged_one(key: Path) -> None:
+    """As of a rotation that never came to its end, with the key in use lost."""
+    key.unlink()
+    files.write_private(key.with_name("root.key.next"), b"n" * 32, replace=False)
+
+
 @pytest.mark.parametrize(
     "harm",
     [
@@ -291,6 +308,9 @@ def _for_nobody(key: Path) -> None:
         _for_nobody,
         _symbolic_link,
         _directory,
+        _pipe,
+        _only_the_one_before,
+        _only_a_staged_one,
     ],
 )
 async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callable[[Path], None]) -> None:
@@ -347,12 +367,39 @@ async def test_store_that_lost_what_it_begins_with_is_not_founded_again(edit: st
 
 
 def _content_of(key: Path) -> bytes | None:
-    return None if key.is_dir() or not key.exists() else key.read_bytes()
+    return key.read_bytes() if key.is_file() else None
 
 
 def _dump(database: Path) -> list[str]:
     with closing(sqlite3.connect(database)) as connection:
         return list(connection.iterdump())
+
+
+async def test_root_key_of_another_user_stops_the_start_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+        content = _dump(service.settings.database)
+        with monkeypatch.context() as patch:
+            # Somebody else's file, where we are not root and cannot give it away.
+            patch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+            with pytest.raises(StartError, match=r"The root key .* belongs to another user"):
+                async with running_secrets(directory):
+                    pass
+        assert _dump(service.settings.database) == content
+
+
+async def test_root_key_before_a_rotation_stops_the_start_and_changes_nothing() -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            operator = service.peer("operator")
+            await operator(operator.key_rotation.RotateRootKey, pb.RotateRootKeyRequest())
+        content = _dump(service.settings.database)
+        (directory / "root.key.previous").replace(directory / "root.key")
+        with pytest.raises(StartError, match="was sealed under"):
+            async with running_secrets(directory):
+                pass
+        assert _dump(service.settings.database) == content
 
 
 async def test_process_without_its_root_key_exits_with_a_status_and_a_cause() -> None:
@@ -468,6 +515,9 @@ async def test_moved_or_changed_ciphertext_is_data_loss_and_others_still_open(
             # A new value cures it.
             await service.admin.put("one", "a", "new")
             assert await service.admin.get("one", "a") == b"new"
+        lines = [line for path in (directory / "audit").iterdir() for line in path.read_text().splitlines()]
+        reads = [record for record in map(json.loads, lines) if record["method"].endswith("/GetSecret")]
+        assert [record["outcome"] for record in reads].count("DATA_LOSS") == 4
         assert [record.levelname for record in caplog.records if record.message == "stored secret is damaged"]
 
 

@@ -72,10 +72,31 @@ def test_no_value_opens_in_the_place_of_another(filled: Store) -> None:
         for row, record in ((one, record_of(filled, other)), (other, record_of(filled, one))):
             filled.connection.execute("UPDATE versions SET record = ? WHERE rowid = ?", (record, row))
         for row in (one, other):
-            with pytest.raises(SecretDamaged):
+            with pytest.raises(SecretDamaged) as caught:
                 filled.opened(*where[row])
+            assert caught.value.reason == "DATA_LOSS"
         assert filled.opened(*where[third]) == value_of(*where[third]).reveal()
         filled.connection.execute("ROLLBACK")
+
+
+def test_no_single_changed_bit_of_ten_stored_records_opens_and_all_others_do(filled: Store) -> None:
+    rows = filled.connection.execute(
+        "SELECT v.rowid, k.scope_id, k.folded, v.version, v.record FROM versions v JOIN keys k ON k.id = v.key_id"
+    ).fetchall()
+    scopes = {scope.id: scope for scope in filled.scopes}
+    for row, scope_id, folded, version, record in seeded().sample(rows, 10):
+        scope = scopes[scope_id]
+        others = [each for each in rows if each[0] != row]
+        for position in range(len(record) * 8):
+            changed = bytearray(record)
+            changed[position // 8] ^= 1 << position % 8
+            filled.connection.execute("UPDATE versions SET record = ? WHERE rowid = ?", (bytes(changed), row))
+            with pytest.raises(SecretDamaged):
+                filled.opened(scope, folded, version)
+            _, other_id, other, older, _ = others[position % len(others)]
+            assert filled.opened(scopes[other_id], other, older) == value_of(scopes[other_id], other, older).reveal()
+        filled.connection.execute("UPDATE versions SET record = ? WHERE rowid = ?", (record, row))
+        assert filled.opened(scope, folded, version) == value_of(scope, folded, version).reveal()
 
 
 def record_of(filled: Store, row: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from serving_service.environment import (
     ResolvedEnvironment,
     SecretRef,
     check_declared,
+    digest_of,
     parse_reference,
     references_of,
 )
@@ -123,3 +125,21 @@ def test_a_value_with_nul_is_refused_without_repeating_it() -> None:
 
 def test_resolved_values_do_not_show_in_a_representation() -> None:
     assert "canary" not in repr(ResolvedEnvironment({"A": "canary"}, ("canary",)))
+
+
+def test_whatever_is_run_and_with_which_variables_is_in_the_digest_that_a_grant_binds() -> None:
+    """So that nothing of it can be edited in Serving's database and still be launched with secrets (S3)."""
+    entity = an_entity()
+    model = entity.model
+    changed = [
+        replace(entity, model=replace(model, name="other")),
+        replace(entity, model=replace(model, version="7")),
+        replace(entity, model=replace(model, source="s3://elsewhere/model")),
+        replace(entity, model=replace(model, created_at=model.created_at + 1)),
+        replace(entity, environment={**entity.environment, "PROXY": "http://elsewhere"}),
+        replace(entity, environment={"A": "{{secrets/another/key}}"}),
+        replace(entity, instance_profile_arn="arn:other"),
+    ]
+    digests = [digest_of(each) for each in (entity, *changed)]
+    assert len(set(digests)) == len(digests)
+    assert digest_of(replace(entity, name="renamed", workload_size="Large", scale_to_zero=True)) == digests[0]
