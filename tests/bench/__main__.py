@@ -22,6 +22,7 @@ from tests.bench import (
     launch,
     load,
     many_endpoints,
+    many_secrets,
     model_server,
     peers,
     rest_list,
@@ -33,6 +34,7 @@ from tests.bench.run import Run
 
 TABLES = {
     "secret-read": secret_read.measure,
+    "many-secrets": many_secrets.measure,
     "rest-read": rest_read.measure,
     "rest-list": rest_list.measure,
     "model-server": model_server.measure,
