@@ -325,7 +325,7 @@ async def test_replica_that_hangs_is_ended_and_started_again_with_its_cause(
 
 async def test_update_that_is_overdue_says_so_in_its_events_too() -> None:
     with data_directory() as directory:
-        async with running_platform(directory, deploy_deadline=0.5) as platform:
+        async with running_platform(directory, deploy_deadline=5.0) as platform:
             await platform.admin.create("demo", "slow")
             cause = message_of(await platform.admin.settled("demo"))
             assert "not ready in time" in cause
