@@ -124,7 +124,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
         client_secrets = ClientSecrets(opened, base.token_macs, now)
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
-        backups = SecretsBackups(base, file)
+        backups = SecretsBackups(base, file, exporter)
         ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)
         rotation = KeyRotation(base, opened, ages, now)
         jobs = {

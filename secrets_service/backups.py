@@ -1,4 +1,4 @@
-"""What Secrets adds to a backup: its database, and the MAC by which a restore knows the backup for what it was.
+"""What Secrets adds to a backup: database and audit log, and the MAC by which a restore knows what it is given.
 
 The MAC's key is derived from a store key that the copied keyring holds: whoever has the root key can verify it, and
 nobody else can make one.
@@ -14,7 +14,8 @@ from secrets_service import store
 from secrets_service.foundation import Foundation
 from secrets_service.integrity import Integrity
 from secrets_service.keyring import Keyring
-from servicekit import database
+from servicekit import backups, database
+from servicekit.audit_export import Exporter
 from servicekit.backups import Copy
 from servicekit.database import Database
 from servicekit.errors import InvalidParameter
@@ -27,9 +28,10 @@ _KIND = "backup"
 class SecretsBackups:
     """Backups of a service that runs."""
 
-    def __init__(self, base: Foundation, opened: Database) -> None:
+    def __init__(self, base: Foundation, opened: Database, exporter: Exporter) -> None:
         self._base = base
         self._database = opened
+        self._exporter = exporter
 
     @asynccontextmanager
     async def taken(self, directory: Path) -> AsyncIterator[Copy]:
@@ -37,7 +39,7 @@ class SecretsBackups:
         # Before the copy: a key in use is on stable storage, so the copy holds it; none is ever taken out.
         version = self._base.keyring.current
         path = directory / DATABASE
-        await self._database.copy(path)
+        files = await backups.with_audit_log(self._database, self._exporter, path)
         with database.looked_at(path) as connection:
             sealed, platform = store.find_keyring(connection), store.stated_platform(connection)
         assert sealed is not None  # the service does not run without
@@ -47,7 +49,7 @@ class SecretsBackups:
             "root_key_id": sealed.root_key_id,
             "store_key_version": str(version),
         }
-        yield Copy({DATABASE: path}, facts)
+        yield Copy(files, facts)
 
     def authenticated(self, manifest: bytes, store_key_version: int) -> bytes:
         """The MAC of a manifest."""

@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 from servicekit import audit, audit_store
 from servicekit.audit import Trail
@@ -49,12 +51,21 @@ class Exporter:
         self._sink = sink
         self._now = now
         self._most_unexported = most_unexported
+        self._moving = asyncio.Lock()
 
     async def run(self) -> None:
         """Moves records until cancelled; what is left then is moved after the next start. Raises SyncFailed."""
         while True:
-            await self.move()
+            async with self._moving:
+                await self.move()
             await asyncio.sleep(LOOK_SECONDS)
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[list[Path]]:
+        """Moves nothing until the context is left: what is in the files, which it yields, and what is in the database
+        are one log."""
+        async with self._moving:
+            yield await asyncio.to_thread(self._sink.files)
 
     async def move(self) -> None:
         """Moves what there is, and drops the files that are too old or too much."""

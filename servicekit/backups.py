@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from servicekit.audit_export import Exporter
+from servicekit.database import Database
 from servicekit.errors import BadRequest, Conflict, DeadlineExceeded
 from tessera.backups.v1 import backups_pb2 as pb
 from tessera.backups.v1 import backups_pb2_grpc as rpc
@@ -33,19 +35,58 @@ HELD_SECONDS = 600.0
 
 PART_BYTES = 256 * 1024
 
+AUDIT = "audit"
+"""The folder of audit logs in a backup."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A file of a copy; what it may have grown by since does not belong to it."""
+
+    path: Path
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> Copied:
+        """A file as it is now."""
+        return cls(path, path.stat().st_size)
+
 
 @dataclass(frozen=True)
 class Copy:
     """What was copied."""
 
-    files: Mapping[str, Path]
-    """Where the copies are, by the name that each has in a backup."""
+    files: Mapping[str, Copied]
+    """By the name that each has in a backup."""
     facts: Mapping[str, str]
     """What else a restore has to know."""
 
 
 Take = Callable[[Path], AbstractAsyncContextManager[Copy]]
 """Copies into an empty folder; the context is left when the caller has what else belongs to the same moment."""
+
+
+async def with_audit_log(database: Database, exporter: Exporter, copy: Path) -> dict[str, Copied]:
+    """Copies a database, and the files of its audit log as they are at the same moment.
+
+    Raises sqlite3.Error and OSError.
+    """
+    async with exporter.paused() as files:
+        await database.copy(copy)
+        folder = copy.parent / AUDIT
+        log = await asyncio.to_thread(lambda: {f"{AUDIT}/{path.name}": _kept(path, folder) for path in files})
+    return {copy.name: Copied.of(copy), **log}
+
+
+def _kept(path: Path, folder: Path) -> Copied:
+    """A file of a log, under a name of our own: it may grow, and go when it is old, but is never changed."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    kept = folder / path.name
+    try:
+        kept.hardlink_to(path)
+    except OSError:  # on another file system
+        shutil.copyfile(path, kept)
+    return Copied.of(kept)
 
 
 class BackupsServicer(rpc.BackupsServicer):
@@ -68,19 +109,18 @@ class BackupsServicer(rpc.BackupsServicer):
                 copy = await held.enter_async_context(self._take(Path(folder)))
             except (OSError, sqlite3.Error) as error:
                 raise BadRequest(f"No copy can be made: {_cause(error)}.") from None
-            sizes = {name: path.stat().st_size for name, path in copy.files.items()}
-            files = [pb.CopiedFile(name=name, size=size) for name, size in sizes.items()]
+            files = [pb.CopiedFile(name=name, size=copied.size) for name, copied in copy.files.items()]
             yield pb.CopyResponse(snapshot=pb.Snapshot(files=files, facts=copy.facts))
             await _closed(request_iterator)
             await held.aclose()
-            for path in copy.files.values():
-                async for part in _read(path):
+            for copied in copy.files.values():
+                async for part in _read(copied):
                     yield pb.CopyResponse(content=part)
             log.info(
                 "copied for a backup",
                 extra={
-                    "files": len(sizes),
-                    "bytes": sum(sizes.values()),
+                    "files": len(files),
+                    "bytes": sum(file.size for file in files),
                     "seconds": round(time.monotonic() - began, 3),
                 },
             )
@@ -102,9 +142,14 @@ async def _closed(requests: AsyncIterator[pb.CopyRequest]) -> None:
         raise DeadlineExceeded("The caller did not go on within ten minutes of the copy.") from None
 
 
-async def _read(path: Path) -> AsyncIterator[bytes]:
-    with path.open("rb") as file:
-        while part := await asyncio.to_thread(file.read, PART_BYTES):
+async def _read(copied: Copied) -> AsyncIterator[bytes]:
+    left = copied.size
+    with copied.path.open("rb") as file:
+        while left:
+            part = await asyncio.to_thread(file.read, min(left, PART_BYTES))
+            if not part:
+                raise BadRequest("What was copied is cut off.")
+            left -= len(part)
             yield part
 
 

@@ -224,7 +224,7 @@ async def running(
             deadline=settings.inference_deadline,
             queue_seconds=settings.queue_seconds,
         )
-        backups = ServingBackups(opened, settlement, registry=settings.embedded_registry, locks=places.locks)
+        backups = ServingBackups(opened, exporter, settlement, registry=settings.embedded_registry, locks=places.locks)
         entrance = ""
         if certificate is not None and settings.peer_listen:
             doors = partial(_behind, directory)

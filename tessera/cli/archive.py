@@ -1,8 +1,8 @@
 """What a backup is: a folder of files, a manifest that names them, and what the manifest is known by.
 
-    secrets.db, serving.db, registry.db, locks/*.txt   what the services copied
-    manifest.json                              format, when and by what it was made, size and digest of each file
-    manifest.check                             MAC of the manifest, and a digest of manifest and MAC
+    secrets.db, serving.db, registry.db, locks/, audit/     what the services copied
+    manifest.json                               format, when and by what it was made, size and digest of each file
+    manifest.check                              MAC of the manifest, and a digest of manifest and MAC
 
 The rule: a folder without the two manifest files is no backup, and they are written last. Every byte of a backup stands
 under a digest, so damage shows without any key; that somebody changed a backup and made the digests anew shows with the
@@ -29,7 +29,9 @@ FORMAT = 1
 MANIFEST, CHECK = "manifest.json", "manifest.check"
 SECRETS, SERVING, REGISTRY = "secrets.db", "serving.db", "registry.db"
 
-_NAME = re.compile(r"(secrets|serving|registry)\.db|locks/[A-Za-z0-9_-]{1,64}\.txt")
+_NAME = re.compile(
+    r"(secrets|serving|registry)\.db|locks/[A-Za-z0-9_-]{1,64}\.txt|audit/(secrets|serving)-[0-9]{12}\.jsonl"
+)
 _CHECK = re.compile(rb"([0-9a-f]{2,256})\n([0-9a-f]{64})\n")
 _LONGEST_MANIFEST = 1 << 20
 _PART_BYTES = 1 << 20

@@ -26,8 +26,8 @@ from tessera.cli.archive import Backup, File, Progress
 
 _FAILED = "Nothing was restored"
 
-_PLACES = {archive.SECRETS: "secrets", archive.SERVING: "serving", archive.REGISTRY: "."}
-"""The folder of each file; the rest is of Serving."""
+_PLACES = {archive.SECRETS: "secrets", archive.SERVING: "serving", "locks": "serving"}
+"""The folder that each file or folder of a backup goes to; the rest goes to the data directory itself."""
 
 
 def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -96,7 +96,7 @@ def _check(backup: Backup, key: RootSource, *, with_damage: bool) -> None:
 
 def _fill(staged: Path, backup: Backup) -> None:
     for file in backup.manifest.files:
-        _copy(backup, file, staged / _PLACES.get(file.name, "serving") / file.name)
+        _copy(backup, file, staged / _PLACES.get(file.name.partition("/")[0], ".") / file.name)
     # No replica of the platform that was backed up is ours, and whatever still runs of one must take us for the later.
     database.amended(staged / "serving" / archive.SERVING, store.begin_anew, int(time.time()))
 

@@ -113,6 +113,8 @@ async def made() -> AsyncIterator[Made]:
                 registry.executescript("CREATE TABLE models (name TEXT); INSERT INTO models VALUES ('churn');")
             await platform.admin.create("demo", TINY, environment=REFERENCE)
             await platform.ready("demo")
+            logs = directory / "data" / "audit"
+            await eventually(lambda: len(list(logs.glob("*.jsonl"))) == 2, what="both audit logs")
             folder = await back_up(platform, directory / "backup")
             key = directory / "data" / "root.key"
             canaries.append(Canary.of("the root key", key.read_bytes()))
@@ -283,7 +285,25 @@ def test_backup_shows_no_secret_and_nobody_but_its_owner_may_read_it(made: Made)
     assert {path.stat().st_mode & 0o777 for path in made.folder.rglob("*")} == {0o600, 0o700}
     names = {path.relative_to(made.folder).as_posix() for path in made.folder.rglob("*")}
     files = {"secrets.db", "serving.db", "registry.db", "manifest.json", "manifest.check"}
-    assert names == files | {"locks", f"locks/{'a1' * 16}.txt"}
+    first = "000000000001.jsonl"
+    logs = {"audit", f"audit/secrets-{first}", f"audit/serving-{first}"}
+    assert names == files | logs | {"locks", f"locks/{'a1' * 16}.txt"}
+
+
+async def test_audit_logs_go_on_as_one_after_a_restore(made: Made, directory: Path) -> None:
+    restored, keys = directory / "restored", directory / "keys"
+    assert await ran(["restore", str(made.folder), str(restored), "--root-key", str(made.key)]) == 0
+    logs = sorted((restored / "audit").iterdir())
+    assert len(logs) == 2
+    before = [path.read_bytes() for path in logs]
+    async with running(restored, made.token) as platform:
+        assert await ran(["audit", "keys", str(keys), "--data-dir", str(restored)]) == 0
+        await platform.ready("demo")
+        await eventually(lambda: all(path.stat().st_size > len(old) for path, old in zip(logs, before, strict=True)))
+        await platform.secrets.public(made.token).get("shop", "key")  # which a log that does not fit would refuse
+    for path, old in zip(logs, before, strict=True):
+        assert path.read_bytes().startswith(old)
+        assert await ran(["audit", "verify", str(path), "--keys", str(keys)]) == 0
 
 
 async def test_backup_is_restored_with_the_root_key_that_it_was_made_under(directory: Path) -> None:
@@ -476,7 +496,8 @@ def test_root_key_that_is_to_stay_where_it_is_is_not_copied(
 ) -> None:
     monkeypatch.setenv("TESSERA_ROOT_KEY_FILE", str(made.key))
     assert main(["restore", str(made.folder), str(tmp_path / "restored")]) == 0
-    assert sorted(path.name for path in (tmp_path / "restored").iterdir()) == ["registry.db", "secrets", "serving"]
+    assert (tmp_path / "restored" / "secrets" / "secrets.db").exists()
+    assert not list((tmp_path / "restored").glob("root.key*"))
 
 
 async def test_backup_overwrites_nothing(directory: Path) -> None:
