@@ -28,12 +28,14 @@ from tests.bench import (
     rest_list,
     rest_read,
     secret_read,
+    secret_write,
     start,
 )
 from tests.bench.run import Run
 
 TABLES = {
     "secret-read": secret_read.measure,
+    "secret-write": secret_write.measure,
     "many-secrets": many_secrets.measure,
     "rest-read": rest_read.measure,
     "rest-list": rest_list.measure,
