@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import aiosqlite
 
@@ -53,6 +53,18 @@ _SYNC_FAILED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_F
 _PRIMARY = 0xFF
 """What is left of an error's code without the details."""
 
+LEAST_FREE = 1 << 20
+"""Bytes of free disk below which a change cannot be counted on: what one may add to the log."""
+
+
+class _Place(NamedTuple):
+    """Where a database is."""
+
+    file: tuple[int, int]
+    """Device and number of the file."""
+    free: int
+    """Bytes that the disk still has for us."""
+
 
 class DatabaseError(StartError):
     """The database cannot be opened; the message says why and what to do."""
@@ -75,6 +87,7 @@ class Database:
         self, path: Path, writer: aiosqlite.Connection, readers: list[aiosqlite.Connection], existed: bool
     ) -> None:
         self._path = path
+        self._file = _place(path).file
         self._writer = writer
         self._log = Path(f"{path}-wal")
         self._readers = readers
@@ -128,8 +141,19 @@ class Database:
         await asyncio.to_thread(copied, self._path, to)
 
     async def ping(self) -> None:
-        """Raises when the database does not answer."""
+        """Raises when the database does not answer, or could not take a change: its file is gone, or its disk full."""
+        found = await asyncio.to_thread(_place, self._path)
+        if found.file != self._file:
+            raise OSError("the database is another file than the one that was opened")
+        if found.free < LEAST_FREE:
+            raise OSError("the disk is full")
         await self.read(lambda connection: connection.execute("SELECT 1").fetchone())
+
+
+def _place(path: Path) -> _Place:
+    found, disk = path.stat(), os.statvfs(path)
+    # What a disk keeps back is for the administrator.
+    return _Place((found.st_dev, found.st_ino), disk.f_frsize * (disk.f_bavail if os.geteuid() else disk.f_bfree))
 
 
 def _emptied(connection: sqlite3.Connection) -> bool:

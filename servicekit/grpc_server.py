@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from servicekit import background, policy, tracing
@@ -24,6 +24,7 @@ from servicekit.audit import Trail
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, ServiceError, StartError, to_status
 from servicekit.exposure import is_read
 from servicekit.failed_logins import FailedLogins
+from servicekit.health import Health
 from servicekit.identity import Identify
 from servicekit.interceptors import LONGEST_DEADLINE, Method, RequestInterceptor, SourceOf
 from servicekit.metrics import ServiceMetrics
@@ -44,6 +45,9 @@ READINESS_SECONDS = 0.9
 
 MOST_RPCS = 2_000
 """How many RPCs of all kinds a listener has at the most, those included whose request is still on its way."""
+
+LONGEST_REQUEST = 1 << 20
+"""Bytes of a request that anybody may send, but for queries of models."""
 
 CONNECTION_AGE_SECONDS = 1800.0
 """How long a connection takes new calls, give or take a tenth that gRPC adds, so that not all end at once."""
@@ -133,8 +137,7 @@ async def serving(
     address cannot be listened on.
     """
     policy.check(table, [service for service, _ in services], standard=[HEALTH, REFLECTION])
-    statuses = health.aio.HealthServicer()
-    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)  # until the first look says otherwise
+    health = Health()  # not ready before the first look
     async with AsyncExitStack() as stack:
         servers: list[grpc.aio.Server] = []
         lag = Lag()
@@ -149,13 +152,13 @@ async def serving(
         for listener in listeners:
             rooms = _Rooms(listener, limits.calls, lag)
             server, address = _server(
-                listener, services, table, statuses, rooms, changes, message_limit, limits.longest, metrics, trail
+                listener, services, table, health, rooms, changes, message_limit, limits.longest, metrics, trail
             )
             servers.append(server)
             await server.start()
             addresses.append(address)
-        stack.push_async_callback(statuses.enter_graceful_shutdown)
-        watch = _watching(statuses, readiness)
+        stack.callback(health.end)
+        watch = _watching(health, readiness)
         await stack.enter_async_context(background.running({"readiness": watch, "lag": lag.run, **(jobs or {})}))
         yield addresses
 
@@ -174,12 +177,10 @@ async def refusing(listeners: Sequence[tuple[str, Certificate | None]], error: S
     async def refuse(requests: object, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
         await rpc.abort_with_status(to_status(error))
 
-    statuses = health.aio.HealthServicer()
-    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
     async with AsyncExitStack() as stack:
         for address, certificate in listeners:
             server = grpc.aio.server(options=[*_OPTIONS, ("grpc.max_concurrent_streams", STREAMS)])
-            health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+            health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
             server.add_generic_rpc_handlers([Refusing()])
             _listen(server, address, certificate)
             await server.start()
@@ -218,7 +219,7 @@ def _server(
     listener: Listener,
     services: Sequence[tuple[ServiceDescriptor, object]],
     table: policy.Table,
-    statuses: object,
+    health: Health,
     rooms: _Rooms,
     changes: Pace | None,
     message_limit: int,
@@ -227,7 +228,7 @@ def _server(
     trail: Trail | None,
 ) -> tuple[grpc.aio.Server, str]:
     known = {
-        f"/{name}": Method(table[name], rooms.of(method, table[name]))
+        f"/{name}": Method(table[name], rooms.of(method, table[name]), LONGEST_REQUEST)
         for service in (HEALTH, REFLECTION)
         for method in service.methods
         if (name := policy.rpc_name(method)) in table
@@ -242,7 +243,9 @@ def _server(
             if row.peers and listener.peer not in row.peers:
                 continue
             is_change = not (row.peers or row.is_inference or is_read(method))
-            known[f"/{name}"] = Method(row, rooms.of(method, row), is_change=is_change)
+            is_ours = bool(row.peers) or row.is_inference  # or bytes that nobody reads here
+            longest = message_limit if is_ours else min(message_limit, LONGEST_REQUEST)
+            known[f"/{name}"] = Method(row, rooms.of(method, row), longest, is_change)
             methods[method.name] = _handler(method, getattr(servicer, method.name))
         if methods:
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
@@ -279,9 +282,9 @@ def _server(
         ],
     )
     server.add_generic_rpc_handlers(handlers)
-    health_pb2_grpc.add_HealthServicer_to_server(statuses, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if listener.reflection:
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+        reflection.enable_server_reflection([*names, HEALTH.full_name, reflection.SERVICE_NAME], server)
     return server, _listen(server, listener.address, listener.certificate)
 
 
@@ -328,7 +331,7 @@ def _handler(method: MethodDescriptor, behavior: Any) -> grpc.RpcMethodHandler[A
     return handler
 
 
-def _watching(statuses: Any, readiness: Mapping[str, Check]) -> Callable[[], Awaitable[None]]:
+def _watching(health: Health, readiness: Mapping[str, Check]) -> Callable[[], Awaitable[None]]:
     async def watch() -> None:
         well: bool | None = None
         while True:
@@ -337,8 +340,7 @@ def _watching(statuses: Any, readiness: Mapping[str, Check]) -> Callable[[], Awa
             if well != (not failing):
                 well = not failing
                 log.info("ready" if well else "not ready", extra={"failing": failing} if failing else {})
-                status = health_pb2.HealthCheckResponse
-                await statuses.set("", status.SERVING if well else status.NOT_SERVING)
+                health.ready(well)
             await asyncio.sleep(READINESS_SECONDS)
 
     return watch

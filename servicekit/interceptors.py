@@ -18,12 +18,13 @@ from functools import partial
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from servicekit import audit, channels, context, once
 from servicekit.audit import AuditUnavailable, Entry, Trail
 from servicekit.errors import (
     DeadlineExceeded,
+    InvalidParameter,
     MalformedRequest,
     ServiceError,
     TooManyRequests,
@@ -48,6 +49,9 @@ LONGEST_DEADLINE = 60.0
 UNKNOWN_METHOD = "(unknown)"
 """Stands for the name of a method that is not there: a caller's own text, so neither logged nor compared."""
 
+MOST_ELEMENTS = 10_000
+"""How many elements a list in a request may have."""
+
 SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
 
@@ -69,6 +73,8 @@ class Method:
     row: Row
     room: Room
     """What it takes a place in."""
+    longest_request: int
+    """Bytes of a request."""
     is_change: bool = False
     """Whether it counts among the changes of its caller."""
 
@@ -172,6 +178,20 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """The policy's row for a method; None when there is no such method."""
         known = self._methods.get(method)
         return None if known is None else known.row
+
+    def check_size(self, method: str, request: bytes) -> None:
+        """Raises InvalidParameter for what is too long to be read: a message may take a hundred times its bytes."""
+        if len(request) > (longest := self._methods[method].longest_request):
+            raise InvalidParameter(f"The request has more than {longest} bytes, which is the limit here.")
+
+    def check_parts(self, method: str, message: Message) -> None:
+        """Raises InvalidParameter for lists that nobody means: use cases go through them element by element."""
+        row = self.row(method)
+        if row is None or row.peers or row.is_inference:
+            return
+        for field, content in message.ListFields():
+            if field.is_repeated and len(content) > MOST_ELEMENTS:
+                raise InvalidParameter(f"{field.name}: a list may have {MOST_ELEMENTS} elements at the most.")
 
     def check_pace(self, method: str, caller: context.Principal | None) -> None:
         """Counts a change of the caller's, if it is one; raises TooManyChanges."""
@@ -320,7 +340,9 @@ class _Call:
         return given if is_address(given) else ""
 
     def _decoded(self, request: bytes, read: Callable[[bytes], Any]) -> Any:
+        self._chain.check_size(self._method, request)
         message = _decoded(request, read)
+        self._chain.check_parts(self._method, message)
         if self._entry is not None:
             self._entry.object = audit.about(message)
         return message

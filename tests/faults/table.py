@@ -455,12 +455,8 @@ FAULTS = (
         name="sealed-and-ready",
         property="R28",
         file="servicekit/grpc_server.py",
-        old="""    statuses = health.aio.HealthServicer()
-    await statuses.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    async with""",
-        new="""    statuses = health.aio.HealthServicer()
-    await statuses.set("", health_pb2.HealthCheckResponse.SERVING)
-    async with""",
+        old="add_HealthServicer_to_server(Health(), server)",
+        new="add_HealthServicer_to_server([each := Health(), each.ready(True)][0], server)",
         tests=(f"{_SOURCES}::test_restart_without_the_plugin_stays_sealed_and_goes_on_when_it_is_back",),
     ),
     Fault(
@@ -1265,6 +1261,24 @@ FAULTS = (
         old='    ("grpc.http2.ping_timeout_ms", round(KEEPALIVE_TIMEOUT * 1000)),\n',
         new="",
         tests=(f"{_LISTENERS}::test_a_peer_that_says_nothing_more_is_given_up",),
+    ),
+    Fault(
+        name="lists-without-end",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old="if field.is_repeated and len(content) > MOST_ELEMENTS:",
+        new="if field.is_repeated and len(content) > MOST_ELEMENTS**2:",
+        tests=(
+            "tests/service/test_hostile_input.py::test_message_of_very_many_parts_is_refused_before_anybody_goes_through_them",
+        ),
+    ),
+    Fault(
+        name="ready-without-a-database",
+        property="R28",
+        file="servicekit/database.py",
+        old="        if found.file != self._file:\n",
+        new="        if found.file == (0, 0):\n",
+        tests=("tests/service/test_health.py::test_a_service_whose_database_is_gone_is_live_and_not_ready",),
     ),
     Fault(
         name="overdue-work-begun",

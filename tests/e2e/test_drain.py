@@ -1,0 +1,197 @@
+"""A service that is told to end while it has work to do: what is under way is finished, and then it ends (R18)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from servicekit import channels, sockets
+from servicekit.context import Level
+from servicekit.http_client import HttpError
+from tessera.identity.v1 import identity_pb2
+from tests.service.test_gateway import body_of, reply
+from tests.support.eventually import eventually
+from tests.support.gateway import OWNER, ScriptedAccess, ScriptedAuthority, ScriptedServing, neighbours, replica, routes
+from tests.support.http import fetch
+from tests.support.secrets import Caller, data_directory, settings_for
+from tests.support.service_process import service_process
+from tests.support.stack import UNHURRIED
+
+END_SECONDS = 30.0
+AT_ONCE = 8
+SCOPE = "shop"
+
+
+class Gate:
+    """A replica that answers when it is let."""
+
+    def __init__(self) -> None:
+        self.waiting = 0
+        self.open = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body = await body_of(receive)
+        self.waiting += 1
+        await self.open.wait()
+        await reply(send, body)
+
+
+@asynccontextmanager
+async def gateway_process(directory: Path, listen: str) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """A gateway on a data directory, killed in the end if it is still there."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "TESSERA_DATA_DIR": str(directory),
+        "TESSERA_GATEWAY_LISTEN": listen,
+        "TESSERA_LOG_LEVEL": "error",
+    }
+    process = await asyncio.to_thread(
+        subprocess.Popen, [sys.executable, "-P", "-m", "gateway"], env=environment, cwd=Path(__file__).parents[2]
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+
+
+async def _gateways_end(restarts: int) -> None:
+    # An address of this process's own, so that the port is nobody else's.
+    listen = f"127.{os.getpid() >> 16 & 127}.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 1}:18080"
+    with data_directory() as directory:
+        authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
+        access.granted["id-churn"] = {OWNER.id: Level.CAN_MANAGE}
+        async with neighbours(directory, authority, serving, access):
+            for _ in range(restarts):
+                async with gateway_process(directory, listen) as process:
+                    await _gateway_ends(directory, f"http://{listen}", serving, process)
+
+
+async def _gateway_ends(directory: Path, url: str, serving: ScriptedServing, process: subprocess.Popen[bytes]) -> None:
+    gate = Gate()
+    async with replica(directory, gate) as address:
+        await eventually(lambda: _is_answered(url), within=60, what="the gateway is there")
+        await eventually(lambda: serving.acknowledged == serving.revision > 0, within=60, what="it follows the routes")
+        await serving.publish(routes("churn", ("m-1", 100, [("r1", address)])))
+        queries = [asyncio.create_task(_query(url)) for _ in range(AT_ONCE)]
+        await eventually(lambda: gate.waiting == AT_ONCE, within=60, what="all queries are under way")
+        process.send_signal(signal.SIGTERM)
+        # It waits for five seconds; on a slow machine the answers are not kept until it is seen to take nothing new.
+        with contextlib.suppress(AssertionError):
+            await eventually(lambda: _is_refused(url), within=2)
+        gate.open.set()
+        assert await asyncio.gather(*queries) == [200] * AT_ONCE
+        await eventually(lambda: _is_refused(url), within=END_SECONDS, what="nothing new is taken")
+        assert await asyncio.to_thread(process.wait, END_SECONDS) == 0
+
+
+async def _query(url: str) -> int:
+    return (await fetch(url, "POST", "/serving-endpoints/churn/invocations", token="owner-token", body=b"{}")).status
+
+
+async def _is_answered(url: str) -> bool:
+    try:
+        return (await fetch(url, "GET", "/health")).status == 200
+    except (HttpError, OSError):
+        return False
+
+
+async def _is_refused(url: str) -> bool:
+    return not await _is_answered(url)
+
+
+async def _secrets_end(restarts: int) -> None:
+    with data_directory() as directory:
+        settings = settings_for(directory)
+        environment = {
+            "PATH": os.environ["PATH"],
+            **UNHURRIED,
+            "TESSERA_DATA_DIR": str(directory),
+            "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",
+            "TESSERA_LOG_LEVEL": "error",
+        }
+        address = sockets.socket_address(settings.sockets, callee="secrets", caller="gateway")
+        async with service_process(address, [sys.executable, "-m", "secrets_service"], environment) as process:
+            token = settings.admin_token.read_text().strip()
+            caller = Caller(process.channel)
+            made = await caller(caller.authority.ExchangeToken, identity_pb2.ExchangeTokenRequest(token=token))
+            admin = Caller(process.channel, (channels.ASSERTION, made.assertion))
+            await admin.create_scope(SCOPE)
+            writers = [Writer(admin, f"key-{number}") for number in range(AT_ONCE)]
+            for _ in range(restarts):
+                await renewed(process.channel, token, writers)
+                working = [asyncio.create_task(writer.work()) for writer in writers]
+                await eventually(
+                    lambda: all(writer.done > writer.done_before + 3 for writer in writers), within=60, what="all write"
+                )
+                process.send(signal.SIGTERM)
+                async with asyncio.timeout(END_SECONDS):
+                    await process.ended()
+                await asyncio.gather(*working)
+                await process.start()
+                await renewed(process.channel, token, writers)
+                for writer in writers:
+                    await writer.check()
+
+
+async def renewed(channel: grpc.aio.Channel, token: str, writers: list[Writer]) -> None:
+    """Gives the writers an assertion that is good for another minute."""
+    caller = Caller(channel)
+    made = await caller(caller.authority.ExchangeToken, identity_pb2.ExchangeTokenRequest(token=token))
+    for writer in writers:
+        writer.caller = Caller(channel, (channels.ASSERTION, made.assertion))
+        writer.done_before = writer.done
+
+
+class Writer:
+    """Puts one secret again and again, until a call is not taken any more."""
+
+    def __init__(self, caller: Caller, key: str) -> None:
+        self.caller = caller
+        self.done = self.done_before = 0
+        self._key = key
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has written since the last restart."""
+        return self.done > self.done_before + 3
+
+    async def work(self) -> None:
+        for number in itertools.count():
+            try:
+                await self.caller.put(SCOPE, self._key, str(number))
+            except grpc.aio.AioRpcError as error:
+                assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()  # noqa: PT017 (how each ends)
+                return
+            self.done += 1
+
+    async def check(self) -> None:
+        """What was refused was not done: no call that had begun was cut off before its answer."""
+        versions = await self.caller.versions(SCOPE, self._key)
+        assert max(each.version for each in versions) == self.done
+
+
+_Ends = Callable[[int], Awaitable[None]]
+
+
+@pytest.mark.parametrize("end", [_gateways_end, _secrets_end])
+async def test_what_is_under_way_is_finished_when_a_service_is_told_to_end(end: _Ends) -> None:
+    await end(2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("end", [_gateways_end, _secrets_end])
+async def test_nothing_under_way_is_lost_in_twenty_restarts(end: _Ends) -> None:
+    await end(20)
