@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,15 @@ STATUS_FAILED = 1
 
 COLLECT_AFTER = 10_000
 """How many objects more there have to be before the garbage collector looks at the new ones."""
+
+DEBUGGING = {
+    "GRPC_TRACE": "writes what callers send to the log, assertions too",
+    "PYTHONASYNCIODEBUG": "has the event loop log calls with their arguments",
+    "PYTHONDEVMODE": "has the event loop log calls with their arguments",
+    "PYTHONDUMPREFS": "prints every object at the end",
+    "PYTHONINSPECT": "leaves an interpreter behind that has everything in memory",
+}
+"""Variables that make a program tell what it is not asked for, and what each does."""
 
 START_GRACE_SECONDS = 1.0
 """How long a start that is under way may go on when the service is to stop: mostly long enough for an orderly end."""
@@ -55,8 +64,9 @@ def run(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args()
-    if os.environ.get("GRPC_TRACE"):  # too late to unset it: the library read it when it was imported
-        print(f"{name}: GRPC_TRACE writes what callers send to the log, assertions too: unset it", file=sys.stderr)  # noqa: T201
+    if aids := debugging_aids(os.environ):  # too late to unset them: they were read before we were here
+        for variable, why in aids.items():
+            print(f"{name}: {variable} {why}: unset it", file=sys.stderr)  # noqa: T201
         return STATUS_BAD_SETTINGS
     try:
         configured = settings.load(cls)
@@ -72,6 +82,14 @@ def run(
         asyncio.Runner(loop_factory=_loop_factory()) as runner,
     ):
         return runner.run(_main(name, configured, running))
+
+
+def debugging_aids(environ: Mapping[str, str]) -> dict[str, str]:
+    """Which aids to debugging are switched on that tell what callers send, and what each does (S21)."""
+    aids = {variable: why for variable, why in DEBUGGING.items() if environ.get(variable)}
+    if environ.get("GRPC_VERBOSITY", "").lower() == "debug":
+        aids["GRPC_VERBOSITY"] = "is at a level at which the library writes down what it works on"
+    return aids
 
 
 def _leave_no_core() -> None:

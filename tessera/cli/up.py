@@ -42,6 +42,7 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the platform; 0 when it was stopped by a signal."""
+    os.umask(0o077)
     environment = {**os.environ, "TESSERA_DATA_DIR": str(arguments.data_dir)}
     for variable, file in (("TESSERA_TLS_CERT", arguments.tls_cert), ("TESSERA_TLS_KEY", arguments.tls_key)):
         if file is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from servicekit import process
 from tests.support.eventually import eventually
 from tests.support.sockets import short_directory
 from tests.support.tiny_service import CANARY
@@ -109,10 +110,13 @@ def test_wrong_settings_are_said_one_to_a_line_and_end_the_process_with_status_2
     ]
 
 
-def test_tracing_that_would_log_credentials_is_refused() -> None:
-    ended = run(GRPC_TRACE="http", TINY_PLACES="many")
-    assert ended.returncode == 2
-    assert "GRPC_TRACE" in ended.stderr
+@pytest.mark.parametrize("variable", [*process.DEBUGGING, "GRPC_VERBOSITY"])
+def test_debugging_aid_that_would_tell_is_refused(variable: str) -> None:
+    # An answer to end the interpreter that one of them asks for.
+    ended = run(**{variable: "debug" if variable == "GRPC_VERBOSITY" else "1"}, TINY_PLACES="many")
+    assert ended.returncode == 2 or variable == "PYTHONINSPECT"
+    assert f"tiny_service: {variable} " in ended.stderr
+    assert "TINY_PLACES" not in ended.stderr
 
 
 def test_unknown_argument_is_refused() -> None:

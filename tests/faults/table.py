@@ -235,6 +235,26 @@ FAULTS = (
         new='        "wal_autocheckpoint=1",\n',
         tests=(f"{_STORAGE}::test_sync_that_fails_ends_the_process_which_never_syncs_again",),
     ),
+    # --- what is said ---
+    Fault(
+        name="text-of-an-error-in-the-log",
+        property="S20",
+        file="servicekit/interceptors.py",
+        old='log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))',
+        new='log.error("call failed", extra={**self._facts(), "exception": f"{error}"})',
+        tests=(
+            "tests/unit/test_hygiene.py::test_log_events_are_fixed_texts_with_chosen_fields",
+            "tests/service/test_grpc_server.py::test_exception_of_a_handler_stays_in_the_service",
+        ),
+    ),
+    Fault(
+        name="debugged-in-production",
+        property="S21",
+        file="servicekit/process.py",
+        old="    if aids := debugging_aids(os.environ):",
+        new="    if aids := debugging_aids({}):",
+        tests=("tests/e2e/test_process.py::test_debugging_aid_that_would_tell_is_refused",),
+    ),
     # --- tokens and assertions ---
     Fault(
         name="any-secret-goes",
