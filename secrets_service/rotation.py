@@ -40,7 +40,7 @@ PAUSE_SECONDS = 0.005
 RETRY_SECONDS = 30.0
 """After which the work in the background is tried again when it failed, such as on a full disk."""
 
-CHECK_SECONDS = 300.0
+CHECK_SECONDS = 3600.0
 """How often it is looked whether a key is due for renewal."""
 
 MOST_USES = 2**32

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import sqlite3
@@ -26,11 +27,13 @@ from secrets_service import app, kms
 from secrets_service.settings import SecretsSettings
 from servicekit import channels, settings, sockets
 from servicekit.errors import StartError
+from servicekit.logs import JsonLines
 from tessera.cli.__main__ import main
 from tessera.kms.v2 import kms_pb2, kms_pb2_grpc
 from tessera.secrets.v1 import secrets_pb2 as pb
+from tests.support.canaries import Canary, found_in, found_in_files
 from tests.support.eventually import eventually
-from tests.support.reference_kms import Keys, Plugin, listening
+from tests.support.reference_kms import NONCE_LENGTH, Keys, Plugin, listening
 from tests.support.secrets import Caller, RunningSecrets, data_directory, refusal, running_secrets, settings_for
 
 KEY = bytes(range(32))
@@ -248,20 +251,38 @@ async def with_plugin(directory: Path, socket: Path, keys: Keys) -> AsyncIterato
         yield service
 
 
+def root_key_of(directory: Path, keys: Keys) -> bytes:
+    """The root key in clear, as only the key service can have it."""
+    with closing(sqlite3.connect(directory / "secrets" / "secrets.db")) as connection:
+        [(wrapped,)] = connection.execute("SELECT wrapped FROM keyring").fetchall()
+    answer = kms_pb2.EncryptResponse.FromString(wrapped[1:])
+    cipher = keys.cipher(answer.key_id)
+    assert cipher is not None
+    nonce, sealed = answer.ciphertext[:NONCE_LENGTH], answer.ciphertext[NONCE_LENGTH:]
+    return cipher.decrypt(nonce, sealed, answer.key_id.encode())
+
+
 async def test_root_key_is_encrypted_by_a_plugin_and_nowhere_in_clear(
-    directory: Path, socket: Path, keys: Keys
+    directory: Path, socket: Path, keys: Keys, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG)
+    canaries = []
     async with with_plugin(directory, socket, keys) as service:
         await put_one(service)
         source = (await status(service)).root_key_source
         assert source == f"KMS plugin {socket}, key {keys.current}"
-    assert not list(directory.glob("root.key*"))
-    async with with_plugin(directory, socket, keys) as service:
-        assert await has_one(service)
+        canaries.append(Canary.of("the first root key", root_key_of(directory, keys)))
         ids = {(await status(service)).root_key_id, (await rotate_root(service)).root_key_id}
         assert len(ids) == 2
     async with with_plugin(directory, socket, keys) as service:
         assert await has_one(service)
+        canaries.append(Canary.of("the second root key", root_key_of(directory, keys)))
+        assert found_in_files([directory], canaries) == []
+    assert found_in_files([directory], canaries) == []
+    assert caplog.records
+    lines = "\n".join(JsonLines("test").format(record) for record in caplog.records).encode()
+    assert found_in(lines, canaries, place="the log") == []
+    assert not list(directory.glob("root.key*"))
 
 
 async def test_new_key_of_the_plugin_gets_a_new_root_key_and_the_old_one_can_go(
