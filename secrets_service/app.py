@@ -105,7 +105,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         feed = AccessFeed()
         audit_key = audit_keys(base.keyring)[SECRETS][-1]
         trail = await stack.enter_async_context(audit.opened(Trail(SECRETS, file, audit_key, now=now)))
-        exporter = Exporter(trail, file, settings.audit_sink(SECRETS), now=now)
+        exporter = Exporter(trail, file, settings.audit_sink(SECRETS), settings.audit_forwarder(SECRETS), now=now)
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
         authority = Authority(
             opened,

@@ -55,8 +55,8 @@ MOST_ADDRESSES = 100
 
 NO_KEY = "its key is not known yet"
 
-BACKLOG, SINK = "backlog", "sink"
-"""What can fail: that the sink keeps up, and the sink."""
+BACKLOG, SINK, FORWARD = "backlog", "sink", "forward"
+"""What can fail: that the log keeps up, its files, and whoever gets the records besides."""
 
 MOST_REFUSED = 20
 """Refused credentials of one address in one minute that are recorded; further ones are counted."""
@@ -186,7 +186,7 @@ class Trail:
         self.head = Head()
         """The end of the chain, as far as this process has looked."""
         self.backlog = 0
-        """Records that the sink has not taken yet, as of its last look."""
+        """Records that wait to be taken over, as of the last look."""
 
     def open(self, key: AuditKey) -> None:
         """Brings the key; what waited for it is recorded."""
@@ -326,7 +326,7 @@ class Trail:
             "The first 48 bits of that record's MAC, as a number.",
             lambda: int(self.head.mac[:12], 16),
         )
-        metrics.watch("tessera_audit_backlog", "Audit records that the sink has not taken yet.", lambda: self.backlog)
+        metrics.watch("tessera_audit_backlog", "Audit records that wait to be taken over.", lambda: self.backlog)
         metrics.watch("tessera_audit_failing", "Whether secrets and changes are refused for it.", self.is_failing)
 
     def _append(self, connection: sqlite3.Connection, entries: Iterable[dict[str, Any]]) -> None:

@@ -1,16 +1,17 @@
-"""The exporter: moves audit records from the database to files that are kept.
+"""The exporter: moves audit records from the database to the files that are kept, and to whoever gets them besides.
 
-A record leaves the database when the file that has it was synced; whether a crash came in between, the next start sees
-at the end of the file. The oldest files go when all are too large or too old, and the log says so before they do, so
-that nobody can take them away unnoticed.
+A record leaves the database when the file that has it was synced, and when it was taken over; how far each of them is
+stands in the database, and what a crash left out of that, the next start sees at the end of the file. The oldest files
+go when all are too large or too old, and the log says so before they do, so that nobody can take them away unnoticed.
 
-A file that cannot be written has values and changes refused until it can. A sync that fails ends the process: what it
-left on the disk, nobody knows before the next start has read it.
+A file that cannot be written, and records that nobody takes over, have values and changes refused until that is mended.
+A sync that fails ends the process: what it left on the disk, nobody knows before the next start has read it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,7 @@ from pathlib import Path
 from servicekit import audit, audit_store
 from servicekit.audit import Trail
 from servicekit.audit_files import Diverged, FileSink, first_of
+from servicekit.audit_forward import Forwarder
 from servicekit.audit_records import EXPIRED
 from servicekit.database import Database
 
@@ -42,6 +44,7 @@ class Exporter:
         trail: Trail,
         database: Database,
         sink: FileSink,
+        forwarder: Forwarder | None = None,
         *,
         now: Callable[[], float] = time.time,
         most_unexported: int = MOST_UNEXPORTED,
@@ -49,16 +52,21 @@ class Exporter:
         self._trail = trail
         self._database = database
         self._sink = sink
+        self._forwarder = forwarder
         self._now = now
         self._most_unexported = most_unexported
         self._moving = asyncio.Lock()
 
     async def run(self) -> None:
         """Moves records until cancelled; what is left then is moved after the next start. Raises SyncFailed."""
-        while True:
-            async with self._moving:
-                await self.move()
-            await asyncio.sleep(LOOK_SECONDS)
+        try:
+            while True:
+                async with self._moving:
+                    await self.move()
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            if self._forwarder is not None:
+                self._forwarder.close()
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[list[Path]]:
@@ -69,13 +77,16 @@ class Exporter:
 
     async def move(self) -> None:
         """Moves what there is, and drops the files that are too old or too much."""
+        await self._look()
+        await self._file()
+        if self._forwarder is not None:
+            await self._forward(self._forwarder)
+        await self._look()
+
+    async def _file(self) -> None:
         try:
-            self._look(await self._database.read(audit_store.backlog))
-            while records := await self._database.read(audit_store.unexported, AT_ONCE):
-                await asyncio.to_thread(self._sink.add, records)
-                await self._database.write(audit_store.is_exported, records[-1][0])
+            await self._file_all()
             await self._expire()
-            self._look(await self._database.read(audit_store.backlog))
         except OSError as error:
             self._trail.fails(audit.SINK, f"its files cannot be written: {error.strerror}")
         except Diverged as error:
@@ -85,10 +96,44 @@ class Exporter:
         else:
             self._trail.works(audit.SINK)
 
-    def _look(self, backlog: int) -> None:
-        self._trail.backlog = backlog
-        if backlog >= self._most_unexported:
-            self._trail.fails(audit.BACKLOG, "too many records wait for the files")
+    async def _file_all(self) -> None:
+        at = (await self._database.read(audit_store.progress)).exported
+        while records := await self._database.read(audit_store.after, at, AT_ONCE):
+            await asyncio.to_thread(self._sink.add, records)
+            at = records[-1][0]
+            await self._database.write(self._is_exported, at)
+
+    async def _forward(self, forwarder: Forwarder) -> None:
+        try:
+            at = (await self._database.read(audit_store.progress)).forwarded
+            while records := await self._database.read(audit_store.after, at, AT_ONCE):
+                await asyncio.to_thread(forwarder.take, records)
+                at = records[-1][0]
+                await self._database.write(self._is_forwarded, at)
+        except OSError as error:
+            self._trail.fails(audit.FORWARD, f"nobody takes its records over: {error.strerror or 'no answer'}")
+        except sqlite3.Error:
+            self._trail.fails(audit.FORWARD, "its database cannot be used")
+        else:
+            self._trail.works(audit.FORWARD)
+
+    def _is_exported(self, connection: sqlite3.Connection, seq: int) -> None:
+        audit_store.is_exported(connection, seq)
+        audit_store.drop(connection, self._done(audit_store.progress(connection)))
+
+    def _is_forwarded(self, connection: sqlite3.Connection, seq: int) -> None:
+        audit_store.is_forwarded(connection, seq)
+        audit_store.drop(connection, self._done(audit_store.progress(connection)))
+
+    def _done(self, progress: audit_store.Progress) -> int:
+        """Up to which record everybody has all of them."""
+        return progress.exported if self._forwarder is None else min(progress.exported, progress.forwarded)
+
+    async def _look(self) -> None:
+        with contextlib.suppress(sqlite3.Error):  # whoever uses it next says so
+            self._trail.backlog = await self._database.read(audit_store.waiting)
+        if self._trail.backlog >= self._most_unexported:
+            self._trail.fails(audit.BACKLOG, "too many records wait to be taken over")
         else:
             self._trail.works(audit.BACKLOG)
 
@@ -99,9 +144,6 @@ class Exporter:
         files = await asyncio.to_thread(self._sink.files)
         through = first_of(files[len(going)]) - 1
         await self._trail.event(EXPIRED, through=through)
-        # The record is in the files, too, before what it speaks of is gone.
-        records = await self._database.read(audit_store.unexported, AT_ONCE)
-        await asyncio.to_thread(self._sink.add, records)
-        await self._database.write(audit_store.is_exported, records[-1][0])
+        await self._file_all()  # the record is in the files, too, before what it speaks of is gone
         for path in going:
             await asyncio.to_thread(path.unlink)

@@ -16,6 +16,12 @@ DIGITS = 12
 AT_ONCE = 100
 """Records that are written and synced together."""
 
+_STEP = 65_536
+"""Bytes that are read of the end of a file at a time."""
+
+_ENDS_OF_ONE_LINE = 2
+"""The break before a line, and its own."""
+
 
 class FileSink:
     """A directory with the files of one service. Sizes are in bytes, ages in seconds. Raises OSError."""
@@ -70,14 +76,14 @@ class FileSink:
         self._file, self._size, self._last, self._last_text = (files[-1] if files else None), 0, 0, ""
         if self._file is None:
             return
-        content = self._file.read_bytes()
-        self._size = content.rfind(b"\n") + 1
-        if self._size != len(content):
-            os.truncate(self._file, self._size)
+        descriptor = os.open(self._file, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._size, last = whole_lines(descriptor)
+        finally:
+            os.close(descriptor)
         if not self._size:
             self._last = first_of(self._file) - 1
             return
-        last = content[: self._size].splitlines()[-1].decode("ascii", "replace")
         try:
             self._last, self._last_text = int(json.loads(last)["seq"]), last
         except (ValueError, KeyError, TypeError):
@@ -123,6 +129,20 @@ class SyncFailed(Exception):
 def first_of(path: Path) -> int:
     """The number of the first record of a file."""
     return int(path.stem.rpartition("-")[2])
+
+
+def whole_lines(descriptor: int) -> tuple[int, str]:
+    """Takes half a line at the end of an open file back; the size of what stays, and its last line."""
+    size = os.fstat(descriptor).st_size
+    end = b""
+    while (start := size - len(end)) and end.count(b"\n") < _ENDS_OF_ONE_LINE:
+        step = min(start, _STEP)
+        end = os.pread(descriptor, step, start - step) + end
+    whole = end[: end.rfind(b"\n") + 1]
+    if len(whole) != len(end):
+        size -= len(end) - len(whole)
+        os.ftruncate(descriptor, size)
+    return size, whole.rstrip(b"\n").rpartition(b"\n")[2].decode("ascii", "replace")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -13,13 +13,19 @@
     INSERT INTO audit_state (one, seq, mac, exported)
       VALUES (1, 0, '0000000000000000000000000000000000000000000000000000000000000000', 0);
 
-`seq` and `mac` are the head of the chain. Records up to `exported` are in the sink, and no longer here.
+and by another, in which `forwarded` was added:
+
+    ALTER TABLE audit_state ADD COLUMN forwarded INTEGER NOT NULL DEFAULT 0;
+
+`seq` and `mac` are the head of the chain. Records up to `exported` are in the files, and those up to `forwarded` were
+taken over by whoever gets them besides; what is needed for neither is no longer here.
 """
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from servicekit.audit_records import Head
 
@@ -29,11 +35,6 @@ def head(connection: sqlite3.Connection) -> Head:
     return Head(*connection.execute("SELECT seq, mac FROM audit_state").fetchone())
 
 
-def backlog(connection: sqlite3.Connection) -> int:
-    """How many records the sink may not have."""
-    return int(connection.execute("SELECT seq - exported FROM audit_state").fetchone()[0])
-
-
 def append(connection: sqlite3.Connection, lines: Sequence[str], before: Head, after: Head) -> None:
     """Adds the records between two heads."""
     first = before.seq + 1
@@ -41,12 +42,45 @@ def append(connection: sqlite3.Connection, lines: Sequence[str], before: Head, a
     connection.execute("UPDATE audit_state SET seq = ?, mac = ?", (after.seq, after.mac))
 
 
-def unexported(connection: sqlite3.Connection, count: int) -> list[tuple[int, str]]:
-    """The oldest records that the sink may not have, with their numbers."""
-    return connection.execute("SELECT seq, line FROM audit_records ORDER BY seq LIMIT ?", (count,)).fetchall()
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Up to which record there are some, and have them who is to have them."""
+
+    seq: int
+    exported: int
+    forwarded: int
+
+
+def progress(connection: sqlite3.Connection) -> Progress:
+    """How far the log and its copies are."""
+    return Progress(*connection.execute("SELECT seq, exported, forwarded FROM audit_state").fetchone())
+
+
+def after(connection: sqlite3.Connection, seq: int, count: int) -> list[tuple[int, str]]:
+    """The oldest records behind one that are here, with their numbers."""
+    found = connection.execute("SELECT seq, line FROM audit_records WHERE seq > ? ORDER BY seq LIMIT ?", (seq, count))
+    return found.fetchall()
+
+
+def waiting(connection: sqlite3.Connection) -> int:
+    """How many records are here."""
+    # Each is found at an end of the index, without counting.
+    ((count,),) = connection.execute(
+        "SELECT coalesce((SELECT max(seq) FROM audit_records) - (SELECT min(seq) FROM audit_records) + 1, 0)"
+    ).fetchall()
+    return int(count)
 
 
 def is_exported(connection: sqlite3.Connection, seq: int) -> None:
-    """Records that the sink has all records up to one, and drops them here."""
+    """Records that the files have all records up to one."""
     connection.execute("UPDATE audit_state SET exported = max(exported, ?)", (seq,))
+
+
+def is_forwarded(connection: sqlite3.Connection, seq: int) -> None:
+    """Records that all records up to one were taken over."""
+    connection.execute("UPDATE audit_state SET forwarded = max(forwarded, ?)", (seq,))
+
+
+def drop(connection: sqlite3.Connection, seq: int) -> None:
+    """Drops the records up to one."""
     connection.execute("DELETE FROM audit_records WHERE seq <= ?", (seq,))

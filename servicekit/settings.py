@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from servicekit import sockets
 from servicekit.audit_files import FileSink
+from servicekit.audit_forward import FileForwarder, Forwarder, SyslogForwarder
 from servicekit.source import Network, networks
 
 S = TypeVar("S")
@@ -214,6 +215,16 @@ def trust_domain(text: str) -> str:
 def metrics_address(text: str) -> str:
     """Where metrics are told: as `address`, or `unix:/path`."""
     return text if text.startswith("unix:/") else address(text)
+
+
+def destination(text: str) -> str:
+    """Where records go: `unix:/path` of a datagram socket, `tcp:host:port`, or `dir:/path`."""
+    kind, _, place = text.partition(":")
+    if kind == "tcp":
+        return f"tcp:{peer_address(place)}"
+    if kind not in ("unix", "dir") or not place.startswith("/"):
+        raise ValueError("expected unix:/dev/log, tcp:127.0.0.1:601 or dir:/another/disk")
+    return text
 
 
 def remote(variable: str, name: str) -> Any:
@@ -479,6 +490,36 @@ class AuditedSettings(ServiceSettings):
     audit_keep_days: int = setting(
         "TESSERA_AUDIT_KEEP_DAYS", count, default=365, help="For how many days files of the audit log are kept."
     )
+    audit_forward: str = setting(
+        "TESSERA_AUDIT_FORWARD",
+        destination,
+        default="",
+        help="Who gets the audit records besides: unix:/dev/log or tcp:HOST:PORT, which speaks syslog, or"
+        " dir:/another/disk. Without it nothing is done that must be recorded.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kind, _, place = self.audit_forward.partition(":")
+        if kind == "tcp" and not (self.allow_plaintext or is_loopback(place)):
+            raise ValueError(
+                f"TESSERA_AUDIT_FORWARD is {self.audit_forward}, another machine, and syslog over TCP travels in clear."
+                " Name a syslog server of this machine that passes records on over TLS, or set"
+                " TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK=true if something in between encrypts."
+            )
+
+    def audit_forwarder(self, service: str) -> Forwarder | None:
+        """Who gets the audit records of a service besides, if anybody does."""
+        kind, _, place = self.audit_forward.partition(":")
+        match kind:
+            case "dir":
+                return FileForwarder(Path(place) / f"{service}.jsonl")
+            case "unix":
+                return SyslogForwarder(service, place)
+            case "tcp":
+                host, _, port = place.rpartition(":")
+                return SyslogForwarder(service, (host.strip("[]"), int(port)))
+        return None
 
     def audit_sink(self, service: str) -> FileSink:
         """Where the audit log of a service is kept."""

@@ -113,7 +113,7 @@ async def running(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
         trail = await stack.enter_async_context(audit.opened(Trail("serving", opened, key=None)))
-        exporter = Exporter(trail, opened, settings.audit_sink("serving"))
+        exporter = Exporter(trail, opened, settings.audit_sink("serving"), settings.audit_forwarder("serving"))
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)

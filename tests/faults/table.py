@@ -532,8 +532,8 @@ FAULTS = (
         name="records-moved-while-it-is-copied",
         property="R25",
         file="servicekit/audit_export.py",
-        old="            async with self._moving:\n                await self.move()\n",
-        new="            await self.move()\n",
+        old="                async with self._moving:\n                    await self.move()\n",
+        new="                await self.move()\n",
         tests=("tests/unit/servicekit/test_backups.py::test_no_record_is_moved_while_the_two_are_copied",),
     ),
     Fault(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
+import socket
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from tessera.identity.v1 import audit_pb2, identity_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.eventually import eventually
-from tests.support.secrets import RunningSecrets, refusal, running_secrets
+from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
 
 VALUE = "canary-of-the-audit-log-0123456789"
 
@@ -155,6 +158,15 @@ async def test_the_files_are_a_whole_log_also_after_a_restart(caplog: pytest.Log
     assert {oct(path.stat().st_mode & 0o777) for path in (directory / "audit").iterdir()} == {"0o600"}
 
 
+async def lacks_audit(service: RunningSecrets) -> bool:
+    """Whether a value is refused because nothing can be recorded."""
+    try:
+        await service.admin.get("s", "k")
+    except grpc.aio.AioRpcError as error:
+        return error.code() is grpc.StatusCode.UNAVAILABLE and "audit log" in (error.details() or "")
+    return False
+
+
 async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(service: RunningSecrets) -> None:
     await service.admin.create_scope("s")
     await service.admin.put("s", "k", VALUE)
@@ -163,14 +175,7 @@ async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(
     moved = directory.rename(directory.with_name("elsewhere"))
     directory.write_text("in the way")
 
-    async def is_refused() -> bool:
-        try:
-            await service.admin.get("s", "k")
-        except grpc.aio.AioRpcError as error:
-            return error.code() is grpc.StatusCode.UNAVAILABLE and "audit log" in (error.details() or "")
-        return False
-
-    await eventually(is_refused, what="values leave without a log")
+    await eventually(partial(lacks_audit, service), what="values leave without a log")
     assert (await refusal(service.admin.put("s", "k", "other"))).code is grpc.StatusCode.UNAVAILABLE
     assert (await refusal(service.admin.create_scope("t"))).code is grpc.StatusCode.UNAVAILABLE
     assert await service.admin.keys("s") == ["k"]  # neither a value nor a change
@@ -179,9 +184,69 @@ async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(
     moved.rename(directory)
 
     async def is_read() -> bool:
-        return not await is_refused() and await service.admin.get("s", "k") == VALUE.encode()
+        return not await lacks_audit(service) and await service.admin.get("s", "k") == VALUE.encode()
 
     await eventually(is_read)
+
+
+class SyslogServer:
+    """A datagram socket, and the records that came there."""
+
+    def __init__(self, path: Path) -> None:
+        self.lines: list[bytes] = []
+        self._path = path
+        self._socket = self._bound()
+
+    def look(self) -> list[int]:
+        """Takes what came; the numbers of all records until now."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.lines.append(self._socket.recv(1 << 20).partition(b" audit - ")[2])
+        return [json.loads(line)["seq"] for line in self.lines]
+
+    def stop(self) -> None:
+        self.look()
+        self._socket.close()
+        self._path.unlink()
+
+    def start_again(self) -> None:
+        self._socket = self._bound()
+
+    def _bound(self) -> socket.socket:
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        bound.setblocking(False)
+        bound.bind(str(self._path))
+        return bound
+
+
+async def test_nothing_goes_without_the_syslog_server_that_is_to_have_the_records() -> None:
+    with data_directory() as directory:
+        server = SyslogServer(directory / "log")
+        forwarding = {"audit_forward": f"unix:{directory / 'log'}"}
+        async with running_secrets(directory, **forwarding) as service:
+            await service.admin.create_scope("s")
+            await service.admin.put("s", "k", VALUE)
+            await eventually(lambda: bool(server.look()))
+            server.stop()
+            await eventually(partial(lacks_audit, service), what="values leave without the server")
+            assert (await refusal(service.admin.create_scope("t"))).code is grpc.StatusCode.UNAVAILABLE
+            assert await service.admin.keys("s") == ["k"]
+            server.start_again()
+
+            async def is_read() -> bool:
+                server.look()
+                return not await lacks_audit(service)
+
+            await eventually(is_read)
+            keys = await keys_of(service)
+            await eventually(lambda: server.look()[-1] >= records_in(directory)[-1]["seq"])
+        before = server.look()[-1]
+        async with running_secrets(directory, **forwarding) as service:
+            await service.admin.keys("s")
+            await eventually(lambda: server.look()[-1] > before)
+        assert server.look() == list(range(1, len(server.lines) + 1))  # each of them once
+        assert verify(server.lines, keys).problems == []
+        server.stop()
 
 
 async def test_a_value_waits_for_its_record(service: RunningSecrets, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,14 +279,20 @@ async def test_a_change_that_cannot_be_recorded_is_not_made(
     await service.admin.create_scope("s")  # it was not there
 
 
-SCHEMA = (Path(__file__).parents[2] / "secrets_service/migrations/0009_audit.sql").read_text()
+MIGRATIONS = sorted((Path(__file__).parents[2] / "secrets_service/migrations").glob("*_audit*.sql"))
+
+
+def with_tables(directory: Path) -> Path:
+    """A folder of migrations that make the tables of an audit log."""
+    directory.mkdir()
+    for number, path in enumerate(MIGRATIONS, start=1):
+        (directory / f"{number:04}_audit.sql").write_text(path.read_text())
+    return directory
 
 
 async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/0001_audit.sql").write_text(SCHEMA)
     key = AuditKey(bytes(32))
-    async with database.opened(tmp_path / "a.db", tmp_path / "m") as opened:
+    async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
         trail = audit.Trail("secrets", opened, key)
         sink = FileSink(tmp_path / "audit", "secrets", file_bytes=3_000, keep_bytes=12_000, keep_seconds=1e9)
         exporter = audit_export.Exporter(trail, opened, sink)
@@ -266,9 +337,7 @@ async def test_files_of_another_history_are_not_continued(tmp_path: Path) -> Non
 
 
 async def test_too_many_records_that_wait_count_as_a_sink_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m/0001_audit.sql").write_text(SCHEMA)
-    async with database.opened(tmp_path / "a.db", tmp_path / "m") as opened:
+    async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
         trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
         (tmp_path / "audit").write_text("in the way")
         sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)

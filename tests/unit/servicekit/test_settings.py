@@ -242,3 +242,18 @@ def test_trust_domain_is_written_as_spiffe_has_it() -> None:
         (problem,) = problems_of(SHOP_LISTEN="127.0.0.1:0", TESSERA_PEER_TRUST_DOMAIN=wrong)
         assert "TESSERA_PEER_TRUST_DOMAIN" in problem
     assert loaded(TESSERA_PEER_TRUST_DOMAIN="example.org").peer_trust_domain == "example.org"
+
+
+def test_audit_records_leave_the_machine_in_clear_only_where_somebody_allowed_that(tmp_path: Path) -> None:
+    def forwarding(to: str, **more: str) -> AuditedSettings:
+        return load(AuditedSettings, {"TESSERA_DATA_DIR": str(tmp_path), "TESSERA_AUDIT_FORWARD": to, **more})
+
+    for to in ("unix:/dev/log", "tcp:127.0.0.1:601", "tcp:[::1]:601", "dir:/mnt"):
+        assert forwarding(to).audit_forwarder("secrets") is not None
+    assert load(AuditedSettings, {"TESSERA_DATA_DIR": str(tmp_path)}).audit_forwarder("secrets") is None
+    for wrong in ("/dev/log", "unix:dev/log", "dir:", "tcp:601", "tcp:127.0.0.1:0", "udp:127.0.0.1:514"):
+        with pytest.raises(SettingsError, match="TESSERA_AUDIT_FORWARD"):
+            forwarding(wrong)
+    with pytest.raises(SettingsError, match="travels in clear"):
+        forwarding("tcp:192.0.2.7:601")
+    assert forwarding("tcp:192.0.2.7:601", TESSERA_ALLOW_PLAINTEXT_BEYOND_LOOPBACK="true")
