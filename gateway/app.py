@@ -46,7 +46,7 @@ from servicekit.relay import Way
 from servicekit.shedding import Lag, Room
 from servicekit.sockets import socket_address, socket_path
 from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
-from tessera.identity.v1 import identity_pb2, permissions_pb2
+from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2
@@ -60,7 +60,7 @@ CONTROL_DEADLINE = 60.0
 """Seconds for a control-plane call; clients give up at about this time."""
 
 _OWNED = {
-    "secrets": (identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
+    "secrets": (audit_pb2.DESCRIPTOR, identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR, secrets_pb2.DESCRIPTOR),
     "serving": (serving_pb2.DESCRIPTOR,),
 }
 """Which service answers the RPCs of which proto files."""

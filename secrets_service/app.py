@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 
+from tessera.backups.v1 import backups_pb2
+
 from secrets_service import foundation, integrity, rootsource
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
-from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys
+from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys, audit_readers
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.backups import SecretsBackups
 from secrets_service.client_secrets import ClientSecrets
@@ -47,6 +49,8 @@ from secrets_service.versions import SecretVersions
 from servicekit import audit, database, grpc_server, peers, relay, sockets, tls
 from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
+from servicekit.audit_servicer import AuditLogServicer
+from servicekit.audit_tail import AuditTail
 from servicekit.backups import BackupsServicer
 from servicekit.database import Database
 from servicekit.errors import Unavailable
@@ -55,7 +59,6 @@ from servicekit.grpc_server import CallLimits, Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
 from servicekit.tls import Certificate
-from tessera.backups.v1 import backups_pb2
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
@@ -105,7 +108,8 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         feed = AccessFeed()
         audit_key = audit_keys(base.keyring)[SECRETS][-1]
         trail = await stack.enter_async_context(audit.opened(Trail(SECRETS, file, audit_key, now=now)))
-        exporter = Exporter(trail, file, settings.audit_sink(SECRETS), settings.audit_forwarder(SECRETS), now=now)
+        sink = settings.audit_sink(SECRETS)
+        exporter = Exporter(trail, file, sink, settings.audit_forwarder(SECRETS), now=now)
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
         authority = Authority(
             opened,
@@ -160,6 +164,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         trail.watched_by(metrics)
         secrets_services = secrets_pb2.DESCRIPTOR.services_by_name
         identity_services = identity_pb2.DESCRIPTOR.services_by_name
+        audit_services = audit_pb2.DESCRIPTOR.services_by_name
         permission_services = permissions_pb2.DESCRIPTOR.services_by_name
         addresses = await stack.enter_async_context(
             grpc_server.serving(
@@ -178,7 +183,8 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
                     (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
                     (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
-                    (audit_pb2.DESCRIPTOR.services_by_name["AuditKeys"], AuditKeysServicer(base.keyring)),
+                    (audit_services["AuditLog"], AuditLogServicer(AuditTail(file, sink), audit_readers(opened))),
+                    (audit_services["AuditKeys"], AuditKeysServicer(base.keyring)),
                 ],
                 table=POLICY,
                 readiness={"database": file.ping},

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from secrets_service.callers import require_admin
 from secrets_service.keyring import Keyring
+from secrets_service.memory import RememberingDatabase
 from servicekit import audit
 from servicekit.audit_records import AuditKey
+from servicekit.context import current_caller
 from tessera.identity.v1 import audit_pb2 as pb
 from tessera.identity.v1 import audit_pb2_grpc as rpc
 
@@ -20,6 +24,15 @@ def audit_keys(keyring: Keyring) -> dict[str, list[AuditKey]]:
         service: [AuditKey(key.reveal()) for _, key in sorted(keyring.audit_keys(service).items())]
         for service in (SECRETS, SERVING)
     }
+
+
+def audit_readers(database: RememberingDatabase) -> Callable[[], Awaitable[None]]:
+    """What returns when the caller may read the audit log; raises AdminsOnly."""
+
+    async def require() -> None:
+        await database.read(require_admin, current_caller(), "read the audit log")
+
+    return require
 
 
 class AuditKeysServicer(rpc.AuditKeysServicer):

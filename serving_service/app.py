@@ -13,10 +13,14 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from tessera.backups.v1 import backups_pb2
+
 from servicekit import audit, channels, database, grpc_server, peers, relay, sockets, tls
 from servicekit.access import AccessTable
 from servicekit.audit import Trail
 from servicekit.audit_export import Exporter
+from servicekit.audit_servicer import AuditLogServicer
+from servicekit.audit_tail import AuditTail
 from servicekit.backups import BackupsServicer
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import CallLimits, Listener
@@ -28,6 +32,7 @@ from servicekit.once import Answers, Unsealed
 from servicekit.rate_limits import Ledger
 from servicekit.relay import Way
 from serving_service import audit_key, cgroups, couriers, nvidia_smi, store
+from serving_service.audit_readers import require_admin
 from serving_service.backups import ServingBackups
 from serving_service.build_logs import BuildLogs
 from serving_service.caches import FolderCache
@@ -59,7 +64,6 @@ from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
 from serving_service.slots import LaunchSlots
 from serving_service.template import Template
-from tessera.backups.v1 import backups_pb2
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 
@@ -113,7 +117,8 @@ async def running(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
         trail = await stack.enter_async_context(audit.opened(Trail("serving", opened, key=None)))
-        exporter = Exporter(trail, opened, settings.audit_sink("serving"), settings.audit_forwarder("serving"))
+        sink = settings.audit_sink("serving")
+        exporter = Exporter(trail, opened, sink, settings.audit_forwarder("serving"))
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
@@ -258,6 +263,7 @@ async def running(
                         backups_pb2.DESCRIPTOR.services_by_name["Backups"],
                         BackupsServicer(data / "copies", backups.taken),
                     ),
+                    (services["ServingAuditLog"], AuditLogServicer(AuditTail(opened, sink), require_admin)),
                 ],
                 table=POLICY,
                 readiness={"database": opened.ping},

@@ -100,7 +100,9 @@ POLICY: Table = {
     "tessera.secrets.v1.Keys/RotateRootKey": internal("operator"),
     "tessera.secrets.v1.Keys/RotateStoreKey": internal("operator"),
     "tessera.secrets.v1.Keys/RotateScopeKeys": internal("operator"),
-    # The keys of the audit logs: Serving's for Serving, all of them for who verifies the logs.
+    # The audit logs, and their keys: Serving's for Serving, all of them for who verifies the logs.
+    "tessera.identity.v1.AuditLog/ListAuditRecords": ADMIN,
+    "tessera.serving.v1.ServingAuditLog/ListServingAuditRecords": ADMIN,
     "tessera.identity.v1.AuditKeys/GetKey": internal("serving"),
     "tessera.identity.v1.AuditKeys/ListKeys": internal("operator"),
     "tessera.secrets.v1.Keys/AuthenticateBackup": internal("operator"),

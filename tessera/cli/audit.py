@@ -1,4 +1,4 @@
-"""`tessera audit`: the keys of the audit logs, and whether a log is whole."""
+"""`tessera audit`: reads the audit logs of a running platform, and finds out whether a log is whole."""
 
 from __future__ import annotations
 
@@ -7,25 +7,45 @@ import asyncio
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+from urllib.parse import urlencode
 
 import grpc
 
 from servicekit import channels, settings, sockets
 from servicekit.audit_records import AuditKey, Head, verify
 from servicekit.errors import StartError
+from tessera.cli import shown
+from tessera.cli.rest import Rest, connected
 from tessera.identity.v1 import audit_pb2 as pb
 from tessera.identity.v1 import audit_pb2_grpc as rpc
 
 _TIMEOUT_SECONDS = 10.0
+_LOGS = ("secrets", "serving")
+_MOST = 1_000
+"""Records of one answer."""
+
 _HEAD_EVENT = "audit head"
 """What a service logs when it publishes the head of its chain."""
 
 
 def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the parser."""
-    parser = commands.add_parser("audit", help="verify the audit logs", description=__doc__)
+    parser = commands.add_parser("audit", help="read and verify the audit logs", description=__doc__)
     actions = parser.add_subparsers(required=True, metavar="ACTION")
+    tail = actions.add_parser("tail", help="print the newest records, as an admin", epilog=shown.WHERE)
+    tail.add_argument("log", choices=_LOGS, metavar="LOG", help="secrets or serving: whose log")
+    tail.add_argument("-n", type=int, default=20, metavar="COUNT", dest="count", help="how many (default: %(default)s)")
+    tail.set_defaults(run=_tail)
+    exporting = actions.add_parser("export", help="write a whole log to a new file, as an admin", epilog=shown.WHERE)
+    exporting.add_argument("log", choices=_LOGS, metavar="LOG", help="secrets or serving: whose log")
+    exporting.add_argument("file", type=Path, metavar="FILE", help="where to, mode 0600; the way it is verified")
+    exporting.add_argument(
+        "--after", type=int, default=0, metavar="SEQ", help="only records behind that one, to go on with an export"
+    )
+    exporting.set_defaults(run=_export)
     keys = actions.add_parser("keys", help="write the audit keys of a running platform to a new file, mode 0600")
     keys.add_argument("file", type=Path, metavar="FILE", help="where to; keep it away from the logs")
     keys.add_argument("--data-dir", type=Path, metavar="DIR", help="the running platform's data directory")
@@ -44,6 +64,36 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     verifying.set_defaults(run=_verify)
 
 
+def _tail(arguments: argparse.Namespace) -> int:
+    """Prints the newest records, the oldest of them first: a JSON object a line."""
+    if not 1 <= arguments.count <= _MOST:
+        raise StartError(f"-n: give 1 to {_MOST}. `tessera audit export` writes all records.")
+    with connected() as rest:
+        shown.lines(_records(rest, arguments.log, max_results=arguments.count))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Writes records to a file, and prints which."""
+    first, after = 0, arguments.after
+    with connected() as rest, _new_file(arguments.file) as file:
+        # Every question is recorded, too, so there would always be one more.
+        until = _seq(_records(rest, arguments.log, max_results=1)[-1])
+        while after < until and (records := _records(rest, arguments.log, after=after, max_results=_MOST)):
+            file.writelines(f"{record}\n" for record in records)
+            first, after = first or _seq(records[0]), _seq(records[-1])
+    print(f"{arguments.file}: records {first} to {after}" if first else f"{arguments.file}: no records")
+    return 0
+
+
+def _seq(record: str) -> int:
+    return int(json.loads(record)["seq"])
+
+
+def _records(rest: Rest, log: str, **asked: int) -> list[str]:
+    return [str(each) for each in rest.call("GET", f"/api/2.0/tessera/audit/{log}?{urlencode(asked)}")["records"]]
+
+
 def _keys(arguments: argparse.Namespace) -> int:
     environment = dict(os.environ)
     if arguments.data_dir is not None:
@@ -53,14 +103,24 @@ def _keys(arguments: argparse.Namespace) -> int:
         raise StartError(f"There is no platform in {configured.data_dir}; name its directory with --data-dir.")
     answer = asyncio.run(_listed(configured))
     text = json.dumps([{"service": each.service, "key": each.key.hex()} for each in answer.keys])
-    try:
-        descriptor = os.open(arguments.file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{text}\n")
-    except OSError as error:
-        raise StartError(f"{arguments.file} cannot be written: {error.strerror}.") from None
+    with _new_file(arguments.file) as file:
+        file.write(f"{text}\n")
     print(arguments.file)
     return 0
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[TextIO]:
+    """A file that was not there before, for its owner alone."""
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            try:
+                yield file
+            except BaseException:
+                path.unlink()  # half of it is no use
+                raise
+    except OSError as error:
+        raise StartError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 async def _listed(configured: settings.ServiceSettings) -> pb.ListAuditKeysResponse:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ DEMO = "talking-1"
 async def platform() -> AsyncIterator[Platform]:
     """With an endpoint that answers, and one whose update failed."""
     async with running_platform() as running:
+        await running.introduce("bob")
         admin = running.endpoints_of("admin")
         for name, model in (("demo", "talking"), ("broken", "ready")):
             await admin.create(name, model)
@@ -74,6 +77,35 @@ async def test_events_have_durations_and_causes(platform: Platform) -> None:
     assert re.fullmatch(rf"{began}  ready-1 1 [0-9a-f]{{8}}  model download +\d+\.\d{{3}} s  succeeded", lines[0])
     assert re.fullmatch(rf"{began}  new 2 [0-9a-f]{{8}}  load +\d+\.\d{{3}} s  failed", lines[-2])
     assert lines[-1].startswith("    Phase load failed: KeyError: no weights. ")
+
+
+@pytest.mark.parametrize("log", ["secrets", "serving"])
+async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, tmp_path: Path, log: str) -> None:
+    newest = [json.loads(line) for line in (await run(platform, "audit", "tail", log, "-n", "3")).splitlines()]
+    assert [each["service"] for each in newest] == [log] * 3
+    assert [each["seq"] - newest[0]["seq"] for each in newest] == [0, 1, 2]
+    keys, exported = tmp_path / "keys", tmp_path / "log"
+    await run(platform, "audit", "keys", str(keys), "--data-dir", str(platform.secrets.settings.data_dir))
+    said = await run(platform, "audit", "export", log, str(exported))
+    lines = exported.read_text().splitlines()
+    assert said == f"{exported}: records 1 to {len(lines)}\n"
+    assert len(lines) >= newest[-1]["seq"]
+    assert (keys.stat().st_mode | exported.stat().st_mode) & 0o777 == 0o600
+    verify = ("audit", "verify", str(exported), "--keys", str(keys))
+    assert (await run(platform, *verify)).startswith(f"whole: {len(lines)} records, 1 to {len(lines)}, head ")
+    exported.write_text("\n".join(lines[:4] + lines[5:]) + "\n")
+    found = await tessera({}, *verify)
+    assert (found.status, found.said) == (1, "NOT WHOLE: line 5: record 6 does not follow record 4\n")
+    # What is there already is no place to export to, and what was exported is not begun anew.
+    assert "cannot be written" in await complaint(
+        login(platform.url, platform.tokens["admin"]), "audit", "export", log, str(exported)
+    )
+
+
+async def test_only_admins_read_an_audit_log(platform: Platform) -> None:
+    for log in ("secrets", "serving"):
+        said = await complaint(login(platform.url, platform.tokens["bob"]), "audit", "tail", log)
+        assert "Only admins may read the audit log." in said
 
 
 async def test_logs_are_shown(platform: Platform) -> None:
