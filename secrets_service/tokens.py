@@ -47,13 +47,13 @@ class TokenMacs:
     """The MACs under which tokens are stored; `keys` are the versions of their key, of which the highest is in use."""
 
     def __init__(self, keys: Mapping[int, SecretBytes]) -> None:
-        self._keys = dict(sorted(keys.items()))
+        self._macs = _begun(keys)
         self.current = max(keys)
         """The version of the key that is in use."""
 
     def use(self, keys: Mapping[int, SecretBytes]) -> None:
         """Goes over to other keys, the ones before included."""
-        self._keys = dict(sorted(keys.items()))
+        self._macs = _begun(keys)
         self.current = max(keys)
 
     def of(self, token: Presented) -> TokenMac:
@@ -62,11 +62,18 @@ class TokenMacs:
 
     def candidates(self, token: Presented) -> tuple[TokenMac, ...]:
         """What may be stored of a token, one for each version, the one in use last."""
-        return tuple(self._under(version, token) for version in self._keys)
+        return tuple(self._under(version, token) for version in self._macs)
 
     def _under(self, version: int, token: Presented) -> TokenMac:
-        key = self._keys[version].reveal()
-        return TokenMac(version, hmac.digest(key, token.id.encode() + token.secret.reveal(), hashlib.sha256))
+        mac = self._macs[version].copy()
+        mac.update(token.id.encode() + token.secret.reveal())
+        return TokenMac(version, mac.digest())
+
+
+def _begun(keys: Mapping[int, SecretBytes]) -> dict[int, hmac.HMAC]:
+    """A MAC for each key, to be copied: `hmac.digest` lets go of the interpreter's lock, and waits for it longer than
+    it works."""
+    return {version: hmac.new(key.reveal(), digestmod=hashlib.sha256) for version, key in sorted(keys.items())}
 
 
 def is_one_of(candidates: tuple[TokenMac, ...], stored: TokenMac | None) -> bool:

@@ -44,7 +44,7 @@ MOST_AT_ONCE = 1_000
 MOST_WAITING = 10_000
 """Records that wait for their transaction; further ones are counted."""
 
-GATHER_SECONDS = 0.002
+GATHER_SECONDS = 0.005
 """How long a transaction waits for further records, where many came together the last time."""
 
 KEY_SECONDS = 3.0

@@ -13,7 +13,7 @@ from pathlib import Path
 DIGITS = 12
 """Of the number in a file's name."""
 
-AT_ONCE = 100
+AT_ONCE = 1_000
 """Records that are written and synced together."""
 
 _STEP = 65_536

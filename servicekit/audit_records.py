@@ -43,19 +43,25 @@ class AuditKey:
         self.raw = key
         self.id = hmac.digest(key, b"id", hashlib.sha256)[:8].hex()
         """Says which key it is, and nothing about it."""
-        self._chain = hmac.digest(key, b"chain", hashlib.sha256)
-        self._values = hmac.digest(key, b"value", hashlib.sha256)
+        # Copied for each record: one call for all, `hmac.digest`, lets go of the interpreter's lock, and waits for it
+        # longer than it works.
+        self._chain = hmac.new(hmac.digest(key, b"chain", hashlib.sha256), digestmod=hashlib.sha256)
+        self._values = hmac.new(hmac.digest(key, b"value", hashlib.sha256), digestmod=hashlib.sha256)
 
     def __repr__(self) -> str:
         return f"AuditKey({self.id})"
 
     def of_line(self, text: str) -> str:
         """The MAC of a record, from all that stands before its MAC."""
-        return hmac.digest(self._chain, text.encode("ascii"), hashlib.sha256).hex()
+        mac = self._chain.copy()
+        mac.update(text.encode("ascii"))
+        return mac.hexdigest()
 
     def of_value(self, value: bytes) -> str:
         """What stands for a value: the same for the same value, and no help to whoever lacks the key."""
-        return hmac.digest(self._values, value, hashlib.sha256).hex()
+        mac = self._values.copy()
+        mac.update(value)
+        return mac.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

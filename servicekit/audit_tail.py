@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from servicekit import audit_store
@@ -45,7 +45,7 @@ class AuditTail:
 def _filed(files: list[Path], seq: int, count: int, until: int | None) -> list[Record]:
     """Records of the files behind number `seq`, and before number `until` where that is said."""
     found: list[Record] = []
-    for path, following in zip(files, [*files[1:], None], strict=True):
+    for path, following in zip_longest(files, files[1:]):
         if following is not None and first_of(following) <= seq + 1:
             continue
         first = first_of(path)

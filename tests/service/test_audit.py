@@ -15,9 +15,10 @@ from typing import Any
 import grpc
 import pytest
 
-from servicekit import audit, audit_export, audit_store, database
+from servicekit import audit, audit_export, audit_store, audit_tail, database
 from servicekit.audit_files import Diverged, FileSink
 from servicekit.audit_records import AuditKey, Head, verify
+from servicekit.audit_tail import AuditTail
 from tessera.identity.v1 import audit_pb2, identity_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -222,7 +223,7 @@ class SyslogServer:
 async def test_nothing_goes_without_the_syslog_server_that_is_to_have_the_records() -> None:
     with data_directory() as directory:
         server = SyslogServer(directory / "log")
-        forwarding = {"audit_forward": f"unix:{directory / 'log'}"}
+        forwarding: dict[str, Any] = {"audit_forward": f"unix:{directory / 'log'}"}
         async with running_secrets(directory, **forwarding) as service:
             await service.admin.create_scope("s")
             await service.admin.put("s", "k", VALUE)
@@ -309,6 +310,31 @@ async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
         assert not verify(b"".join(path.read_bytes() for path in files[1:]).splitlines(), {key.id: key}).is_whole
         without_one = [path for path in files if path != files[1]]
         assert not verify(b"".join(p.read_bytes() for p in without_one).splitlines(), {key.id: key}).is_whole
+
+
+async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: Path) -> None:
+    async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
+        trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=3_000, keep_bytes=1 << 30, keep_seconds=1e9)
+        exporter = audit_export.Exporter(trail, opened, sink)
+        tail = AuditTail(opened, sink)
+        assert await tail.newest(10) == await tail.after(0, 10) == []
+        for number in range(60):
+            await trail.event("test", object=f"{number}" * 50)
+            if number % 5 == 4 and number < 50:
+                await exporter.move()
+        assert len(sink.files()) > 2
+        for after in range(61):
+            numbers = list(range(after + 1, 61))
+            assert [seq for seq, _ in await tail.after(after, 1_000)] == numbers
+            assert [seq for seq, _ in await tail.after(after, 7)] == numbers[:7]
+            assert [seq for seq, _ in await tail.newest(60 - after)] == numbers
+        lines = [text.encode() for _, text in await tail.after(0, 1_000)]
+        assert verify(lines, {trail.key.id: trail.key} if trail.key else {}).problems == []
+        await trail.event("test", object="x" * audit_tail.MOST_BYTES)
+        assert [seq for seq, _ in await tail.after(58, 1_000)] == [59, 60]
+        assert [seq for seq, _ in await tail.after(60, 1_000)] == [61]
+        assert [seq for seq, _ in await tail.newest(3)] == [61]
 
 
 async def test_half_a_line_of_a_killed_process_is_taken_back(tmp_path: Path) -> None:

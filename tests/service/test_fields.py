@@ -225,8 +225,10 @@ CASES = {
         ),
     },
     # Each question is recorded, so the answer is the same where there is nothing yet.
-    "tessera.identity.v1.AuditLog": {"ListAuditRecords": Case(query={"after": "1000000000"})},
-    "tessera.serving.v1.ServingAuditLog": {"ListServingAuditRecords": Case(query={"after": "1000000000"})},
+    "tessera.identity.v1.AuditLog": {"ListAuditRecords": Case(query={"after": "1000000000"}, is_open=False)},
+    "tessera.serving.v1.ServingAuditLog": {
+        "ListServingAuditRecords": Case(query={"after": "1000000000"}, is_open=False)
+    },
     "tessera.identity.v1.Permissions": {
         "GetPermissions": Case(query={}, before=(BARE,)),
         "SetPermissions": Case({"access_control_list": [GRANT, MINE]}, before=(BARE,), views=(GRANTED,)),
