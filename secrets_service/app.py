@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 
-from tessera.backups.v1 import backups_pb2
-
 from secrets_service import foundation, integrity, rootsource
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
@@ -59,6 +57,7 @@ from servicekit.grpc_server import CallLimits, Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
 from servicekit.tls import Certificate
+from tessera.backups.v1 import backups_pb2
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2

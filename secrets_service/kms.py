@@ -25,14 +25,14 @@ from typing import TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
-from tessera.kms.v2 import kms_pb2 as pb
-from tessera.kms.v2 import kms_pb2_grpc as rpc
 
 from secrets_service.errors import KeySourceDown, KeySourceWrong
 from secrets_service.model import SealedKeyring
 from secrets_service.rootkey import LENGTH, RootKey
 from servicekit import channels
 from servicekit.errors import ServiceError
+from tessera.kms.v2 import kms_pb2 as pb
+from tessera.kms.v2 import kms_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-from tessera.backups.v1 import backups_pb2
-
 from servicekit import audit, channels, database, grpc_server, peers, relay, sockets, tls
 from servicekit.access import AccessTable
 from servicekit.audit import Trail
@@ -64,6 +62,7 @@ from serving_service.settings import ServingSettings, own_environment
 from serving_service.settlement import Settlement
 from serving_service.slots import LaunchSlots
 from serving_service.template import Template
+from tessera.backups.v1 import backups_pb2
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
 

@@ -126,6 +126,26 @@ async def test_who_asks_too_often_is_counted_and_fills_no_log(monkeypatch: pytes
         assert len(await recorded(service, "CreateToken", 2)) == 2
 
 
+async def test_what_is_shed_is_counted_and_fills_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit, "PUBLISH_SECONDS", 0.2)
+    async with running_secrets(calls=1) as service:
+        await service.admin.create_scope("s")
+        await service.admin.put("s", "k", VALUE)
+        answers = await asyncio.gather(*(service.admin.get("s", "k") for _ in range(40)), return_exceptions=True)
+        shed = [each for each in answers if isinstance(each, grpc.aio.AioRpcError)]
+        assert shed
+        assert {each.code() for each in shed} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+        def counted() -> int:
+            records = records_in(service.settings.data_dir)
+            counts = [each for record in records if record["method"] == "audit/counted" for each in record["counts"]]
+            assert {(each["source"], each["cause"]) for each in counts} <= {("127.0.0.1", "too many requests")}
+            return sum(each["calls"] for each in counts)
+
+        await eventually(lambda: counted() == len(shed))
+        assert len(await recorded(service, "GetSecret", 40 - len(shed))) == 40 - len(shed)
+
+
 async def test_a_launch_says_for_which_endpoint_and_replica_it_read_what(service: RunningSecrets) -> None:
     await service.admin.create_scope("s")
     await service.admin.put("s", "k", VALUE)

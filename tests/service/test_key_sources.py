@@ -22,7 +22,6 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tessera.kms.v2 import kms_pb2, kms_pb2_grpc
 
 from secrets_service import app, kms
 from secrets_service.settings import SecretsSettings
@@ -30,6 +29,7 @@ from servicekit import channels, settings, sockets
 from servicekit.errors import StartError
 from servicekit.logs import JsonLines
 from tessera.cli.__main__ import main
+from tessera.kms.v2 import kms_pb2, kms_pb2_grpc
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.canaries import Canary, found_in, found_in_files
 from tests.support.eventually import eventually

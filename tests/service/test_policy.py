@@ -20,12 +20,12 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from tessera.backups.v1 import backups_pb2 as backups
 
 from gateway.app import _OWNED
 from gateway.http_rules import bindings
 from servicekit import channels
 from servicekit.policy import Row, rpc_name
+from tessera.backups.v1 import backups_pb2 as backups
 from tessera.identity.v1 import audit_pb2 as audit
 from tessera.identity.v1 import identity_pb2 as identity
 from tessera.identity.v1 import permissions_pb2 as permissions

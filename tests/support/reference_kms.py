@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
 from tessera.kms.v2 import kms_pb2 as pb
 from tessera.kms.v2 import kms_pb2_grpc as rpc
 
