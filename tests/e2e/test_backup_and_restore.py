@@ -80,7 +80,7 @@ class Writes:
 
     def more(self) -> None:
         wanted = self.answered + 3
-        until(lambda: self.answered >= wanted or bool(self.failures), within=60, what="more writes")
+        until(lambda: self.answered >= wanted or bool(self.failures), within=120, what="more writes")
 
     @contextmanager
     def going_on(self) -> Iterator[None]:

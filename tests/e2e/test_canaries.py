@@ -25,6 +25,7 @@ import grpc
 import psutil
 import pytest
 
+from tessera.cli.__main__ import main
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 from tests.support.api import ENDPOINTS, SECRETS, Answer, Api, until
 from tests.support.canaries import Canary, found_in, found_in_files, found_in_processes
@@ -183,6 +184,7 @@ def sweep_everything(
         crash_of_the_model(sweep)
         assert sweep.found() == []
         crash_of_services(sweep)
+        assert main(["backup", str(temporary / "backup"), "--data-dir", str(data)]) == 0
         assert sweep.found() == []
         assert stack.stop() == 0
         assert sweep.found_in_files() == []

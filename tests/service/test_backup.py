@@ -37,6 +37,9 @@ from tests.support.serving import TINY, RunningServing, ServingCaller, running_s
 from tests.support.stack import clean_environment
 
 Ready = pb.EndpointState.READY
+CEILING = 120.0
+"""Seconds within which anything happens on a machine that does much else, too."""
+
 REFERENCE = {"SAYS": "{{secrets/shop/key}}"}
 
 
@@ -54,7 +57,15 @@ class Platform:
         return self.serving.public(self.token)
 
     async def ready(self, name: str) -> None:
-        await self.admin.until(name, lambda endpoint: endpoint.state.ready == Ready, what=f"{name} is ready")
+        await self.until(name, lambda endpoint: endpoint.state.ready == Ready, what=f"{name} is ready")
+
+    async def until(self, name: str, claim: Callable[[pb.ServingEndpointDetailed], bool], *, what: str) -> None:
+        """Returns once the claim about an endpoint holds."""
+
+        async def holds() -> bool:
+            return claim(await self.admin.get(name))
+
+        await eventually(holds, within=CEILING, what=what)
 
     async def says(self, name: str) -> str:
         """What the model of an endpoint was given to say."""
@@ -114,7 +125,7 @@ async def made() -> AsyncIterator[Made]:
             await platform.admin.create("demo", TINY, environment=REFERENCE)
             await platform.ready("demo")
             logs = directory / "data" / "audit"
-            await eventually(lambda: len(list(logs.glob("*.jsonl"))) == 2, what="both audit logs")
+            await eventually(lambda: len(list(logs.glob("*.jsonl"))) == 2, within=CEILING, what="both audit logs")
             folder = await back_up(platform, directory / "backup")
             key = directory / "data" / "root.key"
             canaries.append(Canary.of("the root key", key.read_bytes()))
@@ -151,7 +162,7 @@ async def test_backup_under_load_is_of_one_moment_and_nobody_notices(directory: 
 
         async def more() -> None:
             wanted = written + 5
-            await eventually(lambda: written >= wanted or writing.done(), within=60)
+            await eventually(lambda: written >= wanted or writing.done(), within=CEILING)
 
         writing = asyncio.create_task(write())
         await more()
@@ -180,12 +191,14 @@ async def test_what_happens_between_the_two_copies_leaves_nothing_that_cannot_be
         monkeypatch.setattr(backup._Copying, "begun", _after_the_first(backup._Copying.begun, lambda: change(platform)))
         folder = await back_up(platform, directory / "backup")
         assert await platform.admin.names() == ["changed", "late"]
-        await eventually(lambda: granted(platform.directory) == {("changed", 2), ("late", 1)})  # and is told in the end
+        await eventually(
+            lambda: granted(platform.directory) == {("changed", 2), ("late", 1)}, within=CEILING
+        )  # and is told in the end
     assert await ran(["restore", str(folder), str(directory / "restored"), *root_key(platform.directory)]) == 0
     async with running(directory / "restored", platform.token) as restored:
         assert await restored.admin.names() == ["changed", "deleted"]
         for name in ("changed", "deleted"):
-            await eventually(lambda name=name: _says(restored, name, "said"), within=30, what=f"{name} answers")
+            await eventually(lambda name=name: _says(restored, name, "said"), within=CEILING, what=f"{name} answers")
         assert (await restored.admin.get("changed")).config.config_version == 1
 
 
@@ -207,7 +220,7 @@ def _after_the_first(
 async def change(platform: Platform) -> None:
     """Ends a configuration and an endpoint, begins another one, and gives whoever wants to say so the time to."""
     await platform.admin.update("changed", an_input(TINY, environment_vars={**REFERENCE, "MORE": "2"}))
-    await platform.admin.settled("changed")
+    await platform.until("changed", lambda endpoint: endpoint.config.config_version == 2, what="the second version")
     await platform.admin.delete("deleted")
     await platform.admin.create("late", TINY, environment=REFERENCE)
     with contextlib.suppress(AssertionError):
@@ -248,7 +261,7 @@ async def test_restored_platform_starts_replicas_of_its_own_and_stops_those_of_t
             found = await again.serving.replicas()
             return len(found) == 1 and theirs[0] not in found
 
-        await eventually(only_ours, within=30, what="one replica, of our own")
+        await eventually(only_ours, within=CEILING, what="one replica, of our own")
         assert epoch(restored / "serving" / "serving.db") > 1_700_000_000
 
 
@@ -299,7 +312,9 @@ async def test_audit_logs_go_on_as_one_after_a_restore(made: Made, directory: Pa
     async with running(restored, made.token) as platform:
         assert await ran(["audit", "keys", str(keys), "--data-dir", str(restored)]) == 0
         await platform.ready("demo")
-        await eventually(lambda: all(path.stat().st_size > len(old) for path, old in zip(logs, before, strict=True)))
+        await eventually(
+            lambda: all(path.stat().st_size > len(old) for path, old in zip(logs, before, strict=True)), within=CEILING
+        )
         await platform.secrets.public(made.token).get("shop", "key")  # which a log that does not fit would refuse
     for path, old in zip(logs, before, strict=True):
         assert path.read_bytes().startswith(old)
@@ -543,9 +558,11 @@ async def test_backup_that_is_ended_leaves_nothing_that_looks_like_one(
         for folder in left:
             with pytest.raises(StartError, match="is no backup"):
                 archive.opened(folder)
-        monkeypatch.setattr(backups, "PATIENCE_SECONDS", 30)
+        monkeypatch.setattr(backups, "PATIENCE_SECONDS", CEILING)
         enough.set()
-        await eventually(lambda: not list((platform.directory / "serving" / "copies").iterdir()), what="no copy left")
+        await eventually(
+            lambda: not list((platform.directory / "serving" / "copies").iterdir()), within=CEILING, what="no copy left"
+        )
         assert verified(await back_up(platform, directory / "backup")) == []
 
 
