@@ -85,6 +85,7 @@ async def _gateway_ends(directory: Path, url: str, serving: ScriptedServing, pro
         await eventually(lambda: _is_answered(url), within=60, what="the gateway is there")
         await eventually(lambda: serving.acknowledged == serving.revision > 0, within=60, what="it follows the routes")
         await serving.publish(routes("churn", ("m-1", 100, [("r1", address)])))
+        await eventually(lambda: _is_known(url), within=60, what="it knows who asks, also when Secrets is slow to say")
         queries = [asyncio.create_task(_query(url)) for _ in range(AT_ONCE)]
         await eventually(lambda: gate.waiting == AT_ONCE, within=60, what="all queries are under way")
         process.send_signal(signal.SIGTERM)
@@ -106,6 +107,11 @@ async def _is_answered(url: str) -> bool:
         return (await fetch(url, "GET", "/health")).status == 200
     except (HttpError, OSError):
         return False
+
+
+async def _is_known(url: str) -> bool:
+    answer = await fetch(url, "GET", "/api/2.0/serving-endpoints", token="owner-token")
+    return answer.status == 501  # what the scripted Serving says of everything
 
 
 async def _is_refused(url: str) -> bool:

@@ -53,7 +53,9 @@ async def given_up(caller: Caller, calls: int) -> int:
         except asyncio.CancelledError:
             pass
         except grpc.aio.AioRpcError as error:
-            assert error.code() is grpc.StatusCode.NOT_FOUND  # noqa: PT017 (one of several endings)
+            # Whoever resets many streams at once is told by gRPC that it does not get another one just now.
+            allowed = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
+            assert error.code() in allowed  # noqa: PT017 (one of several endings)
 
     left = calls
     while left:
