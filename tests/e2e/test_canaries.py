@@ -51,6 +51,9 @@ ASSERTION_HEADER = base64.b64encode(b'{"alg":"EdDSA"')[:-2].decode()
 OWN_METRICS = ("SECRETS", "SERVING", "GATEWAY")
 """Whose own metrics are read, on sockets in the temporary directory."""
 
+MOST_IN_A_TAIL = 10
+"""So few records are the end of an audit log."""
+
 TOKEN = "/oidc/v1/token"
 JWT_BEARER = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 FORM = {"content-type": "application/x-www-form-urlencoded"}
@@ -184,11 +187,27 @@ def sweep_everything(
         crash_of_the_model(sweep)
         assert sweep.found() == []
         crash_of_services(sweep)
+        audit_logs(sweep)
         assert main(["backup", str(temporary / "backup"), "--data-dir", str(data)]) == 0
         assert sweep.found() == []
         assert stack.stop() == 0
         assert sweep.found_in_files() == []
     return sweep
+
+
+def audit_logs(sweep: Sweep) -> None:
+    """What admins are told of everything that happened, refused and wrong requests included."""
+    for log in ("secrets", "serving"):
+        seen, after = 0, 0
+        while True:
+            answer = sweep.send("GET", f"/api/2.0/tessera/audit/{log}?max_results=1000&after={after}")
+            records = [json.loads(each) for each in answer.json()["records"]]
+            seen += len(records)
+            if len(records) < MOST_IN_A_TAIL:
+                break  # each question is recorded, so that there is always one more
+            after = records[-1]["seq"]
+        assert seen > MOST_IN_A_TAIL, f"the log of {log} tells next to nothing"
+        assert list((sweep.stack.data_dir / "audit").glob(f"{log}-*.jsonl"))
 
 
 def put_and_get(sweep: Sweep, secret: Canary) -> None:

@@ -1239,6 +1239,25 @@ FAULTS = (
         tests=("tests/service/test_audit.py::test_a_change_that_cannot_be_recorded_is_not_made",),
     ),
     Fault(
+        name="audit-that-fails-open",
+        property="S27",
+        file="servicekit/audit.py",
+        old="        for cause in self._problems.values():\n            raise AuditUnavailable(cause)\n",
+        new="",
+        tests=(
+            "tests/service/test_audit.py::test_where_the_files_cannot_be_written_values_and_changes_are_refused",
+            "tests/service/test_audit.py::test_nothing_goes_without_the_syslog_server_that_is_to_have_the_records",
+        ),
+    ),
+    Fault(
+        name="record-not-handed-over",
+        property="S27",
+        file="servicekit/audit_export.py",
+        old="            at = (await self._database.read(audit_store.progress)).forwarded\n",
+        new="            at = (await self._database.read(audit_store.progress)).exported\n",
+        tests=("tests/service/test_audit.py::test_nothing_goes_without_the_syslog_server_that_is_to_have_the_records",),
+    ),
+    Fault(
         name="chain-broken-between-files",
         property="S27",
         file="servicekit/audit_records.py",

@@ -7,6 +7,8 @@ import contextlib
 import json
 import logging
 import socket
+import sqlite3
+import uuid
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from tessera.identity.v1 import audit_pb2, identity_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.eventually import eventually
+from tests.support.platform import running_platform
 from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
 
 VALUE = "canary-of-the-audit-log-0123456789"
@@ -208,6 +211,76 @@ async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(
         return not await lacks_audit(service) and await service.admin.get("s", "k") == VALUE.encode()
 
     await eventually(is_read)
+
+
+async def test_with_a_full_disk_values_and_changes_are_refused_until_there_is_room(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await service.admin.create_scope("s")
+    await service.admin.put("s", "k", VALUE)
+    transaction = database._transaction
+    is_full = True
+
+    def on_the_disk(connection: sqlite3.Connection, begin: str, *args: Any, **kwargs: Any) -> Any:
+        if begin == "BEGIN IMMEDIATE":
+            # No page more than there are, or any number.
+            connection.execute(f"PRAGMA max_page_count={1 if is_full else 1 << 30}")
+        return transaction(connection, begin, *args, **kwargs)
+
+    monkeypatch.setattr(audit_store, "drop", lambda *_: None)  # nothing makes room either
+    monkeypatch.setattr(database, "_transaction", on_the_disk)
+    await eventually(partial(lacks_audit, service), what="values leave without a record")
+    assert (await refusal(service.admin.put("s", "k", "x" * 100_000))).code is grpc.StatusCode.UNAVAILABLE
+    assert await service.admin.keys("s") == ["k"]
+    assert await service.assertion(service.admin_token)
+    is_full = False
+    assert await service.admin.get("s", "k") == VALUE.encode()
+    await service.admin.put("s", "k", "x" * 100_000)
+    records = await recorded(service, "PutSecret", 2)
+    assert [each["outcome"] for each in records if each["outcome"] == "OK"] == ["OK"] * 2
+
+
+async def test_serving_records_its_calls_and_answers_queries_while_it_cannot() -> None:
+    async with running_platform() as platform:
+        await platform.introduce("bob")
+        admin, bob = platform.endpoints_of("admin"), platform.endpoints_of("bob")
+        await admin.create("demo", "ready")
+        await admin.settled("demo")
+        for _ in range(3):
+            await admin.get("demo")
+        with pytest.raises(grpc.aio.AioRpcError):
+            await bob.get("demo")
+        directory = platform.secrets.settings.data_dir / "audit"
+
+        def found(name: str) -> list[dict[str, Any]]:
+            records = records_in(directory.parent, "serving")
+            return [each for each in records if each["method"].endswith(f"/{name}")]
+
+        await eventually(lambda: any(each["actor"] == "bob" for each in found("GetServingEndpoint")))
+        (created,) = found("CreateServingEndpoint")
+        assert (created["actor"], created["outcome"], created["object"]) == ("admin", "OK", "name=demo")
+        (refused,) = [each for each in found("GetServingEndpoint") if each["actor"] == "bob"]
+        assert (refused["outcome"], refused["permission"]) == ("NOT_FOUND", "endpoint CAN_VIEW")
+        kept = directory.rename(directory.with_name("kept"))
+        directory.write_text("in the way")
+
+        async def is_refused() -> bool:
+            try:
+                await admin.create(f"refused-{uuid.uuid4().hex[:8]}", "ready")
+            except grpc.aio.AioRpcError as error:
+                return error.code() is grpc.StatusCode.UNAVAILABLE and "audit log" in (error.details() or "")
+            return False
+
+        await eventually(is_refused, what="endpoints are made without a record")
+        assert (await admin.get("demo")).name == "demo"
+        await admin.query("demo")
+        directory.unlink()
+        kept.rename(directory)
+
+        async def is_made() -> bool:
+            return not await is_refused()
+
+        await eventually(is_made)
 
 
 class SyslogServer:
