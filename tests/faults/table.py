@@ -235,6 +235,17 @@ FAULTS = (
         new='        "wal_autocheckpoint=1",\n',
         tests=(f"{_STORAGE}::test_sync_that_fails_ends_the_process_which_never_syncs_again",),
     ),
+    Fault(
+        name="answer-recorded-apart",
+        property="R2",
+        file="servicekit/once.py",
+        old="            self._record(connection, request, _serialized(request, result))\n",
+        new="""            connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")
+            self._record(connection, request, _serialized(request, result))
+""",
+        tests=("tests/service/test_kill_points_of_secrets.py::test_change_that_is_cut_short_is_whole_or_not_at_all",),
+    ),
     # --- what is said ---
     Fault(
         name="text-of-an-error-in-the-log",
