@@ -38,6 +38,7 @@ REVEALING = {
     "secrets_service/servicer.py: SecretsServicer.GetSecret",
     "secrets_service/tokens.py: Presented.text",
     "secrets_service/tokens.py: TokenMacs._under",
+    "secrets_service/tokens.py: _begun",
     "secrets_service/versions.py: SecretVersions.restore.restore",
     "tessera/cli/restore.py: run",
     "tessera/cli/verify.py: root_key",
