@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -21,7 +19,7 @@ from google.api import httpbody_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from servicekit import channels, context, errors, grpc_server, interceptors, logs
+from servicekit import channels, context, errors, grpc_server, interceptors
 from servicekit.errors import NotFound, StartError, from_rpc_error
 from servicekit.grpc_server import CallLimits, Listener
 from servicekit.identity import Identity, TokenExchange, by_assertion, by_token
@@ -36,6 +34,7 @@ from tests.support.authority import ADA, GRACE, ScriptedAuthority, authority_ser
 from tests.support.eventually import eventually
 from tests.support.faulty_link import faulty
 from tests.support.sockets import short_directory
+from tests.support.written_logs import written
 
 CANARY = "canary-0123456789"
 TOKEN = (("authorization", "Bearer ada-token"),)
@@ -196,17 +195,8 @@ async def a_platform() -> AsyncIterator[Platform]:
 
 @pytest.fixture
 def logged() -> Iterator[Callable[[], str]]:
-    """All that was logged, as a service would write it, at debug level."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(logs.JsonLines("shop"))
-    root = logging.getLogger()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
-    yield stream.getvalue
-    root.removeHandler(handler)
-    root.setLevel(level)
+    with written() as tell:
+        yield tell
 
 
 async def refusal(call: Awaitable[object]) -> grpc.aio.AioRpcError:
