@@ -42,6 +42,11 @@ _NEUTRAL: dict[grpc.StatusCode, tuple[str, str]] = {
         "TEMPORARILY_UNAVAILABLE",
         "The {service} service does not answer just now. Try again in a moment.",
     ),
+    # What a service that is about to end does not begin any more; who hung up on us is not answered.
+    grpc.StatusCode.CANCELLED: (
+        "TEMPORARILY_UNAVAILABLE",
+        "The {service} service was being stopped. Try again in a moment.",
+    ),
     grpc.StatusCode.DEADLINE_EXCEEDED: (
         "DEADLINE_EXCEEDED",
         "The {service} service did not answer in time. Whether a change was made is unknown.",

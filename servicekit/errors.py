@@ -186,7 +186,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, peer: str) -> ServiceError:
         known = ServiceError(error.details() or "", retry_after=_number(info, "retry_after"))
         known.code, known.reason, known.http_status = error.code(), info.reason, _number(info, "http_status")
         return known
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
+    # A service that is about to end cancels what it has not begun.
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return Unavailable(f"The {peer} service does not answer just now. Try again in a moment.", retry_after=1)
     if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
         return DeadlineExceeded(f"The {peer} service did not answer in time.")

@@ -84,7 +84,8 @@ async def _gateway_ends(directory: Path, url: str, serving: ScriptedServing, pro
     async with replica(directory, gate) as address:
         await eventually(lambda: _is_answered(url), within=60, what="the gateway is there")
         await eventually(lambda: serving.acknowledged == serving.revision > 0, within=60, what="it follows the routes")
-        await serving.publish(routes("churn", ("m-1", 100, [("r1", address)])))
+        # Of a name of its own, as every replica has: whoever knows one goes by its first address.
+        await serving.publish(routes("churn", ("m-1", 100, [(address.rpartition("/")[0][-8:], address)])))
         await eventually(lambda: _is_known(url), within=60, what="it knows who asks, also when Secrets is slow to say")
         queries = [asyncio.create_task(_query(url)) for _ in range(AT_ONCE)]
         await eventually(lambda: gate.waiting == AT_ONCE, within=60, what="all queries are under way")
@@ -179,7 +180,8 @@ class Writer:
             try:
                 await self.caller.put(SCOPE, self._key, str(number))
             except grpc.aio.AioRpcError as error:
-                assert error.code() is grpc.StatusCode.UNAVAILABLE, error.details()  # noqa: PT017 (how each ends)
+                # gRPC cancels what came in the moment of the end and was not handed to anybody.
+                assert error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # noqa: PT017
                 return
             self.done += 1
 

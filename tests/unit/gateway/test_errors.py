@@ -127,6 +127,7 @@ async def test_reason_that_is_newer_than_the_gateway_has_the_status_of_its_code(
         (grpc.StatusCode.UNAUTHENTICATED, 401, "UNAUTHENTICATED"),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, 429, "REQUEST_LIMIT_EXCEEDED"),
         (grpc.StatusCode.UNAVAILABLE, 503, "TEMPORARILY_UNAVAILABLE"),
+        (grpc.StatusCode.CANCELLED, 503, "TEMPORARILY_UNAVAILABLE"),
         (grpc.StatusCode.DEADLINE_EXCEEDED, 504, "DEADLINE_EXCEEDED"),
         (grpc.StatusCode.UNIMPLEMENTED, 501, "NOT_IMPLEMENTED"),
         (grpc.StatusCode.INTERNAL, 500, "INTERNAL_ERROR"),
