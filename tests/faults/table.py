@@ -246,6 +246,15 @@ FAULTS = (
 """,
         tests=("tests/service/test_kill_points_of_secrets.py::test_change_that_is_cut_short_is_whole_or_not_at_all",),
     ),
+    # --- what waits for whom ---
+    Fault(
+        name="files-synced-in-the-event-loop",
+        property="R24",
+        file="servicekit/audit_export.py",
+        old="            await asyncio.to_thread(self._sink.add, records)",
+        new="            self._sink.add(records)",
+        tests=("tests/service/test_event_loop.py::test_nothing_that_takes_its_time_happens_in_the_event_loop",),
+    ),
     # --- what is said ---
     Fault(
         name="text-of-an-error-in-the-log",
