@@ -19,6 +19,7 @@ from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_key
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.backups import SecretsBackups
 from secrets_service.client_secrets import ClientSecrets
+from secrets_service.clock import Onward
 from secrets_service.directory import Accounts, Directory, Groups
 from secrets_service.errors import KeySourceDown
 from secrets_service.feed import AccessFeed
@@ -110,13 +111,15 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         sink = settings.audit_sink(SECRETS)
         exporter = Exporter(trail, file, sink, settings.audit_forwarder(SECRETS), now=now)
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
+        onward = Onward(now)
         authority = Authority(
             opened,
             base.token_macs,
             base.signing_keys,
-            _external_issuer(settings, now, stack),
+            _external_issuer(settings, onward, stack),
             workspace_id=base.platform.workspace_id,
-            now=now,
+            now=onward,
+            wall=now,
         )
         values = SecretValues(base.keyring, keep=settings.secret_versions, now=now)
         scopes = SecretScopes(opened, values)
@@ -124,8 +127,8 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         grants = LaunchGrants(opened, values, References(values), authors_need_read=settings.authors_need_read)
         directory = Directory(opened)
         users, service_principals = Accounts(directory, Kind.USER), Accounts(directory, Kind.SERVICE_PRINCIPAL)
-        tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), now)
-        client_secrets = ClientSecrets(opened, base.token_macs, now)
+        tokens = Tokens(opened, base.token_macs, Throttle(settings.tokens_per_minute, now), onward)
+        client_secrets = ClientSecrets(opened, base.token_macs, onward)
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
         backups = SecretsBackups(base, file, exporter)
         ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)

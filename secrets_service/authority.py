@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,12 +65,15 @@ class Authority:
         *,
         workspace_id: str,
         now: Callable[[], float],
+        wall: Callable[[], float] = time.time,
     ) -> None:
+        """`now` decides about tokens; `wall` is the time that other services have, too, and that assertions name."""
         self._database = database
         self._macs = macs
         self._keys = keys
         self._external = external
         self._now = now
+        self._wall = wall
         self.workspace_id = workspace_id
 
     async def authenticate(self, text: str) -> Principal:
@@ -109,7 +113,7 @@ class Authority:
 
     async def exchange(self, text: str) -> str:
         """An assertion about the owner of a token; raises InvalidToken."""
-        return self._keys.assertion(await self.authenticate(text), issued_at=self._now())
+        return self._keys.assertion(await self.authenticate(text), issued_at=self._wall())
 
     async def public_keys(self) -> Mapping[str, Ed25519PublicKey]:
         """The keys that assertions are verified with, by their ids."""

@@ -45,6 +45,9 @@ therefore stops working within 10 s everywhere (S12)."""
 EXCHANGE_TIMEOUT = 1.0
 """Seconds that Secrets has for one exchange."""
 
+SKEW_SECONDS = 10.0
+"""How far ahead the clock of Secrets may be of ours, where the two are on different machines."""
+
 REFETCH_SECONDS = 1.0
 """How long at least lies between two fetches of the platform's keys."""
 
@@ -151,8 +154,10 @@ class AssertionVerifier:
                 key,
                 algorithms=[ALGORITHM],
                 audience=AUDIENCE,
-                options={"require": ["exp", "iat", "sub", "aud"]},
+                options={"require": ["exp", "iat", "sub", "aud"], "verify_iat": False},
             )
+            if float(claims["iat"]) > time.time() + SKEW_SECONDS:
+                raise ValueError("from the future")
             principal = principal_of(claims)
         except (jwt.InvalidTokenError, KeyError, TypeError, ValueError):
             raise Unauthenticated("The assertion is not valid.") from None

@@ -248,6 +248,14 @@ FAULTS = (
     ),
     # --- what waits for whom ---
     Fault(
+        name="clock-set-back-brings-tokens-back",
+        property="R21",
+        file="secrets_service/clock.py",
+        old="        return self._latest\n",
+        new="        return self._now()\n",
+        tests=("tests/service/test_clock_jumps.py::test_jumps_stop_nothing_and_bring_nothing_back",),
+    ),
+    Fault(
         name="files-synced-in-the-event-loop",
         property="R24",
         file="servicekit/audit_export.py",
@@ -316,8 +324,8 @@ FAULTS = (
         property="S13",
         file="servicekit/identity.py",
         old="""                audience=AUDIENCE,
-                options={"require": ["exp", "iat", "sub", "aud"]},""",
-        new="""                options={"require": ["exp", "iat", "sub", "aud"], "verify_aud": False},""",
+                options={"require": [""",
+        new="""                options={"verify_aud": False, "require": [""",
         tests=("tests/unit/servicekit/test_identity.py::test_forged_assertion_is_refused_with_a_fixed_text",),
     ),
     Fault(

@@ -250,6 +250,11 @@ async def test_forged_assertion_is_refused_with_a_fixed_text(signer: Signer, wha
         assert caught.value.__cause__ is None
 
 
+async def test_clock_of_secrets_may_be_a_little_ahead(signer: Signer) -> None:
+    ahead = int(time.time()) + 5
+    assert await AssertionVerifier(Keys(signer)).verify(signer.assertion(ADA, iat=ahead, exp=ahead + 60)) == ADA
+
+
 async def test_verified_assertion_is_refused_once_it_expires(signer: Signer) -> None:
     verifier = AssertionVerifier(Keys(signer))
     assertion = signer.assertion(ADA, exp=int(time.time()) + 2)
