@@ -26,8 +26,9 @@ PUBLIC = {
         "tessera.identity.v1.Tokens",
         "tessera.identity.v1.ServicePrincipalSecrets",
         "tessera.identity.v1.Permissions",
+        "tessera.identity.v1.AuditLog",
     },
-    "serving": {"tessera.serving.v1.ServingEndpoints"},
+    "serving": {"tessera.serving.v1.ServingEndpoints", "tessera.serving.v1.ServingAuditLog"},
 }
 FILES = {
     "secrets": (secrets_pb2.DESCRIPTOR, identity_pb2.DESCRIPTOR, permissions_pb2.DESCRIPTOR),
