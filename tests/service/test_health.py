@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -45,12 +46,25 @@ def test_readiness_is_looked_at_so_often_that_it_shows_within_two_seconds() -> N
     assert 2 * grpc_server.READINESS_SECONDS < 2
 
 
-async def test_a_service_whose_database_is_gone_is_live_and_not_ready(service: RunningSecrets) -> None:
+async def test_a_service_whose_database_is_gone_is_live_and_not_ready(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    look: Callable[[Path], Any] = database._place
+
+    def counted(path: Path) -> Any:
+        nonlocal looks
+        looks += 1
+        return look(path)
+
+    monkeypatch.setattr(database, "_place", counted)
     await until(service.public_channel, SERVING)
     file = service.settings.database
     away = file.rename(file.with_suffix(".away"))
     await until(service.public_channel, NOT_SERVING)
     file.write_bytes(b"another file")
+    before = looks
+    await eventually(lambda: looks > before + 2, what="it was looked at again, and what was seen is told")
     assert await status(service.public_channel) == NOT_SERVING
     away.rename(file)
     await until(service.public_channel, SERVING)
