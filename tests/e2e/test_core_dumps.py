@@ -16,13 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from secrets_service.settings import SecretsSettings
-from servicekit import sockets
 from serving_service.launcher import Launch, LocalLauncher, ReplicaState
 from tests.support import tiny_runner
 from tests.support.eventually import eventually
 from tests.support.secrets import data_directory
-from tests.support.service_process import ServiceProcess, service_process
+from tests.support.service_process import ServiceProcess, secrets_process
 
 PATTERN = Path("/proc/sys/kernel/core_pattern")
 CRASHING = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
@@ -32,16 +30,7 @@ CRASHING = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 async def a_service() -> AsyncIterator[ServiceProcess]:
     """Secrets, which all that services have in common is looked at in."""
     with data_directory() as directory:
-        address = sockets.socket_address(
-            SecretsSettings(data_dir=directory).sockets, callee="secrets", caller="gateway"
-        )
-        environment = {
-            "PATH": os.environ["PATH"],
-            "TESSERA_DATA_DIR": str(directory),
-            "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",
-            "TESSERA_LOG_LEVEL": "error",
-        }
-        async with service_process(address, [sys.executable, "-m", "secrets_service"], environment) as process:
+        async with secrets_process(directory, [sys.executable, "-m", "secrets_service"]) as process:
             yield process
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import signal
 import sqlite3
 import stat
@@ -17,11 +16,9 @@ import psutil
 import pytest
 
 import secrets_service.app
-from secrets_service.settings import SecretsSettings
-from servicekit import sockets
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 from tests.support.secrets import data_directory
-from tests.support.service_process import service_process
+from tests.support.service_process import secrets_process
 from tests.support.stack import running_stack
 
 DAY_MS = 24 * 3600 * 1000
@@ -48,18 +45,9 @@ runpy.run_module("secrets_service", run_name="__main__")
 
 async def test_secrets_process_imports_few_packages_of_others() -> None:
     with data_directory() as directory:
-        address = sockets.socket_address(
-            SecretsSettings(data_dir=directory).sockets, callee="secrets", caller="gateway"
-        )
-        environment = {
-            "PATH": os.environ["PATH"],
-            "TESSERA_DATA_DIR": str(directory),
-            "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",
-            "TESSERA_LOG_LEVEL": "error",
-        }
         told = directory / "modules"
         command = [sys.executable, "-c", REPORTING.format(path=str(told))]
-        async with service_process(address, command, environment) as process:
+        async with secrets_process(directory, command) as process:
             process.send(signal.SIGTERM)
             await process.ended()
         files = {Path(line) for line in told.read_text().splitlines()}

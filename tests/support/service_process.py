@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from servicekit import channels
+from secrets_service.settings import SecretsSettings
+from servicekit import channels, sockets
 from tests.support.eventually import eventually
 
 
@@ -73,3 +76,17 @@ async def service_process(
             yield process
         finally:
             await process.kill()
+
+
+@contextlib.asynccontextmanager
+async def secrets_process(directory: Path, command: Sequence[str]) -> AsyncIterator[ServiceProcess]:
+    """Secrets alone on a data directory, as `command` runs it, with nothing of this process's own environment."""
+    address = sockets.socket_address(SecretsSettings(data_dir=directory).sockets, callee="secrets", caller="gateway")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "TESSERA_DATA_DIR": str(directory),
+        "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",
+        "TESSERA_LOG_LEVEL": "error",
+    }
+    async with service_process(address, command, environment) as process:
+        yield process
