@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable
 
 
 async def eventually(
-    claim: Callable[[], bool] | Callable[[], Awaitable[bool]], *, within: float = 30.0, what: str = ""
+    claim: Callable[[], bool] | Callable[[], Awaitable[bool]],
+    *,
+    within: float = 30.0,
+    what: str | Callable[[], str] = "",
 ) -> None:
     """Returns once `claim()` holds; fails, naming `what`, when it does not within so many seconds."""
     deadline = time.monotonic() + within
@@ -14,5 +17,5 @@ async def eventually(
         result = claim()
         if await result if isinstance(result, Awaitable) else result:
             return
-        assert time.monotonic() < deadline, f"not within {within} s: {what or claim}"
+        assert time.monotonic() < deadline, f"not within {within} s: {(what() if callable(what) else what) or claim}"
         await asyncio.sleep(0.02)
