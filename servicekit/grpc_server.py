@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from servicekit import background, policy, tracing
+from servicekit import background, channels, policy, tracing
 from servicekit.audit import Trail
 from servicekit.errors import LONGEST_MESSAGE, LONGEST_PEER_MESSAGE, ServiceError, StartError, to_status
 from servicekit.exposure import is_read
@@ -61,10 +61,15 @@ STREAMS = 100
 PEER_STREAMS = 1_000
 """The same of a peer, which has one connection for all that its callers ask: rooms decide what is too much."""
 
+LONGEST_METADATA = 16 * 1024
+"""Bytes of a call's metadata, as HTTP/2 counts them (32 for each field, and those of gRPC itself), in public."""
+
+LONGEST_PEER_METADATA = channels.METADATA_LIMIT
+"""The same of a peer, whose assertions name all groups of a caller."""
+
 _OPTIONS = (
     # Without this two servers silently share a port.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_metadata_size", 16 * 1024),
     ("grpc.http2.min_ping_interval_without_data_ms", round(KEEPALIVE_SECONDS * 1000)),
     ("grpc.keepalive_permit_without_calls", 1),
 )
@@ -179,7 +184,8 @@ async def refusing(listeners: Sequence[tuple[str, Certificate | None]], error: S
 
     async with AsyncExitStack() as stack:
         for address, certificate in listeners:
-            server = grpc.aio.server(options=[*_OPTIONS, ("grpc.max_concurrent_streams", STREAMS)])
+            bounds = [("grpc.max_concurrent_streams", STREAMS), *_longest_metadata(LONGEST_METADATA)]
+            server = grpc.aio.server(options=[*_OPTIONS, *bounds])
             health_pb2_grpc.add_HealthServicer_to_server(Health(), server)
             server.add_generic_rpc_handlers([Refusing()])
             _listen(server, address, certificate)
@@ -274,6 +280,7 @@ def _server(
             ("grpc.max_receive_message_length", message_limit),
             ("grpc.max_send_message_length", message_limit),
             ("grpc.max_concurrent_streams", STREAMS if listener.peer is None else PEER_STREAMS),
+            *_longest_metadata(LONGEST_METADATA if listener.peer is None else LONGEST_PEER_METADATA),
             # Against strangers who open streams only to reset them, gRPC refuses a new one while an old one is still
             # being put away. A peer that keeps to the number of streams would be refused calls by that, at random.
             ("grpc.http.overload_protection", int(listener.peer is None)),
@@ -286,6 +293,11 @@ def _server(
     if listener.reflection:
         reflection.enable_server_reflection([*names, HEALTH.full_name, reflection.SERVICE_NAME], server)
     return server, _listen(server, listener.address, listener.certificate)
+
+
+def _longest_metadata(size: int) -> list[tuple[str, int]]:
+    """Options that bound it: by the first alone gRPC refuses at random what is nearly as long, or longer."""
+    return [("grpc.max_metadata_size", size), ("grpc.absolute_max_metadata_size", size)]
 
 
 def _listen(server: grpc.aio.Server, address: str, certificate: Certificate | None) -> str:

@@ -52,6 +52,9 @@ UNKNOWN_METHOD = "(unknown)"
 MOST_ELEMENTS = 10_000
 """How many elements a list in a request may have."""
 
+MOST_METADATA = 100
+"""How many fields the metadata of a call may have; gRPC itself bounds their bytes."""
+
 SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
 
@@ -64,6 +67,17 @@ class TooManyChanges(TooManyRequests):
             f"Too many changes in a short time by the same caller. Try again in {retry_after} s.",
             retry_after=retry_after,
         )
+
+
+class TooMuchMetadata(InvalidParameter):
+    """The metadata of a call has more fields than anybody needs."""
+
+    def __init__(self) -> None:
+        super().__init__(f"The metadata of a call may have {MOST_METADATA} fields at the most.")
+
+
+TURNED_AWAY = (Overloaded, TooMuchMetadata)
+"""What a call is refused with before anybody asks who calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +137,15 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if known is None:
             handler = None  # what nobody said anything about is not there
         method = handler_call_details.method if handler is not None else UNKNOWN_METHOD
-        metadata = {
-            key: value for key, value in handler_call_details.invocation_metadata or () if isinstance(value, str)
-        }
+        fields = handler_call_details.invocation_metadata or ()
+        metadata = {key: value for key, value in fields if isinstance(value, str)}
         room = self._elsewhere if known is None else known.room
         call = _Call(self, method, metadata, room)
         try:
             room.check()
-        except Overloaded as full:  # as a stream, of which nothing is received before somebody reads it
-            return grpc.stream_stream_rpc_method_handler(call.refused(full))
+            _check_fields(fields)
+        except TURNED_AWAY as error:  # as a stream, of which nothing is received before somebody reads it
+            return grpc.stream_stream_rpc_method_handler(call.refused(error))
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(call.streaming(_no_such_method))
         read, write = handler.request_deserializer, handler.response_serializer
@@ -373,10 +387,11 @@ class _Call:
         self._lacks_audit = isinstance(error, AuditUnavailable)
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
-        elif not isinstance(error, Overloaded):
+        elif not isinstance(error, TURNED_AWAY):
             log.info("call refused", extra={**self._facts(), "reason": error.reason})
         elif self._chain.trail is not None:  # a flood is counted, and neither logged nor recorded call by call
-            self._chain.trail.count(self._source(rpc) or self._chain.peer, "too many requests")
+            cause = "too many requests" if isinstance(error, Overloaded) else "too much metadata"
+            self._chain.trail.count(self._source(rpc) or self._chain.peer, cause)
         self._code = error.code
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
@@ -403,6 +418,12 @@ class _Call:
 
     def _facts(self) -> dict[str, Any]:
         return {"method": self._method, "milliseconds": round((time.perf_counter() - self._started) * 1000, 2)}
+
+
+def _check_fields(metadata: Sequence[object]) -> None:
+    """Raises TooMuchMetadata."""
+    if len(metadata) > MOST_METADATA:
+        raise TooMuchMetadata
 
 
 def _decoded(request: bytes, read: Callable[[bytes], Any]) -> Any:

@@ -1340,6 +1340,22 @@ FAULTS = (
         ),
     ),
     Fault(
+        name="fields-without-end",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old="if len(metadata) > MOST_METADATA:",
+        new="if len(metadata) > MOST_METADATA**2:",
+        tests=(f"{_LISTENERS}::test_metadata_has_as_many_fields_as_it_may_and_no_more",),
+    ),
+    Fault(
+        name="metadata-refused-at-random",
+        property="S25",
+        file="servicekit/grpc_server.py",
+        old=', ("grpc.absolute_max_metadata_size", size)]',
+        new="]",
+        tests=(f"{_LISTENERS}::test_metadata_at_the_limit_is_taken_and_one_byte_more_is_refused",),
+    ),
+    Fault(
         name="ready-without-a-database",
         property="R28",
         file="servicekit/database.py",

@@ -41,7 +41,7 @@ TOKEN = (("authorization", "Bearer ada-token"),)
 LIMIT = 10_000
 UNLIMITED = CallLimits(calls=0, changes=0)
 
-Metadata = tuple[tuple[str, str], ...]
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 async def whoever_calls(_: Any) -> identity_pb.User:
@@ -707,6 +707,43 @@ async def test_message_at_the_limit_is_taken_and_one_byte_more_is_refused(platfo
     too_long = identity_pb.GetRequest(id=fits.id + "x")
     code = await code_of(stub.GetUser(too_long, metadata=TOKEN, timeout=20))
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_metadata_at_the_limit_is_taken_and_one_byte_more_is_refused(platform: Platform) -> None:
+    async def is_taken(size: int) -> bool:
+        try:
+            return await platform.me(metadata=(*TOKEN, ("x-long", "x" * size)), timeout=None) == ADA.name
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise
+            return False
+
+    # What gRPC sends of its own counts, and a deadline would differ in length, so the limit has to be looked for.
+    fits, refused = grpc_server.LONGEST_METADATA - 1_000, grpc_server.LONGEST_METADATA
+    while refused - fits > 1:
+        middle = (fits + refused) // 2
+        fits, refused = (middle, refused) if await is_taken(middle) else (fits, middle)
+    # Each time, and not by chance.
+    assert [await is_taken(size) for size in (fits, refused) * 10] == [True, False] * 10
+    long = ("x-long", "x" * 2 * grpc_server.LONGEST_METADATA)
+    assert await platform.me("gateway", (*platform.assertion(), long), timeout=30) == ADA.name
+
+
+@pytest.mark.parametrize("where", ["public", "gateway"])
+async def test_metadata_has_as_many_fields_as_it_may_and_no_more(
+    platform: Platform, where: str, logged: Callable[[], str]
+) -> None:
+    credential = TOKEN if where == "public" else platform.assertion()
+    # The user agent is one, too.
+    most = (*credential, *(("x-many", "x") for _ in range(interceptors.MOST_METADATA - 2)))
+    assert await platform.me(where, most, timeout=30) == ADA.name
+    exchanges = len(platform.authority.exchanges)
+    for metadata in ((*most, ("x-many", "x")), (*most, ("x-more-bin", b"x")), (("x-many", "x"),) * 120):
+        error = from_rpc_error(await refusal(platform.me(where, metadata, timeout=30)), peer="shop")
+        assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PARAMETER_VALUE")
+        assert error.message == "The metadata of a call may have 100 fields at the most."
+    assert len(platform.authority.exchanges) == exchanges, "nobody is asked who calls"
+    assert "call refused" not in logged(), "it is counted"
 
 
 async def test_call_whose_deadline_has_passed_is_not_begun() -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.json_codec import MAX_DEPTH, MOST_CONTAINERS, Codec, CodecError, codec_for, parse
+from tessera.identity.v1 import identity_pb2
 from tests.support.descriptors import ProtoFile, message_type
 
 CANARY = "canary-5e1f"
@@ -263,6 +264,21 @@ def test_a_body_of_very_many_objects_and_lists_is_refused_before_it_is_read() ->
     assert parse(b'{"list":[%b]}' % b",".join([b"{}"] * (MOST_CONTAINERS - 2)))
     with pytest.raises(CodecError, match=f"more than {MOST_CONTAINERS} objects and lists"):
         parse(b'{"list":[%b]}' % b",".join([b"{}"] * (MOST_CONTAINERS - 1)))
+
+
+def test_a_group_is_put_back_as_it_was_read_with_ten_thousand_members() -> None:
+    members = [
+        {"value": f"{number:016}", "display": f"user-{number}", "$ref": f"Users/{number:016}"}
+        for number in range(10_000)
+    ]
+    codec = codec_for(identity_pb2.ReplaceGroupRequest.DESCRIPTOR)
+    group = codec.decode(parse(json.dumps({"displayName": "all", "members": members}).encode()))
+    assert group == identity_pb2.ReplaceGroupRequest(
+        display_name="all",
+        members=[
+            identity_pb2.Member(value=each["value"], display=each["display"], ref=each["$ref"]) for each in members
+        ],
+    )
 
 
 @pytest.mark.parametrize(
