@@ -8,7 +8,6 @@ but the first start and the operator's own request ever writes the file: a token
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from secrets_service import directory_store, files, store, tokens
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import TokenInfo
 from secrets_service.personal_tokens import DAY
+from servicekit.storage import Connection
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class AdminToken:
         """Puts a new token in place of the old one, which is revoked; where it is, and its end in Unix milliseconds."""
         token, info = write(self._path, self._now())
 
-        def record(connection: sqlite3.Connection) -> None:
+        def record(connection: Connection) -> None:
             platform = store.find_platform(connection)
             store.replace_admin_token_id(connection, token.id)
             # Who asks owns the machine, and may have nobody else left to ask.

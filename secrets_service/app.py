@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 
-from secrets_service import foundation, integrity, rootsource
+from secrets_service import directory_store, foundation, rootsource
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
 from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys, audit_readers
@@ -51,12 +51,12 @@ from servicekit.audit_export import Exporter
 from servicekit.audit_servicer import AuditLogServicer
 from servicekit.audit_tail import AuditTail
 from servicekit.backups import BackupsServicer
-from servicekit.database import Database
 from servicekit.errors import Unavailable
 from servicekit.failed_logins import FailedLogins
 from servicekit.grpc_server import CallLimits, Listener
 from servicekit.metrics import ServiceMetrics, listening
 from servicekit.once import Answers
+from servicekit.storage import Storage
 from servicekit.tls import Certificate
 from tessera.backups.v1 import backups_pb2
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
@@ -100,7 +100,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
     async with AsyncExitStack() as stack:
         settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         file = await stack.enter_async_context(
-            database.opened(settings.database, MIGRATIONS, kind=integrity.Connection)
+            database.opened(settings.database, MIGRATIONS, functions=directory_store.FUNCTIONS)
         )
         root = rootsource.chosen(settings)
         certificate = await stack.enter_async_context(tls.followed(settings))
@@ -204,7 +204,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
 async def _unsealed(
     settings: SecretsSettings,
     root: RootSource,
-    file: Database,
+    file: Storage,
     now: Callable[[], float],
     certificate: Certificate | None,
 ) -> Foundation:

@@ -8,7 +8,6 @@ there and takes the way of an unknown id, so that the time of a refusal does not
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from servicekit import audit, identity
 from servicekit.context import Principal
 from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
 from servicekit.policy import Row
+from servicekit.storage import Connection, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Authority:
         try:
             with audit.apart():  # whoever presents a token did not ask for that, and may be refused yet
                 await self._database.write(store.renew_token_mac, stored.info.id, stored.mac_version, candidates[-1])
-        except sqlite3.Error:
+        except StorageError:
             log.warning("MAC of a token not renewed", extra={"token_id": stored.info.id})
 
     async def _by_access_token(self, text: str) -> Principal:
@@ -209,7 +209,7 @@ def by_confirmed_assertion(authority: Authority) -> Identify:
     return identify
 
 
-def _find_right(connection: sqlite3.Connection, token_id: str, candidates: tuple[TokenMac, ...]) -> StoredToken | None:
+def _find_right(connection: Connection, token_id: str, candidates: tuple[TokenMac, ...]) -> StoredToken | None:
     """The token of that id, if its MAC is one of these. Nothing but the MAC is read before it was compared."""
     if not tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)):
         return None

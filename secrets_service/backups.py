@@ -17,8 +17,8 @@ from secrets_service.keyring import Keyring
 from servicekit import backups, database
 from servicekit.audit_export import Exporter
 from servicekit.backups import Copy
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Storage
 
 DATABASE = "secrets.db"
 
@@ -28,7 +28,7 @@ _KIND = "backup"
 class SecretsBackups:
     """Backups of a service that runs."""
 
-    def __init__(self, base: Foundation, opened: Database, exporter: Exporter) -> None:
+    def __init__(self, base: Foundation, opened: Storage, exporter: Exporter) -> None:
         self._base = base
         self._database = opened
         self._exporter = exporter

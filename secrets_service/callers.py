@@ -6,17 +6,16 @@ needs an admin at all is said by the policy: asking here under a row that says s
 
 from __future__ import annotations
 
-import sqlite3
-
 from secrets_service import store
 from secrets_service.errors import AdminsOnly
 from secrets_service.model import User
 from servicekit.context import Principal, current_decision
 from servicekit.identity import InvalidToken
+from servicekit.storage import Connection
 from tessera import policy
 
 
-def require_active(connection: sqlite3.Connection, caller: Principal) -> User:
+def require_active(connection: Connection, caller: Principal) -> User:
     """The caller; raises InvalidToken when it was removed or deactivated since it was told who it is."""
     user = store.find_user(connection, int(caller.id))
     if user is None or not user.profile.is_active:
@@ -24,7 +23,7 @@ def require_active(connection: sqlite3.Connection, caller: Principal) -> User:
     return user
 
 
-def require_admin(connection: sqlite3.Connection, caller: Principal, action: str) -> None:
+def require_admin(connection: Connection, caller: Principal, action: str) -> None:
     """Raises AdminsOnly, which names the action, for everybody but admins."""
     decision = current_decision(policy.ADMINS)
     if not require_active(connection, caller).is_admin:

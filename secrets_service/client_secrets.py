@@ -7,7 +7,6 @@ at once, and with it the access tokens that were obtained with it.
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Callable
 
 from secrets_service import callers, names, store, tokens
@@ -17,6 +16,7 @@ from secrets_service.model import ClientSecret, Kind, NewClientSecret, TokenInfo
 from secrets_service.personal_tokens import LONGEST_LIFETIME
 from servicekit.context import Principal
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 
 MOST_SECRETS = 5
 """Client secrets of one service principal, as upstream."""
@@ -44,7 +44,7 @@ class ClientSecrets:
         info = TokenInfo(secret.id, created_ms, created_ms + seconds * 1000, comment="")
         mac = self._macs.of(secret)
 
-        def create(connection: sqlite3.Connection) -> NewClientSecret:
+        def create(connection: Connection) -> NewClientSecret:
             owner_id = _owner(connection, principal_id, caller)
             store.delete_expired_tokens(connection, owner_id, now_ms=created_ms)
             if len(store.client_secrets_of(connection, owner_id, now_ms=created_ms)) >= MOST_SECRETS:
@@ -67,7 +67,7 @@ class ClientSecrets:
             raise InvalidParameter("page_token: not one that this list answered with.")
         start = int(page_token or 0)
 
-        def find(connection: sqlite3.Connection) -> list[ClientSecret]:
+        def find(connection: Connection) -> list[ClientSecret]:
             owner_id = _owner(connection, principal_id, caller)
             return store.client_secrets_of(connection, owner_id, now_ms=int(self._now() * 1000))
 
@@ -78,7 +78,7 @@ class ClientSecrets:
     async def delete_secret(self, *, principal_id: str, secret_id: str, caller: Principal) -> None:
         """Takes a secret away, and with it the access tokens that were obtained with it."""
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: Connection) -> None:
             owner_id = _owner(connection, principal_id, caller)
             owned = store.client_secrets_of(connection, owner_id, now_ms=int(self._now() * 1000))
             if secret_id not in {secret.info.id for secret in owned}:
@@ -88,7 +88,7 @@ class ClientSecrets:
         await self._database.write(delete)
 
 
-def _owner(connection: sqlite3.Connection, principal_id: str, caller: Principal) -> int:
+def _owner(connection: Connection, principal_id: str, caller: Principal) -> int:
     """The service principal of that id, for admins."""
     callers.require_admin(connection, caller, _ACTION)
     found = store.find_user(connection, int(principal_id)) if names.is_id(principal_id) else None

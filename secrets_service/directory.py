@@ -6,7 +6,6 @@ workspace still has an active admin. Names are normalised here, once, before any
 
 from __future__ import annotations
 
-import sqlite3
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from secrets_service.model import USERS, DetailedGroup, Email, GroupProfile, Kin
 from secrets_service.scim_patch import Operation
 from servicekit.context import ADMINS, Principal
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 
 MOST_ACCOUNTS = 20_000
 """Users and service principals together."""
@@ -61,14 +61,14 @@ class Directory:
     def __init__(self, database: RememberingDatabase) -> None:
         self._database = database
 
-    async def read(self, find: Callable[[sqlite3.Connection], T]) -> T:
+    async def read(self, find: Callable[[Connection], T]) -> T:
         """What `find` finds."""
         return await self._database.read(find)
 
-    async def change(self, change: Callable[[sqlite3.Connection], T], *, caller: Principal, action: str) -> T:
+    async def change(self, change: Callable[[Connection], T], *, caller: Principal, action: str) -> T:
         """Makes a change; raises AdminsOnly, LastAdmin, and whatever the change raises."""
 
-        def transaction(connection: sqlite3.Connection) -> T:
+        def transaction(connection: Connection) -> T:
             callers.require_admin(connection, caller, action)
             result = change(connection)
             if not directory_store.has_active_admin(connection):
@@ -94,7 +94,7 @@ class Accounts:
         entitlements = profile.entitlements or FIRST_ENTITLEMENTS
         profile = _checked_profile(replace(profile, entitlements=entitlements), self._kind)
 
-        def create(connection: sqlite3.Connection) -> User:
+        def create(connection: Connection) -> User:
             if directory_store.count_accounts(connection) >= MOST_ACCOUNTS:
                 raise TooManyPrincipals("users and service principals", MOST_ACCOUNTS)
             folded = _free_name(connection, profile.name)
@@ -116,7 +116,7 @@ class Accounts:
     async def patch(self, account_id: str, operations: Sequence[Operation], *, caller: Principal) -> User:
         """Changes parts of one."""
 
-        def patch(connection: sqlite3.Connection) -> User:
+        def patch(connection: Connection) -> User:
             user = self._found(connection, account_id)
             document = scim_patch.patched(scim_documents.of_account(user), operations, self._shape)
             return self._recorded(connection, user, scim_documents.account_profile(document))
@@ -126,7 +126,7 @@ class Accounts:
     async def replace(self, account_id: str, profile: Profile, *, is_active: bool | None, caller: Principal) -> User:
         """Replaces all that can be changed about one; `is_active` None leaves that as it is."""
 
-        def put(connection: sqlite3.Connection) -> User:
+        def put(connection: Connection) -> User:
             user = self._found(connection, account_id)
             stays = user.profile.is_active if is_active is None else is_active
             return self._recorded(connection, user, replace(profile, is_active=stays))
@@ -136,7 +136,7 @@ class Accounts:
     async def delete(self, account_id: str, *, caller: Principal) -> None:
         """Deletes one, with its tokens, permissions and memberships."""
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: Connection) -> None:
             user = self._found(connection, account_id)
             if store.find_platform(connection).admin_id == user.id:
                 raise NotChangeable("The first admin, whose token the operator renews, stays. Deactivate it instead.")
@@ -144,13 +144,13 @@ class Accounts:
 
         await self._directory.change(delete, caller=caller, action=self._action)
 
-    def _found(self, connection: sqlite3.Connection, account_id: str) -> User:
+    def _found(self, connection: Connection, account_id: str) -> User:
         found = store.find_user(connection, int(account_id)) if names.is_id(account_id) else None
         if found is None or found.kind is not self._kind:
             raise PrincipalNotFound(self._kind, account_id[: names.LONGEST_TEXT])
         return found
 
-    def _recorded(self, connection: sqlite3.Connection, user: User, profile: Profile) -> User:
+    def _recorded(self, connection: Connection, user: User, profile: Profile) -> User:
         if self._kind is Kind.SERVICE_PRINCIPAL:
             profile = replace(profile, name=user.profile.name)
         profile = _checked_profile(profile, self._kind)
@@ -171,7 +171,7 @@ class Groups:
         """Adds a group."""
         profile = _checked_group(profile)
 
-        def create(connection: sqlite3.Connection) -> DetailedGroup:
+        def create(connection: Connection) -> DetailedGroup:
             if directory_store.count_groups(connection) >= MOST_GROUPS:
                 raise TooManyPrincipals("groups", MOST_GROUPS)
             folded = _free_name(connection, profile.name)
@@ -198,7 +198,7 @@ class Groups:
     async def patch(self, group_id: str, operations: Sequence[Operation], *, caller: Principal) -> DetailedGroup:
         """Changes parts of a group."""
 
-        def patch(connection: sqlite3.Connection) -> DetailedGroup:
+        def patch(connection: Connection) -> DetailedGroup:
             group = self._found(connection, group_id)
             document = scim_patch.patched(scim_documents.of_group(group), operations, scim_documents.GROUP)
             return self._replaced(connection, group, scim_documents.group_profile(document))
@@ -216,7 +216,7 @@ class Groups:
     async def delete(self, group_id: str, *, caller: Principal) -> None:
         """Deletes a group, with what was granted to it."""
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: Connection) -> None:
             group = self._found(connection, group_id, with_members=False)
             if group.name in (USERS, ADMINS):
                 raise NotChangeable(f"The group {group.name} is built in and cannot be deleted.")
@@ -224,7 +224,7 @@ class Groups:
 
         await self._directory.change(delete, caller=caller, action=self._action)
 
-    def _found(self, connection: sqlite3.Connection, group_id: str, *, with_members: bool = True) -> DetailedGroup:
+    def _found(self, connection: Connection, group_id: str, *, with_members: bool = True) -> DetailedGroup:
         found = None
         if names.is_id(group_id):
             found = directory_store.find_group(connection, int(group_id), with_members=with_members)
@@ -232,7 +232,7 @@ class Groups:
             raise PrincipalNotFound(Kind.GROUP, group_id[: names.LONGEST_TEXT])
         return found
 
-    def _replaced(self, connection: sqlite3.Connection, group: DetailedGroup, profile: GroupProfile) -> DetailedGroup:
+    def _replaced(self, connection: Connection, group: DetailedGroup, profile: GroupProfile) -> DetailedGroup:
         profile = _checked_group(profile)
         if group.name == USERS:
             raise NotChangeable(f"The group {USERS} holds everybody and cannot be changed.")
@@ -241,9 +241,7 @@ class Groups:
         folded = _free_name(connection, profile.name, unless=group.id)
         return self._recorded(connection, group.id, profile, folded)
 
-    def _recorded(
-        self, connection: sqlite3.Connection, group_id: int, profile: GroupProfile, folded: str
-    ) -> DetailedGroup:
+    def _recorded(self, connection: Connection, group_id: int, profile: GroupProfile, folded: str) -> DetailedGroup:
         before = directory_store.members_of(connection, group_id)
         after = {int(each) if names.is_id(each) else -1: each for each in profile.members}
         kinds = directory_store.kinds_of(connection, after.keys() - before)
@@ -257,7 +255,7 @@ class Groups:
         return recorded
 
 
-def _free_name(connection: sqlite3.Connection, name: str, *, unless: int | None = None) -> str:
+def _free_name(connection: Connection, name: str, *, unless: int | None = None) -> str:
     """The folded form of a name that no other principal has; raises PrincipalExists."""
     folded = names.folded_principal(name)
     if store.find_principal(connection, folded) not in (None, unless):

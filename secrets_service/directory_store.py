@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,10 @@ from secrets_service.model import DetailedGroup, Group, GroupProfile, Kind, Memb
 from secrets_service.scim_filter import AllOf, AnyOf, Comparison, Filter, Operator
 from secrets_service.store import ACCOUNT, IS_AMONG, PRINCIPAL
 from servicekit.context import ADMINS
+from servicekit.storage import Connection
+
+FUNCTIONS = {"folded": names.folded_principal}
+"""What statements here call besides what databases have."""
 
 # --- what can be filtered and sorted by ---
 
@@ -95,9 +98,8 @@ def _condition(filter: Filter, columns: Mapping[str, _Column], parameters: list[
             return f"NOT {condition}" if operator is Operator.NE else condition
 
 
-def _ids(connection: sqlite3.Connection, kind: Kind, selection: Selection) -> tuple[list[int], int]:
+def _ids(connection: Connection, kind: Kind, selection: Selection) -> tuple[list[int], int]:
     """The ids of a page, and how many principals match in all."""
-    connection.create_function("folded", 1, names.folded_principal, deterministic=True)
     columns = _COLUMNS[kind]
     parameters: list[str] = [kind]
     source = "FROM principals p LEFT JOIN accounts a ON a.id = p.id WHERE p.kind = ?"
@@ -116,7 +118,7 @@ def _ids(connection: sqlite3.Connection, kind: Kind, selection: Selection) -> tu
 # --- users and service principals ---
 
 
-def account_page(connection: sqlite3.Connection, kind: Kind, selection: Selection) -> Page[User]:
+def account_page(connection: Connection, kind: Kind, selection: Selection) -> Page[User]:
     """Some users, or some service principals."""
     ids, total = _ids(connection, kind, selection)
     listed = json.dumps(ids)
@@ -134,7 +136,7 @@ def account_page(connection: sqlite3.Connection, kind: Kind, selection: Selectio
     return Page(tuple(found[each] for each in ids), selection.start, total)
 
 
-def _groups_of_ids(connection: sqlite3.Connection, ids: set[int]) -> dict[int, Group]:
+def _groups_of_ids(connection: Connection, ids: set[int]) -> dict[int, Group]:
     rows = connection.execute(f"{PRINCIPAL} WHERE {IS_AMONG}", (json.dumps(sorted(ids)),))
     found = {row[0]: store.group(connection, row) for row in rows}
     for missing in ids - found.keys():
@@ -143,7 +145,7 @@ def _groups_of_ids(connection: sqlite3.Connection, ids: set[int]) -> dict[int, G
 
 
 def insert_account(
-    connection: sqlite3.Connection, profile: Profile, *, folded: str, groups: Sequence[str], kind: Kind = Kind.USER
+    connection: Connection, profile: Profile, *, folded: str, groups: Sequence[str], kind: Kind = Kind.USER
 ) -> User:
     """Adds a user or service principal who belongs to the named groups."""
     account_id = _insert_principal(connection, kind, profile, folded)
@@ -160,7 +162,7 @@ def insert_account(
     return User(account_id, profile, store.groups_of(connection, account_id), kind)
 
 
-def update_account(connection: sqlite3.Connection, account_id: int, profile: Profile, *, folded: str) -> None:
+def update_account(connection: Connection, account_id: int, profile: Profile, *, folded: str) -> None:
     """Replaces all that is recorded about a user or service principal but its groups."""
     _update_principal(connection, account_id, profile, folded)
     _, belongs = _verified_account(connection, account_id)
@@ -173,7 +175,7 @@ def _columns(profile: Profile) -> tuple[Any, ...]:
     return (profile.display_name, profile.given_name, profile.family_name, emails, int(profile.is_active))
 
 
-def _verified_account(connection: sqlite3.Connection, account_id: int) -> tuple[tuple[Any, ...], frozenset[int]]:
+def _verified_account(connection: Connection, account_id: int) -> tuple[tuple[Any, ...], frozenset[int]]:
     """An account as the table holds it, and the groups that it belongs to; raises RightsDamaged."""
     row = connection.execute(
         "SELECT display_name, given_name, family_name, emails, is_active, mac FROM accounts WHERE id = ?", (account_id,)
@@ -185,14 +187,12 @@ def _verified_account(connection: sqlite3.Connection, account_id: int) -> tuple[
     return tuple(row[:5]), belongs
 
 
-def _stored_groups(connection: sqlite3.Connection, account_id: int) -> frozenset[int]:
+def _stored_groups(connection: Connection, account_id: int) -> frozenset[int]:
     rows = connection.execute("SELECT group_id FROM memberships WHERE member_id = ?", (account_id,))
     return frozenset(row[0] for row in rows)
 
 
-def _write_account(
-    connection: sqlite3.Connection, account_id: int, columns: tuple[Any, ...], belongs: frozenset[int]
-) -> None:
+def _write_account(connection: Connection, account_id: int, columns: tuple[Any, ...], belongs: frozenset[int]) -> None:
     connection.execute(
         "UPDATE accounts SET display_name = ?, given_name = ?, family_name = ?, emails = ?, is_active = ?, mac = ?"
         " WHERE id = ?",
@@ -200,19 +200,19 @@ def _write_account(
     )
 
 
-def _join(connection: sqlite3.Connection, account_id: int, group_id: int) -> None:
+def _join(connection: Connection, account_id: int, group_id: int) -> None:
     columns, belongs = _verified_account(connection, account_id)
     connection.execute("INSERT INTO memberships (member_id, group_id) VALUES (?, ?)", (account_id, group_id))
     _write_account(connection, account_id, columns, belongs | {group_id})
 
 
-def _leave(connection: sqlite3.Connection, account_id: int, group_id: int) -> None:
+def _leave(connection: Connection, account_id: int, group_id: int) -> None:
     columns, belongs = _verified_account(connection, account_id)
     connection.execute("DELETE FROM memberships WHERE member_id = ? AND group_id = ?", (account_id, group_id))
     _write_account(connection, account_id, columns, belongs - {group_id})
 
 
-def _group_named(connection: sqlite3.Connection, name: str) -> int:
+def _group_named(connection: Connection, name: str) -> int:
     """The id of a group that is always there; raises RightsDamaged when it is not."""
     row = connection.execute(f"{PRINCIPAL} WHERE p.kind = 'group' AND p.name = ?", (name,)).fetchone()
     if row is None:
@@ -220,12 +220,12 @@ def _group_named(connection: sqlite3.Connection, name: str) -> int:
     return store.group(connection, row).id
 
 
-def count_accounts(connection: sqlite3.Connection) -> int:
+def count_accounts(connection: Connection) -> int:
     """How many users and service principals there are."""
     return int(connection.execute("SELECT count(*) FROM accounts").fetchone()[0])
 
 
-def has_active_admin(connection: sqlite3.Connection) -> bool:
+def has_active_admin(connection: Connection) -> bool:
     """Whether somebody can administer the workspace."""
     return bool(
         connection.execute(
@@ -236,15 +236,17 @@ def has_active_admin(connection: sqlite3.Connection) -> bool:
     )
 
 
-def restore_admin(connection: sqlite3.Connection, account_id: int) -> None:
+def restore_admin(connection: Connection, account_id: int) -> None:
     """Makes a user or service principal an active admin, whatever it was."""
     admins = _group_named(connection, ADMINS)
     columns, belongs = _verified_account(connection, account_id)
-    connection.execute("INSERT OR IGNORE INTO memberships (member_id, group_id) VALUES (?, ?)", (account_id, admins))
+    connection.execute(
+        "INSERT INTO memberships (member_id, group_id) VALUES (?, ?) ON CONFLICT DO NOTHING", (account_id, admins)
+    )
     _write_account(connection, account_id, (*columns[:4], 1), belongs | {admins})
 
 
-def delete_principal(connection: sqlite3.Connection, principal_id: int) -> None:
+def delete_principal(connection: Connection, principal_id: int) -> None:
     """Deletes a principal with its memberships, tokens and permissions.
 
     What is damaged among them does not stop it, and stays damaged.
@@ -261,7 +263,7 @@ def delete_principal(connection: sqlite3.Connection, principal_id: int) -> None:
 
 
 def group_page(
-    connection: sqlite3.Connection, selection: Selection, *, with_members: bool, most_members: int
+    connection: Connection, selection: Selection, *, with_members: bool, most_members: int
 ) -> Page[DetailedGroup]:
     """Some groups; the page ends before their members exceed a number, but holds one group where it asks for any."""
     ids, total = _ids(connection, Kind.GROUP, selection)
@@ -282,12 +284,12 @@ def group_page(
     return Page(tuple(_groups(connection, ids, with_members=with_members)), selection.start, total)
 
 
-def find_group(connection: sqlite3.Connection, group_id: int, *, with_members: bool = True) -> DetailedGroup | None:
+def find_group(connection: Connection, group_id: int, *, with_members: bool = True) -> DetailedGroup | None:
     """The group of that id."""
     return next(iter(_groups(connection, [group_id], with_members=with_members)), None)
 
 
-def _groups(connection: sqlite3.Connection, ids: Sequence[int], *, with_members: bool) -> Iterable[DetailedGroup]:
+def _groups(connection: Connection, ids: Sequence[int], *, with_members: bool) -> Iterable[DetailedGroup]:
     """The groups of these ids, in their order."""
     listed = json.dumps(ids)
     members: dict[int, list[Member]] = {each: [] for each in ids}
@@ -307,7 +309,7 @@ def _groups(connection: sqlite3.Connection, ids: Sequence[int], *, with_members:
     return [found[each] for each in ids if each in found]
 
 
-def _detailed_group(connection: sqlite3.Connection, row: Sequence[Any], members: tuple[Member, ...]) -> DetailedGroup:
+def _detailed_group(connection: Connection, row: Sequence[Any], members: tuple[Member, ...]) -> DetailedGroup:
     store.verify_principal(connection, row)
     group_id, _, name, _, external_id, roles, entitlements, _ = row
     return DetailedGroup(
@@ -320,24 +322,22 @@ def _detailed_group(connection: sqlite3.Connection, row: Sequence[Any], members:
     )
 
 
-def insert_group(connection: sqlite3.Connection, name: str, *, folded: str) -> int:
+def insert_group(connection: Connection, name: str, *, folded: str) -> int:
     """Adds a group without members; its id."""
     return _insert_principal(connection, Kind.GROUP, GroupProfile(name=name), folded)
 
 
-def update_group(connection: sqlite3.Connection, group_id: int, profile: GroupProfile, *, folded: str) -> None:
+def update_group(connection: Connection, group_id: int, profile: GroupProfile, *, folded: str) -> None:
     """Replaces all that is recorded about a group but its members."""
     _update_principal(connection, group_id, profile, folded)
 
 
-def members_of(connection: sqlite3.Connection, group_id: int) -> set[int]:
+def members_of(connection: Connection, group_id: int) -> set[int]:
     """The ids of a group's members."""
     return {row[0] for row in connection.execute("SELECT member_id FROM memberships WHERE group_id = ?", (group_id,))}
 
 
-def change_members(
-    connection: sqlite3.Connection, group_id: int, *, added: Iterable[int], removed: Iterable[int]
-) -> None:
+def change_members(connection: Connection, group_id: int, *, added: Iterable[int], removed: Iterable[int]) -> None:
     """Adds principals to a group and takes others out of it."""
     for each in removed:
         _leave(connection, each, group_id)
@@ -345,7 +345,7 @@ def change_members(
         _join(connection, each, group_id)
 
 
-def kinds_of(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Kind]:
+def kinds_of(connection: Connection, ids: Iterable[int]) -> dict[int, Kind]:
     """What those of the principals are that exist."""
     rows = connection.execute(
         "SELECT id, kind FROM principals WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),)
@@ -353,7 +353,7 @@ def kinds_of(connection: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Ki
     return {principal_id: Kind(kind) for principal_id, kind in rows}
 
 
-def count_groups(connection: sqlite3.Connection) -> int:
+def count_groups(connection: Connection) -> int:
     """How many groups there are."""
     return int(connection.execute("SELECT count(*) FROM principals WHERE kind = 'group'").fetchone()[0])
 
@@ -361,24 +361,21 @@ def count_groups(connection: sqlite3.Connection) -> int:
 # --- every kind ---
 
 
-def _insert_principal(connection: sqlite3.Connection, kind: Kind, profile: Profile | GroupProfile, folded: str) -> int:
-    cursor = connection.execute(
-        "INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?)", (kind, profile.name, folded)
-    )
-    assert cursor.lastrowid is not None
-    _write_principal(connection, cursor.lastrowid, kind, profile, folded)
-    return cursor.lastrowid
+def _insert_principal(connection: Connection, kind: Kind, profile: Profile | GroupProfile, folded: str) -> int:
+    row = connection.execute(
+        "INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?) RETURNING id", (kind, profile.name, folded)
+    ).fetchone()
+    _write_principal(connection, row[0], kind, profile, folded)
+    return int(row[0])
 
 
-def _update_principal(
-    connection: sqlite3.Connection, principal_id: int, profile: Profile | GroupProfile, folded: str
-) -> None:
+def _update_principal(connection: Connection, principal_id: int, profile: Profile | GroupProfile, folded: str) -> None:
     kind = store.kind_of(connection, principal_id)  # verified, like all of its row
     _write_principal(connection, principal_id, kind, profile, folded)
 
 
 def _write_principal(
-    connection: sqlite3.Connection, principal_id: int, kind: Kind, profile: Profile | GroupProfile, folded: str
+    connection: Connection, principal_id: int, kind: Kind, profile: Profile | GroupProfile, folded: str
 ) -> None:
     columns = (
         profile.name,
@@ -397,7 +394,7 @@ def _write_principal(
 # --- all MACs ---
 
 
-def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+def damaged_rights(connection: Connection) -> list[tuple[str, str]]:
     """What does not fit its MAC, of principals and accounts: kind and id."""
     made = integrity.of(connection)
     principals = connection.execute(PRINCIPAL).fetchall()
@@ -412,7 +409,7 @@ def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
     ]
 
 
-def authenticate_principal(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+def authenticate_principal(connection: Connection, row_id: int, *, believed: bool) -> None:
     """Makes the MAC of a principal anew, as `store.authenticate_scope` does that of a scope."""
     row = connection.execute(f"{PRINCIPAL} WHERE id = ?", (row_id,)).fetchone()
     made = integrity.of(connection)
@@ -420,7 +417,7 @@ def authenticate_principal(connection: sqlite3.Connection, row_id: int, *, belie
         connection.execute("UPDATE principals SET mac = ? WHERE id = ?", (made.mac("principal", *row[:7]), row_id))
 
 
-def authenticate_account(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+def authenticate_account(connection: Connection, row_id: int, *, believed: bool) -> None:
     """Makes the MAC of an account with its groups anew, as `store.authenticate_scope` does that of a scope."""
     *columns, mac = connection.execute(
         "SELECT display_name, given_name, family_name, emails, is_active, mac FROM accounts WHERE id = ?", (row_id,)

@@ -11,7 +11,6 @@ Rights had no MACs then, and none in the first stores with a keyring: they get t
 from __future__ import annotations
 
 import logging
-import sqlite3
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -24,6 +23,7 @@ from secrets_service.integrity import Integrity
 from secrets_service.keyring import Keyring
 from secrets_service.model import Platform, Scope, SealedSigningKey, SecretBytes
 from secrets_service.rootkey import RootKey
+from servicekit.storage import Connection
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def is_key_of(root: RootKey, platform: Platform, key_check: bytes) -> bool:
         return False
 
 
-def migrate(connection: sqlite3.Connection, root: RootKey, platform: Platform, *, now_ms: int) -> Keyring:
+def migrate(connection: Connection, root: RootKey, platform: Platform, *, now_ms: int) -> Keyring:
     """Seals everything anew, each scope under a key of its own; the keyring, which is recorded, too."""
     old = FirstFormat(root.key, platform.store_id)
     keyring = Keyring.made(platform.store_id, now_ms, inherited=old.token_mac_key())
@@ -103,7 +103,7 @@ def migrate(connection: sqlite3.Connection, root: RootKey, platform: Platform, *
     return keyring
 
 
-def authenticate(connection: sqlite3.Connection, root: RootKey, keyring: Keyring) -> Keyring:
+def authenticate(connection: Connection, root: RootKey, keyring: Keyring) -> Keyring:
     """Gives the rights in a store that has a keyring their MACs; the keyring, which is recorded, and says so."""
     authenticate_rights(connection)
     changed = keyring.with_authenticated_rights()
@@ -112,14 +112,12 @@ def authenticate(connection: sqlite3.Connection, root: RootKey, keyring: Keyring
     return changed
 
 
-def authenticate_rights(connection: sqlite3.Connection) -> None:
+def authenticate_rights(connection: Connection) -> None:
     """Makes the MACs of all rights of what is stored, whatever that is."""
     rotation_store.authenticate_all(connection)
 
 
-def _migrate_scope(
-    connection: sqlite3.Connection, old: FirstFormat, keyring: Keyring, scope: Scope, now_ms: int
-) -> int:
+def _migrate_scope(connection: Connection, old: FirstFormat, keyring: Keyring, scope: Scope, now_ms: int) -> int:
     """Seals the values of a scope anew; how many did not open."""
     wrapped = keyring.new_scope_key(scope.uuid, 1)
     store.insert_scope_key(connection, scope, wrapped, created_ms=now_ms)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,8 +27,8 @@ from secrets_service.rootsource import RootSource
 from secrets_service.settings import SecretsSettings
 from secrets_service.tokens import TokenMacs
 from servicekit.context import ADMINS
-from servicekit.database import Database
 from servicekit.errors import StartError
+from servicekit.storage import Connection, Storage
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Foundation:
 
 
 async def opened(
-    settings: SecretsSettings, root: RootSource, database: Database, now: Callable[[], float]
+    settings: SecretsSettings, root: RootSource, database: Storage, now: Callable[[], float]
 ) -> Foundation:
     """Founds a new store, or opens one that was founded before.
 
@@ -63,7 +62,7 @@ async def opened(
 
 
 async def _opened(
-    settings: SecretsSettings, root: RootSource, database: Database, now: Callable[[], float]
+    settings: SecretsSettings, root: RootSource, database: Storage, now: Callable[[], float]
 ) -> Foundation:
     platform = await database.read(store.stated_platform)
     if platform is None:
@@ -93,7 +92,7 @@ async def _opened(
 
 
 async def _opened_keyring(
-    settings: SecretsSettings, source: RootSource, database: Database, platform: Platform, now: Callable[[], float]
+    settings: SecretsSettings, source: RootSource, database: Storage, platform: Platform, now: Callable[[], float]
 ) -> tuple[Keyring, Integrity]:
     sealed = await database.read(store.find_keyring)
     if sealed is None:
@@ -121,7 +120,7 @@ async def _root_key_of_first_format(settings: SecretsSettings, source: RootSourc
     return root
 
 
-async def _equip(database: Database, keyring: Keyring) -> Integrity:
+async def _equip(database: Storage, keyring: Keyring) -> Integrity:
     authenticated = Integrity(keyring.rights_keys())
     await database.equip(lambda connection: integrity.equip(connection, authenticated))
     return authenticated
@@ -155,7 +154,7 @@ def _unsealed(settings: SecretsSettings, platform: Platform, sealed: SealedKeyri
 
 
 async def _migrated(
-    settings: SecretsSettings, database: Database, platform: Platform, root: RootKey, now: Callable[[], float]
+    settings: SecretsSettings, database: Storage, platform: Platform, root: RootKey, now: Callable[[], float]
 ) -> Keyring:
     key_check = await database.read(store.first_format_check)
     if key_check is None:
@@ -174,7 +173,7 @@ async def _migrated(
 
 
 async def _founded(
-    settings: SecretsSettings, source: RootSource, database: Database, now: Callable[[], float]
+    settings: SecretsSettings, source: RootSource, database: Storage, now: Callable[[], float]
 ) -> Foundation:
     store_id = os.urandom(16)
     root = await source.first()
@@ -185,7 +184,7 @@ async def _founded(
     authenticated = await _equip(database, keyring)
     token, info = admin.write(settings.admin_token, now())
 
-    def found(connection: sqlite3.Connection) -> Platform:
+    def found(connection: Connection) -> Platform:
         for group in (ADMINS, USERS):
             directory_store.insert_group(connection, group, folded=names.folded_principal(group))
         profile = Profile(

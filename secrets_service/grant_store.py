@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +25,7 @@ from secrets_service.model import (
 )
 from secrets_service.store import ACCOUNT, IS_AMONG
 from servicekit.context import Level
+from servicekit.storage import Connection
 
 # --- endpoints ---
 
@@ -53,7 +53,7 @@ class _GrantedEndpoint:
         )
 
 
-def _verified(connection: sqlite3.Connection, endpoint_id: str) -> _GrantedEndpoint | None:
+def _verified(connection: Connection, endpoint_id: str) -> _GrantedEndpoint | None:
     """What is known about an endpoint, also when it was deleted; raises RightsDamaged."""
     row = connection.execute(
         "SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints WHERE id = ?", (endpoint_id,)
@@ -67,7 +67,7 @@ def _verified(connection: sqlite3.Connection, endpoint_id: str) -> _GrantedEndpo
     return found
 
 
-def _stored(connection: sqlite3.Connection, row: Sequence[Any]) -> _GrantedEndpoint:
+def _stored(connection: Connection, row: Sequence[Any]) -> _GrantedEndpoint:
     levels = connection.execute(
         "SELECT principal_id, id, level FROM endpoint_permissions WHERE endpoint_id = ? ORDER BY id", (row[0],)
     )
@@ -81,7 +81,7 @@ def _stored(connection: sqlite3.Connection, row: Sequence[Any]) -> _GrantedEndpo
     )
 
 
-def _known(connection: sqlite3.Connection, endpoint_id: str) -> _GrantedEndpoint:
+def _known(connection: Connection, endpoint_id: str) -> _GrantedEndpoint:
     """As `_verified`, of one that something else refers to."""
     found = _verified(connection, endpoint_id)
     if found is None:
@@ -89,23 +89,23 @@ def _known(connection: sqlite3.Connection, endpoint_id: str) -> _GrantedEndpoint
     return found
 
 
-def _authenticate(connection: sqlite3.Connection, found: _GrantedEndpoint) -> None:
+def _authenticate(connection: Connection, found: _GrantedEndpoint) -> None:
     mac = integrity.of(connection).mac("endpoint", *found.content)
     connection.execute("UPDATE endpoints SET mac = ? WHERE id = ?", (mac, found.endpoint.id))
 
 
-def find_endpoint(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
+def find_endpoint(connection: Connection, endpoint_id: str) -> Endpoint | None:
     """What is known about an endpoint, also when it was deleted."""
     found = _verified(connection, endpoint_id)
     return found.endpoint if found else None
 
 
-def live_endpoints(connection: sqlite3.Connection) -> set[str]:
+def live_endpoints(connection: Connection) -> set[str]:
     """The ids of all endpoints that are not deleted."""
     return {row[0] for row in connection.execute("SELECT id FROM endpoints WHERE NOT is_deleted")}
 
 
-def insert_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+def insert_endpoint(connection: Connection, endpoint: Endpoint) -> None:
     """Makes an endpoint known."""
     connection.execute(
         "INSERT INTO endpoints (id, creator_id, is_inherited, is_deleted) VALUES (?, ?, ?, ?)",
@@ -114,7 +114,7 @@ def insert_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
     _authenticate(connection, _GrantedEndpoint(endpoint, {}, {}))
 
 
-def end_inheritance(connection: sqlite3.Connection, endpoint_id: str) -> None:
+def end_inheritance(connection: Connection, endpoint_id: str) -> None:
     """Has an older endpoint get its grants from callers only, like any other."""
     before = _known(connection, endpoint_id)
     if before.endpoint.is_inherited:
@@ -122,7 +122,7 @@ def end_inheritance(connection: sqlite3.Connection, endpoint_id: str) -> None:
         _authenticate(connection, replace(before, endpoint=replace(before.endpoint, is_inherited=False)))
 
 
-def delete_endpoint(connection: sqlite3.Connection, endpoint_id: str) -> None:
+def delete_endpoint(connection: Connection, endpoint_id: str) -> None:
     """Takes away all rights on an endpoint and all that it was granted, for ever; also of one that is not known yet.
 
     Also of one that is damaged: nothing of what it was is left.
@@ -141,14 +141,14 @@ def delete_endpoint(connection: sqlite3.Connection, endpoint_id: str) -> None:
 # --- permissions ---
 
 
-def levels_of(connection: sqlite3.Connection, endpoint_id: str, user: User) -> list[Level]:
+def levels_of(connection: Connection, endpoint_id: str, user: User) -> list[Level]:
     """What is granted on an endpoint to a user or service principal and to its groups."""
     granted = _known(connection, endpoint_id).levels
     concerned = (user.id, *(each.id for each in user.groups))
     return [Level(granted[each][1]) for each in concerned if each in granted]
 
 
-def endpoint_grants(connection: sqlite3.Connection, endpoint_id: str) -> list[EndpointGrant]:
+def endpoint_grants(connection: Connection, endpoint_id: str) -> list[EndpointGrant]:
     """All that is granted on an endpoint, in the order in which it was first granted."""
     granted = _known(connection, endpoint_id).levels
     rows = connection.execute(f"{ACCOUNT} WHERE {IS_AMONG}", (json.dumps(list(granted)),)).fetchall()
@@ -163,7 +163,7 @@ def endpoint_grants(connection: sqlite3.Connection, endpoint_id: str) -> list[En
     ]
 
 
-def put_level(connection: sqlite3.Connection, endpoint_id: str, principal_id: int, level: Level) -> None:
+def put_level(connection: Connection, endpoint_id: str, principal_id: int, level: Level) -> None:
     """Grants a level in place of the principal's older one, which keeps its place in the list."""
     before = _known(connection, endpoint_id)
     row_id = connection.execute(
@@ -174,7 +174,7 @@ def put_level(connection: sqlite3.Connection, endpoint_id: str, principal_id: in
     _authenticate(connection, replace(before, levels={**before.levels, principal_id: (row_id, int(level))}))
 
 
-def keep_levels(connection: sqlite3.Connection, endpoint_id: str, principal_ids: Collection[int]) -> None:
+def keep_levels(connection: Connection, endpoint_id: str, principal_ids: Collection[int]) -> None:
     """Takes away what is granted to all other principals."""
     before = _known(connection, endpoint_id)
     connection.execute(
@@ -186,7 +186,7 @@ def keep_levels(connection: sqlite3.Connection, endpoint_id: str, principal_ids:
     _authenticate(connection, replace(before, levels=kept))
 
 
-def take_away_everywhere(connection: sqlite3.Connection, principal_id: int) -> None:
+def take_away_everywhere(connection: Connection, principal_id: int) -> None:
     """Takes away what is granted to a principal on any endpoint. One that is damaged stays so, and nobody has it."""
     rows = connection.execute(
         "SELECT endpoint_id FROM endpoint_permissions WHERE principal_id = ?", (principal_id,)
@@ -196,7 +196,7 @@ def take_away_everywhere(connection: sqlite3.Connection, principal_id: int) -> N
             keep_levels(connection, row[0], _known(connection, row[0]).levels.keys() - {principal_id})
 
 
-def count_levels(connection: sqlite3.Connection, endpoint_id: str) -> int:
+def count_levels(connection: Connection, endpoint_id: str) -> int:
     """To how many principals something is granted on an endpoint."""
     return len(_known(connection, endpoint_id).levels)
 
@@ -204,7 +204,7 @@ def count_levels(connection: sqlite3.Connection, endpoint_id: str) -> int:
 # --- launches ---
 
 
-def launch_grants(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchGrant]:
+def launch_grants(connection: Connection, endpoint_id: str) -> list[LaunchGrant]:
     """Everything that may be launched for an endpoint with secrets."""
     found = _verified(connection, endpoint_id)
     return [
@@ -218,7 +218,7 @@ def launch_grants(connection: sqlite3.Connection, endpoint_id: str) -> list[Laun
     ]
 
 
-def put_launch_grant(connection: sqlite3.Connection, endpoint_id: str, grant: LaunchGrant) -> None:
+def put_launch_grant(connection: Connection, endpoint_id: str, grant: LaunchGrant) -> None:
     """Records what may be launched, in place of an older grant for the same."""
     before = _known(connection, endpoint_id)
     refs = json.dumps([[each.scope, each.key, each.scope_uuid.hex()] for each in grant.references])
@@ -231,17 +231,17 @@ def put_launch_grant(connection: sqlite3.Connection, endpoint_id: str, grant: La
     _authenticate(connection, replace(before, launches=launches))
 
 
-def drop_launch_grants(connection: sqlite3.Connection, endpoint_id: str, versions: Collection[int]) -> None:
+def drop_launch_grants(connection: Connection, endpoint_id: str, versions: Collection[int]) -> None:
     """Takes back what may be launched of some configurations."""
     _filter_launches(connection, endpoint_id, lambda version: version not in versions)
 
 
-def keep_launch_grants(connection: sqlite3.Connection, endpoint_id: str, versions: Collection[int]) -> None:
+def keep_launch_grants(connection: Connection, endpoint_id: str, versions: Collection[int]) -> None:
     """Takes back what may be launched of all other configurations."""
     _filter_launches(connection, endpoint_id, lambda version: version in versions)
 
 
-def _filter_launches(connection: sqlite3.Connection, endpoint_id: str, is_kept: Callable[[int], bool]) -> None:
+def _filter_launches(connection: Connection, endpoint_id: str, is_kept: Callable[[int], bool]) -> None:
     try:
         before = _verified(connection, endpoint_id)
     except RightsDamaged:  # nothing can be launched there, whatever is stored
@@ -261,7 +261,7 @@ def _filter_launches(connection: sqlite3.Connection, endpoint_id: str, is_kept: 
 # --- what those who enforce rights are told ---
 
 
-def access_table(connection: sqlite3.Connection) -> dict[str, dict[int, Level]]:
+def access_table(connection: Connection) -> dict[str, dict[int, Level]]:
     """What is granted on every endpoint that is not deleted, by principal id. One that is damaged is not there."""
     table: dict[str, dict[int, Level]] = {}
     for endpoint_id in live_endpoints(connection):
@@ -274,7 +274,7 @@ def _told(found: _GrantedEndpoint) -> dict[int, Level]:
     return {principal_id: Level(level) for principal_id, (_, level) in found.levels.items()}
 
 
-def take_access_changes(connection: sqlite3.Connection) -> AccessChange | None:
+def take_access_changes(connection: Connection) -> AccessChange | None:
     """What the transaction under way changed about who may do what; None when nothing."""
     rows = connection.execute("SELECT kind, id FROM access_changes").fetchall()
     if not rows:
@@ -301,7 +301,7 @@ _CHANGED = ("endpoint", "principal", "token")
 # --- all MACs anew ---
 
 
-def authenticate_endpoint(connection: sqlite3.Connection, row_id: int, *, believed: bool) -> None:
+def authenticate_endpoint(connection: Connection, row_id: int, *, believed: bool) -> None:
     """Makes the MAC of an endpoint anew, as `store.authenticate_scope` does that of a scope."""
     row = connection.execute(
         "SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints WHERE rowid = ?", (row_id,)
@@ -311,12 +311,12 @@ def authenticate_endpoint(connection: sqlite3.Connection, row_id: int, *, believ
         _authenticate(connection, found)
 
 
-def forget_access_changes(connection: sqlite3.Connection) -> None:
+def forget_access_changes(connection: Connection) -> None:
     """Tells those who enforce rights nothing of the transaction under way, which has changed none."""
     connection.execute("DELETE FROM access_changes")
 
 
-def damaged_rights(connection: sqlite3.Connection) -> list[tuple[str, str]]:
+def damaged_rights(connection: Connection) -> list[tuple[str, str]]:
     """The endpoints that do not fit their MACs: kind and id."""
     made = integrity.of(connection)
     rows = connection.execute("SELECT id, creator_id, is_inherited, is_deleted, mac FROM endpoints").fetchall()

@@ -8,7 +8,6 @@ launch, and the author of a change, who must have READ on what a change lets run
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +30,7 @@ from secrets_service.values import SecretValues
 from servicekit import audit
 from servicekit.context import Level, Principal
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class LaunchGrants:
             _check_digest(each.digest)
             _check_names(each.references)
 
-        def grant(connection: sqlite3.Connection) -> Outcome:
+        def grant(connection: Connection) -> Outcome:
             writer = callers.require_active(connection, author)
             endpoint = _granted_endpoint(connection, endpoint_id, author, is_new=is_new)
             creator = store.find_user(connection, endpoint.creator_id)
@@ -135,7 +135,7 @@ class LaunchGrants:
         if not 1 <= len(replica_id) <= names.LONGEST_TEXT:
             raise InvalidParameter(f"replica_id: 1 to {names.LONGEST_TEXT} characters.")
 
-        def resolve(connection: sqlite3.Connection) -> _Resolved:
+        def resolve(connection: Connection) -> _Resolved:
             endpoint = grant_store.find_endpoint(connection, endpoint_id)
             grant = _redeemed(connection, endpoint, version, digest, references)
             if endpoint is None or grant is None:
@@ -173,7 +173,7 @@ class LaunchGrants:
         for endpoint_id in (*deleted, *(each for each, _ in dropped)):
             permissions.endpoint_id(endpoint_id)
 
-        def settle(connection: sqlite3.Connection) -> tuple[None, int]:
+        def settle(connection: Connection) -> tuple[None, int]:
             for endpoint_id, versions in dropped:
                 grant_store.drop_launch_grants(connection, endpoint_id, versions)
             for endpoint_id in deleted:
@@ -188,7 +188,7 @@ class LaunchGrants:
             permissions.endpoint_id(each.id)
         named = {each.id for each in endpoints}
 
-        def reconcile(connection: sqlite3.Connection) -> tuple[tuple[int, int], int]:
+        def reconcile(connection: Connection) -> tuple[tuple[int, int], int]:
             live = grant_store.live_endpoints(connection)
             if not store.knows_older_endpoints(connection):
                 for each in endpoints:
@@ -206,7 +206,7 @@ class LaunchGrants:
 
     def _refused(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         wanted: Wanted,
         before: Sequence[LaunchGrant],
         *,
@@ -233,7 +233,7 @@ class LaunchGrants:
 
     def _opened(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         creator: User | None,
         grant: LaunchGrant,
         references: Sequence[Reference],
@@ -274,7 +274,7 @@ def _refuse(failures: Sequence[ReferenceFailure]) -> None:
     audit.refused(", ".join(f"{each.reference.scope}/{each.reference.key} {each.kind}" for each in failures))
 
 
-def _granted_endpoint(connection: sqlite3.Connection, endpoint_id: str, author: Principal, *, is_new: bool) -> Endpoint:
+def _granted_endpoint(connection: Connection, endpoint_id: str, author: Principal, *, is_new: bool) -> Endpoint:
     """The endpoint that a grant is for; raises as any change of it, and EndpointNotFound for an id of the past."""
     if not is_new:
         return permissions.permitted(connection, endpoint_id, author, Level.CAN_MANAGE)
@@ -284,14 +284,14 @@ def _granted_endpoint(connection: sqlite3.Connection, endpoint_id: str, author: 
     return mine
 
 
-def _make_known(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+def _make_known(connection: Connection, endpoint: Endpoint) -> None:
     """Records a new endpoint with its creator's permission; does nothing when that was done before."""
     if grant_store.find_endpoint(connection, endpoint.id) is None:
         grant_store.insert_endpoint(connection, endpoint)
         grant_store.put_level(connection, endpoint.id, endpoint.creator_id, Level.CAN_MANAGE)
 
 
-def _inherit(connection: sqlite3.Connection, existing: Existing) -> None:
+def _inherit(connection: Connection, existing: Existing) -> None:
     """Makes known an endpoint of the time before grants."""
     if not names.is_id(existing.creator_id) or grant_store.find_endpoint(connection, existing.id) is not None:
         return
@@ -302,7 +302,7 @@ def _inherit(connection: sqlite3.Connection, existing: Existing) -> None:
 
 
 def _redeemed(
-    connection: sqlite3.Connection,
+    connection: Connection,
     endpoint: Endpoint | None,
     version: int,
     digest: bytes,
@@ -322,7 +322,7 @@ def _redeemed(
     )
 
 
-def _current(connection: sqlite3.Connection, references: Sequence[Reference]) -> tuple[GrantedReference, ...]:
+def _current(connection: Connection, references: Sequence[Reference]) -> tuple[GrantedReference, ...]:
     """References with the scopes that have these names now."""
     found = []
     for folded in sorted({(each.folded.scope, each.folded.key) for each in references}):

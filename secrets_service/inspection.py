@@ -5,7 +5,6 @@ Nothing is changed, and no value leaves: each is opened and dropped.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from secrets_service.keyring import Keyring
 from secrets_service.rootsource import RootSource
 from servicekit import database
 from servicekit.errors import StartError
+from servicekit.storage import Connection
 
 
 async def keyring(path: Path, source: RootSource) -> Keyring:
@@ -45,7 +45,7 @@ async def keyring(path: Path, source: RootSource) -> Keyring:
 def faults(path: Path, opened: Keyring) -> list[str]:
     """What the service would refuse to use of a copy, one line each: rights that were changed, values that do not open.
 
-    Raises sqlite3.Error for a database that cannot be read.
+    Raises StorageError for a database that cannot be read.
     """
     with _equipped(path, opened) as connection:
         rights = [each for part in (store, directory_store, grant_store) for each in part.damaged_rights(connection)]
@@ -61,8 +61,8 @@ def faults(path: Path, opened: Keyring) -> list[str]:
 
 
 @contextmanager
-def _equipped(path: Path, opened: Keyring) -> Iterator[sqlite3.Connection]:
-    with database.looked_at(path, kind=integrity.Connection) as connection:
+def _equipped(path: Path, opened: Keyring) -> Iterator[Connection]:
+    with database.looked_at(path) as connection:
         integrity.equip(connection, Integrity(opened.rights_keys()))
         yield connection
 

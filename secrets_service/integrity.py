@@ -19,12 +19,12 @@ import hashlib
 import hmac
 import json
 import logging
-import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secrets_service.errors import RightsDamaged
 from secrets_service.model import SecretBytes
+from servicekit.storage import Connection
 
 log = logging.getLogger(__name__)
 
@@ -76,20 +76,13 @@ class Integrity:
         return FORMAT + version.to_bytes(_VERSION_LENGTH, "big") + digest
 
 
-class Connection(sqlite3.Connection):
-    """A connection that knows how rights are authenticated, once it was told."""
-
-    integrity: Integrity | None = None
-
-
-def equip(connection: sqlite3.Connection, integrity: Integrity) -> None:
+def equip(connection: Connection, integrity: Integrity) -> None:
     """Tells a connection."""
-    assert isinstance(connection, Connection)
-    connection.integrity = integrity
+    connection.equipment = integrity
 
 
-def of(connection: sqlite3.Connection) -> Integrity:
+def of(connection: Connection) -> Integrity:
     """How rights are authenticated on a connection that was told."""
-    found: Integrity | None = getattr(connection, "integrity", None)
+    found: Integrity | None = connection.equipment
     assert found is not None  # nothing is read or written before the keyring is open
     return found

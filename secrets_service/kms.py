@@ -17,7 +17,6 @@ import hmac
 import logging
 import os
 import secrets
-import sqlite3
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from secrets_service.model import SealedKeyring
 from secrets_service.rootkey import LENGTH, RootKey
 from servicekit import channels
 from servicekit.errors import ServiceError
+from servicekit.storage import StorageError
 from tessera.kms.v2 import kms_pb2 as pb
 from tessera.kms.v2 import kms_pb2_grpc as rpc
 
@@ -121,7 +121,7 @@ class KmsPlugin:
             try:
                 if await self._has_another_key():
                     await rotate()
-            except (ServiceError, sqlite3.Error) as error:
+            except (ServiceError, StorageError) as error:
                 cause = error.message if isinstance(error, ServiceError) else "the database failed"
                 log.log(logging.WARNING if self._answers else logging.DEBUG, "key source fails", extra={"cause": cause})
                 self._answers = not isinstance(error, KeySourceDown)

@@ -8,7 +8,6 @@ its transaction has ended, also when whoever asked for it is gone.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -16,8 +15,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from secrets_service import grant_store
 from secrets_service.feed import AccessFeed
 from secrets_service.model import AccessChange
-from servicekit.database import Database
 from servicekit.once import Answered, Answers
+from servicekit.storage import Connection, Storage
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +32,7 @@ class RememberingDatabase:
     everywhere.
     """
 
-    def __init__(self, database: Database, answers: Answers, feed: AccessFeed) -> None:
+    def __init__(self, database: Storage, answers: Answers, feed: AccessFeed) -> None:
         self._database = database
         self._answers = answers
         self._feed = feed
@@ -41,21 +40,17 @@ class RememberingDatabase:
         self._writes_under_way = 0
         self._changes = 0
 
-    async def read(
-        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """As `Database.read`."""
+    async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `Storage.read`."""
         return await self._database.read(function, *args, **kwargs)
 
-    async def write(
-        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """As `Database.write`, once; the transaction ends as it will even if the caller is cancelled."""
+    async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `Storage.write`, once; the transaction ends as it will even if the caller is cancelled."""
         result, revision = await self._writing(self._published(function, *args, **kwargs))
         await self._feed.followed(revision)
         return result
 
-    async def destroy(self, function: Callable[[sqlite3.Connection], tuple[T, int]]) -> T:
+    async def destroy(self, function: Callable[[Connection], tuple[T, int]]) -> T:
         """As `write`, for a function that returns its result and how many values it destroyed.
 
         If any, nothing is left of them in the database's files either.
@@ -63,7 +58,7 @@ class RememberingDatabase:
 
         destroyed = 0
 
-        def change(connection: sqlite3.Connection) -> T:
+        def change(connection: Connection) -> T:
             nonlocal destroyed
             result, destroyed = function(connection)
             return result
@@ -83,11 +78,11 @@ class RememberingDatabase:
         return result
 
     async def _published(
-        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
+        self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> tuple[T, int]:
         """What a transaction results in, and the revision of the feed that tells what it changed about rights."""
 
-        def changed(connection: sqlite3.Connection) -> tuple[T, AccessChange | None]:
+        def changed(connection: Connection) -> tuple[T, AccessChange | None]:
             result = self._answers.once(connection, function, *args, **kwargs)
             return result, grant_store.take_access_changes(connection)
 

@@ -7,7 +7,6 @@ and principals are named by id in it, so a principal that is made anew under an 
 from __future__ import annotations
 
 import re
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from secrets_service.model import Endpoint, EndpointGrant, Kind
 from servicekit.access import EndpointPermissionDenied
 from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 from servicekit.warnings import warn
 from tessera import policy
 
@@ -57,7 +57,7 @@ class EndpointPermissions:
     async def get(self, endpoint_id: str, *, caller: Principal) -> list[EndpointGrant]:
         """All that is granted on an endpoint directly."""
 
-        def find(connection: sqlite3.Connection) -> list[EndpointGrant]:
+        def find(connection: Connection) -> list[EndpointGrant]:
             endpoint = _permitted(connection, endpoint_id, caller)
             return grant_store.endpoint_grants(connection, endpoint.id)
 
@@ -82,7 +82,7 @@ class EndpointPermissions:
             names.folded_principal(names.principal_name(f"{each.at}.{each.field}", each.name)) for each in entries
         ]
 
-        def change(connection: sqlite3.Connection) -> list[EndpointGrant]:
+        def change(connection: Connection) -> list[EndpointGrant]:
             endpoint = _permitted(connection, endpoint_id, caller)
             levels: dict[int, Level] = {}
             for entry, name in zip(entries, folded, strict=True):
@@ -103,7 +103,7 @@ class EndpointPermissions:
         return await self._database.write(change)
 
 
-def permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principal, needed: Level) -> Endpoint:
+def permitted(connection: Connection, endpoint_id: str, caller: Principal, needed: Level) -> Endpoint:
     """The endpoint of that id, on which the caller has the level; raises EndpointNotFound, EndpointPermissionDenied."""
     user = callers.require_active(connection, caller)
     endpoint = grant_store.find_endpoint(connection, endpoint_id) if _ID.fullmatch(endpoint_id) else None
@@ -117,7 +117,7 @@ def permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principa
     return endpoint
 
 
-def _permitted(connection: sqlite3.Connection, endpoint_id: str, caller: Principal) -> Endpoint:
+def _permitted(connection: Connection, endpoint_id: str, caller: Principal) -> Endpoint:
     """As `permitted`, with the level that the policy asks for."""
     decision = current_decision(policy.ENDPOINT)
     endpoint = permitted(connection, endpoint_id, caller, Level[decision.row.level])
@@ -142,7 +142,7 @@ def _warn_if_abandoned(endpoint: Endpoint, granted: Sequence[EndpointGrant]) -> 
         )
 
 
-def _principal(connection: sqlite3.Connection, entry: Entry, folded: str) -> int:
+def _principal(connection: Connection, entry: Entry, folded: str) -> int:
     found = store.find_principal(connection, folded)
     if found is None or store.kind_of(connection, found) not in _KINDS[entry.field]:
         raise UnknownPrincipal(f"{entry.at}.{entry.field}", entry.name)

@@ -6,7 +6,6 @@ it; a token that is taken away is refused here at once.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from secrets_service.model import ManagedToken, NewToken, TokenInfo
 from secrets_service.throttle import Throttle
 from servicekit.context import Principal, current_decision
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 from tessera import policy
 
 DAY = 24 * 3600
@@ -46,7 +46,7 @@ class Tokens:
     async def create_token(self, *, comment: str, lifetime: int | None, caller: Principal) -> NewToken:
         """Makes a token for the caller; `lifetime` is in seconds."""
 
-        def owner(connection: sqlite3.Connection) -> int:
+        def owner(connection: Connection) -> int:
             return callers.require_active(connection, caller).id
 
         return await self._create(owner, comment=comment, lifetime=lifetime, caller=caller)
@@ -57,7 +57,7 @@ class Tokens:
         """Makes a token for another principal, on behalf of an admin."""
         folded = names.folded_principal(names.principal_name("application_id", application_id))
 
-        def owner(connection: sqlite3.Connection) -> int:
+        def owner(connection: Connection) -> int:
             callers.require_admin(connection, caller, "create tokens for others")
             user = store.find_user_named(connection, folded)
             if user is None:
@@ -73,7 +73,7 @@ class Tokens:
     async def update_token(self, *, token_id: str, comment: str, caller: Principal) -> TokenInfo:
         """Changes the comment of one of the caller's tokens."""
 
-        def update(connection: sqlite3.Connection) -> TokenInfo:
+        def update(connection: Connection) -> TokenInfo:
             return self._commented(connection, self._own(connection, token_id, caller), comment).info
 
         return await self._database.write(update)
@@ -87,7 +87,7 @@ class Tokens:
     ) -> list[ManagedToken]:
         """Everybody's tokens that are good, or those that one principal made: the newest, oldest first."""
 
-        def find(connection: sqlite3.Connection) -> list[ManagedToken]:
+        def find(connection: Connection) -> list[ManagedToken]:
             callers.require_admin(connection, caller, _OTHERS)
             creators = None if creator_id is None else {creator_id}
             if creator_name:
@@ -109,7 +109,7 @@ class Tokens:
     async def update_managed_token(self, *, token_id: str, comment: str, caller: Principal) -> ManagedToken:
         """Changes the comment of anybody's token."""
 
-        def update(connection: sqlite3.Connection) -> ManagedToken:
+        def update(connection: Connection) -> ManagedToken:
             return self._commented(connection, self._managed(connection, token_id, caller), comment)
 
         return await self._database.write(update)
@@ -120,7 +120,7 @@ class Tokens:
 
     async def _create(
         self,
-        find_owner: Callable[[sqlite3.Connection], int],
+        find_owner: Callable[[Connection], int],
         *,
         comment: str,
         lifetime: int | None,
@@ -135,7 +135,7 @@ class Tokens:
         created_ms = self._now_ms()
         info = TokenInfo(token.id, created_ms, created_ms + lifetime * 1000, comment)
 
-        def create(connection: sqlite3.Connection) -> NewToken:
+        def create(connection: Connection) -> NewToken:
             owner_id = find_owner(connection)
             self._throttle.admit(owner_id)
             store.delete_expired_tokens(connection, owner_id, now_ms=created_ms)
@@ -146,10 +146,10 @@ class Tokens:
 
         return await self._database.write(create)
 
-    async def _revoke(self, find: Callable[[sqlite3.Connection], ManagedToken]) -> None:
+    async def _revoke(self, find: Callable[[Connection], ManagedToken]) -> None:
         await self._database.write(lambda connection: store.delete_token(connection, find(connection).info.id))
 
-    def _own(self, connection: sqlite3.Connection, token_id: str, caller: Principal) -> ManagedToken:
+    def _own(self, connection: Connection, token_id: str, caller: Principal) -> ManagedToken:
         decision = current_decision(policy.OWNER)
         found = store.find_managed_token(connection, token_id, now_ms=self._now_ms())
         if found is None or found.owner_id != int(caller.id):
@@ -157,14 +157,14 @@ class Tokens:
         decision.allow()
         return found
 
-    def _managed(self, connection: sqlite3.Connection, token_id: str, caller: Principal) -> ManagedToken:
+    def _managed(self, connection: Connection, token_id: str, caller: Principal) -> ManagedToken:
         callers.require_admin(connection, caller, _OTHERS)
         found = store.find_managed_token(connection, token_id, now_ms=self._now_ms())
         if found is None:
             raise TokenNotFound(token_id[: names.LONGEST_TEXT])
         return found
 
-    def _commented(self, connection: sqlite3.Connection, token: ManagedToken, comment: str) -> ManagedToken:
+    def _commented(self, connection: Connection, token: ManagedToken, comment: str) -> ManagedToken:
         names.short_text("comment", comment)
         store.comment_token(connection, token.info.id, comment)
         return replace(token, info=replace(token.info, comment=comment))

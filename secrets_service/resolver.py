@@ -6,7 +6,6 @@ where those concerned may list the scope.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 
 from secrets_service import access, names, store
@@ -22,6 +21,7 @@ from secrets_service.model import (
     User,
 )
 from secrets_service.values import SecretValues
+from servicekit.storage import Connection
 
 
 class Failed(Exception):
@@ -39,7 +39,7 @@ class References:
         self._values = values
 
     def resolved(
-        self, connection: sqlite3.Connection, reference: Reference, *, readers: Sequence[User | None], told: User | None
+        self, connection: Connection, reference: Reference, *, readers: Sequence[User | None], told: User | None
     ) -> tuple[SealedSecret, SecretBytes] | None:
         """What a reference stands for, which every reader must be able to read; raises Failed.
 
@@ -52,7 +52,7 @@ class References:
             raise Failed(ReferenceFailure(reference, FailureKind.DAMAGED)) from None
 
     def _checked(
-        self, connection: sqlite3.Connection, reference: Reference, readers: Sequence[User | None], told: User | None
+        self, connection: Connection, reference: Reference, readers: Sequence[User | None], told: User | None
     ) -> tuple[SealedSecret, SecretBytes] | None:
         creator = readers[0]
         if creator is None or not creator.profile.is_active:
@@ -73,9 +73,7 @@ class References:
             return None
         return self._text(connection, scope, reference)
 
-    def _text(
-        self, connection: sqlite3.Connection, scope: Scope, reference: Reference
-    ) -> tuple[SealedSecret, SecretBytes]:
+    def _text(self, connection: Connection, scope: Scope, reference: Reference) -> tuple[SealedSecret, SecretBytes]:
         sealed = store.find_secret(connection, scope, names.folded(reference.key))
         if sealed is None:
             raise Failed(ReferenceFailure(reference, FailureKind.KEY_MISSING))
@@ -88,7 +86,7 @@ class References:
         return sealed, value
 
 
-def _may_read(connection: sqlite3.Connection, scope: Scope, user: User | None) -> bool:
+def _may_read(connection: Connection, scope: Scope, user: User | None) -> bool:
     if user is None:
         return False
     row = store.find_scope_and_standing(connection, names.folded(scope.name), user.id)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +30,7 @@ from secrets_service.memory import RememberingDatabase
 from secrets_service.model import KeyStatus, Scope, SealedSigningKey
 from secrets_service.rootkey import RootKey
 from servicekit.errors import ServiceError, StartError
+from servicekit.storage import Connection, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class KeyRotation:
         for scope in scopes:
             names.scope_name(scope)
 
-        def rotate(connection: sqlite3.Connection) -> int:
+        def rotate(connection: Connection) -> int:
             chosen = store.scopes(connection)
             if scopes:
                 known = {names.folded(each.name): each for each in chosen}
@@ -116,7 +116,7 @@ class KeyRotation:
                 if self._has_work.is_set():
                     self._has_work.clear()
                     await self._follow()
-            except (sqlite3.Error, ServiceError) as error:
+            except (StorageError, ServiceError) as error:
                 cause = error.message if isinstance(error, ServiceError) else "the database failed"
                 log.warning("not everything is under the newest keys yet", extra={"cause": cause})
                 await asyncio.sleep(RETRY_SECONDS)
@@ -126,7 +126,7 @@ class KeyRotation:
 
     # --- one transaction each ---
 
-    def _status(self, connection: sqlite3.Connection) -> KeyStatus:
+    def _status(self, connection: Connection) -> KeyStatus:
         sealed = store.find_keyring(connection)
         assert sealed is not None  # the service does not run without
         return KeyStatus(
@@ -191,7 +191,7 @@ class KeyRotation:
             await self._to_its_end(self._rotate_store())
         made_before_ms = self._now_ms() - self._ages.scope * _DAY_MS if self._ages.scope else -1
 
-        def renew(connection: sqlite3.Connection) -> int:
+        def renew(connection: Connection) -> int:
             due = rotation_store.due_scopes(connection, made_before_ms=made_before_ms, uses=MOST_USES)
             for scope in due:
                 rotation_store.add_scope_key(connection, self._base.keyring, scope, created_ms=self._now_ms())
@@ -243,12 +243,12 @@ class KeyRotation:
         return int(self._now() * 1000)
 
 
-def _dropped(connection: sqlite3.Connection, scope: Scope) -> tuple[int, int]:
+def _dropped(connection: Connection, scope: Scope) -> tuple[int, int]:
     count = rotation_store.drop_scope_keys(connection, scope)
     return count, count
 
 
-def _recorded(connection: sqlite3.Connection, root: RootKey, keyring: Keyring) -> None:
+def _recorded(connection: Connection, root: RootKey, keyring: Keyring) -> None:
     """Records a keyring that has a new key in use, with the signing keys under that one."""
     for signing_key in store.signing_keys(connection):
         place = places.signing_key(signing_key.key_id)

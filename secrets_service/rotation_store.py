@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from collections import Counter
 from collections.abc import Callable, Mapping
 
@@ -11,6 +10,7 @@ from secrets_service import directory_store, grant_store, places, store
 from secrets_service.cipher import VERSION_LENGTH, Damaged
 from secrets_service.keyring import Keyring
 from secrets_service.model import Scope, StoreKeyUse, WrappedKey
+from servicekit.storage import Connection
 
 PART = 50
 """Rows that one transaction seals or authenticates anew: some milliseconds, so that nobody's change waits long."""
@@ -24,14 +24,14 @@ BEGINNING: Place = (-1, -1)
 # --- scope keys ---
 
 
-def add_scope_key(connection: sqlite3.Connection, keyring: Keyring, scope: Scope, *, created_ms: int) -> None:
+def add_scope_key(connection: Connection, keyring: Keyring, scope: Scope, *, created_ms: int) -> None:
     """Gives a scope a new key, under which values are sealed from now on."""
     newest = connection.execute("SELECT max(version) FROM scope_keys WHERE scope_id = ?", (scope.id,)).fetchone()[0]
     key = keyring.new_scope_key(scope.uuid, (newest or 0) + 1)
     store.insert_scope_key(connection, scope, key, created_ms=created_ms)
 
 
-def due_scopes(connection: sqlite3.Connection, *, made_before_ms: int, uses: int) -> list[Scope]:
+def due_scopes(connection: Connection, *, made_before_ms: int, uses: int) -> list[Scope]:
     """Scopes whose newest key was made before a time, or has sealed so many values; PART of them at the most."""
     rows = connection.execute(
         "SELECT s.id, s.uuid, s.name FROM scopes s JOIN scope_keys k ON k.scope_id = s.id"
@@ -43,7 +43,7 @@ def due_scopes(connection: sqlite3.Connection, *, made_before_ms: int, uses: int
     return [Scope(*row) for row in rows]
 
 
-def rewrap_scope_keys(connection: sqlite3.Connection, keyring: Keyring, after: Place) -> Place | None:
+def rewrap_scope_keys(connection: Connection, keyring: Keyring, after: Place) -> Place | None:
     """Seals some keys of scopes under the store key that is in use: where to go on, None at the end.
 
     What is damaged stays as it is.
@@ -68,7 +68,7 @@ def _stated(version: int) -> bytes:
     return version.to_bytes(VERSION_LENGTH, "big")
 
 
-def scopes_with_older_keys(connection: sqlite3.Connection) -> list[Scope]:
+def scopes_with_older_keys(connection: Connection) -> list[Scope]:
     """The scopes that have more than the one key that values are sealed under now."""
     rows = connection.execute(
         "SELECT id, uuid, name FROM scopes WHERE id IN"
@@ -82,7 +82,7 @@ _VALUES = "SELECT v.rowid, v.key_id, v.version, k.folded FROM keys k JOIN versio
 _IS_BEHIND = "v.key_version < (SELECT max(version) FROM scope_keys WHERE scope_id = k.scope_id)"
 
 
-def reseal_values(connection: sqlite3.Connection, keyring: Keyring, scope: Scope, after: int) -> tuple[int | None, int]:
+def reseal_values(connection: Connection, keyring: Keyring, scope: Scope, after: int) -> tuple[int | None, int]:
     """Seals some values of a scope under its newest key: where to go on, None at the end, and how many it were.
 
     What is damaged stays as it is.
@@ -100,7 +100,7 @@ def reseal_values(connection: sqlite3.Connection, keyring: Keyring, scope: Scope
 
 
 def _reseal_value(
-    connection: sqlite3.Connection, keyring: Keyring, scope: Scope, key_id: int, folded: str, version: int
+    connection: Connection, keyring: Keyring, scope: Scope, key_id: int, folded: str, version: int
 ) -> None:
     sealed, newest = store.sealed_version(connection, key_id, version), store.newest_scope_key(connection, scope)
     if sealed is None or newest is None:
@@ -111,7 +111,7 @@ def _reseal_value(
     store.replace_record(connection, key_id, version, record, key_version=newest.version)
 
 
-def drop_scope_keys(connection: sqlite3.Connection, scope: Scope) -> int:
+def drop_scope_keys(connection: Connection, scope: Scope) -> int:
     """Destroys the older keys of a scope that nothing is sealed under any more; how many."""
     return connection.execute(
         "DELETE FROM scope_keys WHERE scope_id = ?1"
@@ -147,7 +147,7 @@ KINDS = tuple(_ROWS)
 """Tables of objects that have a MAC."""
 
 
-def authenticate_all(connection: sqlite3.Connection) -> None:
+def authenticate_all(connection: Connection) -> None:
     """Makes the MACs of all rights of what is stored, whatever that is."""
     for kind, authenticate in _AUTHENTICATE.items():
         for row_id, _ in connection.execute(_ROWS[kind]).fetchall():
@@ -155,7 +155,7 @@ def authenticate_all(connection: sqlite3.Connection) -> None:
     grant_store.forget_access_changes(connection)
 
 
-def renew_macs(connection: sqlite3.Connection, kind: str, version: int, after: Place) -> Place | None:
+def renew_macs(connection: Connection, kind: str, version: int, after: Place) -> Place | None:
     """Makes some MACs of a kind anew, under the store key that is in use, of that version: where to go on, None at the
     end. What is damaged stays as it is."""
     behind = connection.execute(
@@ -170,7 +170,7 @@ def renew_macs(connection: sqlite3.Connection, kind: str, version: int, after: P
 # --- what there is ---
 
 
-def damaged_values(connection: sqlite3.Connection, keyring: Keyring) -> list[tuple[str, str]]:
+def damaged_values(connection: Connection, keyring: Keyring) -> list[tuple[str, str]]:
     """The secrets of which a kept version does not open: scope and key."""
     found: dict[tuple[str, str], None] = {}
     for scope in store.scopes(connection):
@@ -187,7 +187,7 @@ def damaged_values(connection: sqlite3.Connection, keyring: Keyring) -> list[tup
     return list(found)
 
 
-def count_behind(connection: sqlite3.Connection) -> int:
+def count_behind(connection: Connection) -> int:
     """How many values are not sealed under the newest key of their scope."""
     return sum(
         len(connection.execute(f"{_VALUES} WHERE k.scope_id = ? AND {_IS_BEHIND}", (scope.id,)).fetchall())
@@ -195,7 +195,7 @@ def count_behind(connection: sqlite3.Connection) -> int:
     )
 
 
-def oldest_scope_key(connection: sqlite3.Connection) -> int:
+def oldest_scope_key(connection: Connection) -> int:
     """When the oldest of the keys was made that values are sealed under now; 0 without scopes."""
     row = connection.execute(
         "SELECT coalesce(min(made), 0) FROM (SELECT max(created_ms) AS made FROM scope_keys GROUP BY scope_id)"
@@ -203,7 +203,7 @@ def oldest_scope_key(connection: sqlite3.Connection) -> int:
     return int(row[0])
 
 
-def store_key_uses(connection: sqlite3.Connection, keyring: Keyring) -> list[StoreKeyUse]:
+def store_key_uses(connection: Connection, keyring: Keyring) -> list[StoreKeyUse]:
     """The store keys, oldest first, and what is under them."""
     wrapped = dict(
         connection.execute("SELECT substr(record, 2, ?), count(*) FROM scope_keys GROUP BY 1", (VERSION_LENGTH,))

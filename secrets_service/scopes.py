@@ -7,7 +7,6 @@ policy says. Check and act are one transaction.
 
 from __future__ import annotations
 
-import sqlite3
 import uuid
 
 from secrets_service import access, callers, names, store
@@ -30,6 +29,7 @@ from secrets_service.values import SecretValues
 from servicekit import audit
 from servicekit.context import ADMINS, Principal, current_decision
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 from servicekit.warnings import warn
 from tessera import policy
 
@@ -56,7 +56,7 @@ class SecretScopes:
         if initial_manage_principal not in ("", USERS):
             raise InvalidParameter("initial_manage_principal: only users is possible, or leave it out.")
 
-        def create(connection: sqlite3.Connection) -> None:
+        def create(connection: Connection) -> None:
             callers.require_active(connection, caller)
             folded = names.folded(scope)
             if found := store.find_scope(connection, folded):
@@ -79,7 +79,7 @@ class SecretScopes:
         """Deletes a scope with all that is in it, values that replicas hold included."""
         names.scope_name(scope)
 
-        def delete(connection: sqlite3.Connection) -> tuple[None, int]:
+        def delete(connection: Connection) -> tuple[None, int]:
             return None, store.delete_scope(connection, permitted(connection, scope, caller))
 
         await self._database.destroy(delete)
@@ -98,7 +98,7 @@ class SecretScopes:
         if if_version is not None and if_version < 0:
             raise InvalidParameter("if_version: a version, or 0 for a key that must not exist.")
 
-        def put(connection: sqlite3.Connection) -> tuple[None, int]:
+        def put(connection: Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
@@ -125,7 +125,7 @@ class SecretScopes:
         names.scope_name(scope)
         names.key_name(key)
 
-        def delete(connection: sqlite3.Connection) -> tuple[None, int]:
+        def delete(connection: Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             if known is None or not known.current:
@@ -138,7 +138,7 @@ class SecretScopes:
         """The keys of a scope."""
         names.scope_name(scope)
 
-        def find(connection: sqlite3.Connection) -> list[SecretInfo]:
+        def find(connection: Connection) -> list[SecretInfo]:
             return store.secrets(connection, permitted(connection, scope, caller))
 
         return await self._database.read(find)
@@ -189,7 +189,7 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def put(connection: sqlite3.Connection) -> None:
+        def put(connection: Connection) -> None:
             found = permitted(connection, scope, caller)
             principal_id = store.find_principal(connection, folded)
             if principal_id is None:
@@ -207,7 +207,7 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def find(connection: sqlite3.Connection) -> Grant:
+        def find(connection: Connection) -> Grant:
             found = permitted(connection, scope, caller)
             grant = store.find_grant(connection, found, folded)
             if grant is None:
@@ -220,7 +220,7 @@ class SecretScopes:
         """All that is granted on a scope."""
         names.scope_name(scope)
 
-        def find(connection: sqlite3.Connection) -> list[Grant]:
+        def find(connection: Connection) -> list[Grant]:
             return store.grants(connection, permitted(connection, scope, caller))
 
         return await self._database.read(find)
@@ -230,7 +230,7 @@ class SecretScopes:
         names.scope_name(scope)
         folded = names.folded_principal(names.principal_name("principal", principal))
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: Connection) -> None:
             found = permitted(connection, scope, caller)
             before = store.find_grant(connection, found, folded)
             if before is None:
@@ -241,7 +241,7 @@ class SecretScopes:
         await self._database.write(delete)
 
 
-def permitted(connection: sqlite3.Connection, scope: str, caller: Principal) -> Scope:
+def permitted(connection: Connection, scope: str, caller: Principal) -> Scope:
     """The scope of that name, in which the caller has the permission that the policy asks for.
 
     Raises ScopeNotFound and ScopePermissionDenied. Groups are read from the database, not from the caller's assertion,
@@ -263,7 +263,7 @@ def _require(standing: Standing, scope: Scope, caller: Principal) -> None:
     decision.allow()
 
 
-def _warn_if_abandoned(connection: sqlite3.Connection, scope: Scope, before: Grant | None) -> None:
+def _warn_if_abandoned(connection: Connection, scope: Scope, before: Grant | None) -> None:
     """Warns when the permission that was `before` was the scope's last MANAGE."""
     if before is None or before.permission is not Permission.MANAGE:
         return
@@ -277,7 +277,7 @@ def _warn_if_abandoned(connection: sqlite3.Connection, scope: Scope, before: Gra
 
 
 def _find_readable(
-    connection: sqlite3.Connection, scope: str, key: str, principal_id: int
+    connection: Connection, scope: str, key: str, principal_id: int
 ) -> tuple[Scope, Standing, SealedSecret | None] | None:
     """The scope of that name, how a principal stands in it and, for those who may read there, the secret under a key.
 

@@ -10,7 +10,6 @@ caller's permission was checked.
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import Callable, Iterable
 
 from secrets_service import names, places, store
@@ -18,6 +17,7 @@ from secrets_service.cipher import Damaged
 from secrets_service.errors import ScopeDamaged, SecretDamaged
 from secrets_service.keyring import Keyring
 from secrets_service.model import Key, Scope, SealedSecret, SecretBytes
+from servicekit.storage import Connection
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ class SecretValues:
         self._keep = keep
         self._now = now
 
-    def prepare(self, connection: sqlite3.Connection, scope: Scope) -> None:
+    def prepare(self, connection: Connection, scope: Scope) -> None:
         """Gives a new scope the key under which its values are sealed."""
         key = self._keyring.new_scope_key(scope.uuid, 1)
         store.insert_scope_key(connection, scope, key, created_ms=self._now_ms())
 
-    def add(self, connection: sqlite3.Connection, scope: Scope, key: str, value: SecretBytes) -> tuple[int, int]:
+    def add(self, connection: Connection, scope: Scope, key: str, value: SecretBytes) -> tuple[int, int]:
         """Makes a new version; its number, and how many older ones were destroyed."""
         folded = names.folded(key)
         key_id, version = store.next_version(connection, scope, key, folded=folded)
@@ -61,17 +61,17 @@ class SecretValues:
             log.error("stored secret is damaged", extra={"scope": scope.name, "key": sealed.key})
             raise SecretDamaged(scope.name, sealed.key) from None
 
-    def delete(self, connection: sqlite3.Connection, key: Key) -> int:
+    def delete(self, connection: Connection, key: Key) -> int:
         """Deletes a key and destroys its values, except those that are held; how many were destroyed."""
         store.delete_key(connection, key)
         return store.drop_versions(connection, key.id, keep=self._keep)
 
-    def purge(self, connection: sqlite3.Connection, key: Key) -> int:
+    def purge(self, connection: Connection, key: Key) -> int:
         """Deletes a key and destroys its values, held or not; how many were destroyed."""
         store.delete_key(connection, key)
         return store.drop_all_versions(connection, key)
 
-    def release(self, connection: sqlite3.Connection, replica_ids: Iterable[str]) -> int:
+    def release(self, connection: Connection, replica_ids: Iterable[str]) -> int:
         """Ends what replicas hold; how many values were destroyed with it."""
         concerned = store.release(connection, replica_ids)
         return sum(store.drop_versions(connection, key_id, keep=self._keep) for key_id in concerned)

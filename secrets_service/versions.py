@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-
 from secrets_service import names, store
 from secrets_service.errors import SecretNotFound, VersionNotFound
 from secrets_service.memory import RememberingDatabase
@@ -12,6 +10,7 @@ from secrets_service.scopes import permitted
 from secrets_service.values import SecretValues
 from servicekit import audit
 from servicekit.context import Principal
+from servicekit.storage import Connection
 
 
 class SecretVersions:
@@ -26,7 +25,7 @@ class SecretVersions:
         names.scope_name(scope)
         folded = names.folded(names.key_name(key))
 
-        def find(connection: sqlite3.Connection) -> tuple[str, list[VersionInfo]]:
+        def find(connection: Connection) -> tuple[str, list[VersionInfo]]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             versions = store.versions(connection, known) if known else []
@@ -41,7 +40,7 @@ class SecretVersions:
         names.scope_name(scope)
         folded = names.folded(names.key_name(key))
 
-        def restore(connection: sqlite3.Connection) -> tuple[int, int]:
+        def restore(connection: Connection) -> tuple[int, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             if known is None or not known.current:
@@ -62,7 +61,7 @@ class SecretVersions:
         names.scope_name(scope)
         folded = names.folded(names.key_name(key))
 
-        def purge(connection: sqlite3.Connection) -> tuple[None, int]:
+        def purge(connection: Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, folded)
             destroyed = self._values.purge(connection, known) if known else 0

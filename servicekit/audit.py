@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -28,10 +27,10 @@ from google.protobuf.message import Message
 from servicekit import audit_store
 from servicekit.audit_records import AuditKey, Head, line
 from servicekit.context import Principal
-from servicekit.database import Database
 from servicekit.errors import Unavailable
 from servicekit.metrics import ServiceMetrics
 from servicekit.policy import Row
+from servicekit.storage import Connection, Storage, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +165,7 @@ class Trail:
     """The audit trail of one database. `now` tells Unix seconds; without a `key`, `open` brings it later."""
 
     def __init__(
-        self, service: str, database: Database, key: AuditKey | None, *, now: Callable[[], float] = time.time
+        self, service: str, database: Storage, key: AuditKey | None, *, now: Callable[[], float] = time.time
     ) -> None:
         self.service = service
         self.key = key
@@ -231,7 +230,7 @@ class Trail:
         for cause in self._problems.values():
             raise AuditUnavailable(cause)
 
-    def append(self, connection: sqlite3.Connection) -> None:
+    def append(self, connection: Connection) -> None:
         """Records the call that is being served, within the transaction of its change."""
         entry = _current.get()
         if entry is None or entry.is_appended:
@@ -297,12 +296,12 @@ class Trail:
 
     async def publish(self) -> None:
         """Records what was counted, and tells the head of the chain."""
-        with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(StorageError):
             if self.key is not None and self._counts and not self._problems:
                 counts, self._counts = self._counts, Counter()
                 try:
                     await self.event("audit/counted", counts=_counted(counts))
-                except sqlite3.Error:
+                except StorageError:
                     self._counts += counts
                     raise
             self.head = await self._database.read(audit_store.head)
@@ -329,7 +328,7 @@ class Trail:
         metrics.watch("tessera_audit_backlog", "Audit records that wait to be taken over.", lambda: self.backlog)
         metrics.watch("tessera_audit_failing", "Whether secrets and changes are refused for it.", self.is_failing)
 
-    def _append(self, connection: sqlite3.Connection, entries: Iterable[dict[str, Any]]) -> None:
+    def _append(self, connection: Connection, entries: Iterable[dict[str, Any]]) -> None:
         if self.key is None:
             raise AuditUnavailable(NO_KEY)
         before = head = audit_store.head(connection)

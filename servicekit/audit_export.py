@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -24,7 +23,7 @@ from servicekit.audit import Trail
 from servicekit.audit_files import Diverged, FileSink, first_of
 from servicekit.audit_forward import Forwarder
 from servicekit.audit_records import EXPIRED
-from servicekit.database import Database
+from servicekit.storage import Connection, Storage, StorageError
 
 LOOK_SECONDS = 0.5
 """How often the database is looked at."""
@@ -42,7 +41,7 @@ class Exporter:
     def __init__(
         self,
         trail: Trail,
-        database: Database,
+        database: Storage,
         sink: FileSink,
         forwarder: Forwarder | None = None,
         *,
@@ -91,7 +90,7 @@ class Exporter:
             self._trail.fails(audit.SINK, f"its files cannot be written: {error.strerror}")
         except Diverged as error:
             self._trail.fails(audit.SINK, f"its files cannot be continued, and have to be moved away: {error}")
-        except sqlite3.Error:
+        except StorageError:
             self._trail.fails(audit.SINK, "its database cannot be used")
         else:
             self._trail.works(audit.SINK)
@@ -112,16 +111,16 @@ class Exporter:
                 await self._database.write(self._is_forwarded, at)
         except OSError as error:
             self._trail.fails(audit.FORWARD, f"nobody takes its records over: {error.strerror or 'no answer'}")
-        except sqlite3.Error:
+        except StorageError:
             self._trail.fails(audit.FORWARD, "its database cannot be used")
         else:
             self._trail.works(audit.FORWARD)
 
-    def _is_exported(self, connection: sqlite3.Connection, seq: int) -> None:
+    def _is_exported(self, connection: Connection, seq: int) -> None:
         audit_store.is_exported(connection, seq)
         audit_store.drop(connection, self._done(audit_store.progress(connection)))
 
-    def _is_forwarded(self, connection: sqlite3.Connection, seq: int) -> None:
+    def _is_forwarded(self, connection: Connection, seq: int) -> None:
         audit_store.is_forwarded(connection, seq)
         audit_store.drop(connection, self._done(audit_store.progress(connection)))
 
@@ -130,7 +129,7 @@ class Exporter:
         return progress.exported if self._forwarder is None else min(progress.exported, progress.forwarded)
 
     async def _look(self) -> None:
-        with contextlib.suppress(sqlite3.Error):  # whoever uses it next says so
+        with contextlib.suppress(StorageError):  # whoever uses it next says so
             self._trail.backlog = await self._database.read(audit_store.waiting)
         if self._trail.backlog >= self._most_unexported:
             self._trail.fails(audit.BACKLOG, "too many records wait to be taken over")

@@ -24,19 +24,19 @@ taken over by whoever gets them besides; what is needed for neither is no longer
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from servicekit.audit_records import Head
+from servicekit.storage import Connection
 
 
-def head(connection: sqlite3.Connection) -> Head:
+def head(connection: Connection) -> Head:
     """The end of the chain."""
     return Head(*connection.execute("SELECT seq, mac FROM audit_state").fetchone())
 
 
-def append(connection: sqlite3.Connection, lines: Sequence[str], before: Head, after: Head) -> None:
+def append(connection: Connection, lines: Sequence[str], before: Head, after: Head) -> None:
     """Adds the records between two heads."""
     # As one statement: each lets go of the interpreter's lock, and waits for it longer than it works.
     connection.execute(
@@ -55,18 +55,18 @@ class Progress:
     forwarded: int
 
 
-def progress(connection: sqlite3.Connection) -> Progress:
+def progress(connection: Connection) -> Progress:
     """How far the log and its copies are."""
     return Progress(*connection.execute("SELECT seq, exported, forwarded FROM audit_state").fetchone())
 
 
-def after(connection: sqlite3.Connection, seq: int, count: int) -> list[tuple[int, str]]:
+def after(connection: Connection, seq: int, count: int) -> list[tuple[int, str]]:
     """The oldest records behind one that are here, with their numbers."""
     found = connection.execute("SELECT seq, line FROM audit_records WHERE seq > ? ORDER BY seq LIMIT ?", (seq, count))
     return found.fetchall()
 
 
-def waiting(connection: sqlite3.Connection) -> int:
+def waiting(connection: Connection) -> int:
     """How many records are here."""
     # Each is found at an end of the index, without counting.
     ((count,),) = connection.execute(
@@ -75,16 +75,16 @@ def waiting(connection: sqlite3.Connection) -> int:
     return int(count)
 
 
-def is_exported(connection: sqlite3.Connection, seq: int) -> None:
+def is_exported(connection: Connection, seq: int) -> None:
     """Records that the files have all records up to one."""
     connection.execute("UPDATE audit_state SET exported = max(exported, ?)", (seq,))
 
 
-def is_forwarded(connection: sqlite3.Connection, seq: int) -> None:
+def is_forwarded(connection: Connection, seq: int) -> None:
     """Records that all records up to one were taken over."""
     connection.execute("UPDATE audit_state SET forwarded = max(forwarded, ?)", (seq,))
 
 
-def drop(connection: sqlite3.Connection, seq: int) -> None:
+def drop(connection: Connection, seq: int) -> None:
     """Drops the records up to one."""
     connection.execute("DELETE FROM audit_records WHERE seq <= ?", (seq,))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from servicekit import audit_store
 from servicekit.audit_files import FileSink, first_of
-from servicekit.database import Database
+from servicekit.storage import Storage
 
 MOST_RECORDS = 1_000
 MOST_BYTES = 512 * 1024
@@ -21,7 +21,7 @@ Record = tuple[int, str]
 class AuditTail:
     """The log of one service."""
 
-    def __init__(self, database: Database, sink: FileSink) -> None:
+    def __init__(self, database: Storage, sink: FileSink) -> None:
         self._database = database
         self._sink = sink
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import sqlite3
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from servicekit.audit_export import Exporter
-from servicekit.database import Database
 from servicekit.errors import BadRequest, Conflict, DeadlineExceeded
+from servicekit.storage import Storage, StorageError
 from tessera.backups.v1 import backups_pb2 as pb
 from tessera.backups.v1 import backups_pb2_grpc as rpc
 
@@ -66,10 +65,10 @@ Take = Callable[[Path], AbstractAsyncContextManager[Copy]]
 """Copies into an empty folder; the context is left when the caller has what else belongs to the same moment."""
 
 
-async def with_audit_log(database: Database, exporter: Exporter, copy: Path) -> dict[str, Copied]:
+async def with_audit_log(database: Storage, exporter: Exporter, copy: Path) -> dict[str, Copied]:
     """Copies a database, and the files of its audit log as they are at the same moment.
 
-    Raises sqlite3.Error and OSError.
+    Raises StorageError and OSError.
     """
     async with exporter.paused() as files:
         await database.copy(copy)
@@ -107,7 +106,7 @@ class BackupsServicer(rpc.BackupsServicer):
                 folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._directory))
                 held = await stack.enter_async_context(AsyncExitStack())
                 copy = await held.enter_async_context(self._take(Path(folder)))
-            except (OSError, sqlite3.Error) as error:
+            except (OSError, StorageError) as error:
                 raise BadRequest(f"No copy can be made: {_cause(error)}.") from None
             files = [pb.CopiedFile(name=name, size=copied.size) for name, copied in copy.files.items()]
             yield pb.CopyResponse(snapshot=pb.Snapshot(files=files, facts=copy.facts))
@@ -153,5 +152,5 @@ async def _read(copied: Copied) -> AsyncIterator[bytes]:
             yield part
 
 
-def _cause(error: OSError | sqlite3.Error) -> str:
+def _cause(error: OSError | StorageError) -> str:
     return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__

@@ -1,6 +1,6 @@
-"""The door to SQLite: one connection writes, a few read, and a transaction is one function.
+"""The door to SQLite, and the storage of `servicekit.storage`: one connection writes, a few read.
 
-A transaction is handed over as a function of a plain connection and runs whole in the connection's own thread: one hop
+A transaction is handed over as a function of a connection and runs whole in the connection's own thread: one hop
 instead of three (measured: 2.3 to 7 times the throughput), and it begins and ends in one place. `synchronous=FULL`:
 what was acknowledged is on stable storage. Only the writer checkpoints; readers cannot write, which also keeps clear of
 the WAL-reset bug of SQLite before 3.51.3.
@@ -8,6 +8,8 @@ the WAL-reset bug of SQLite before 3.51.3.
 A sync that fails is final: the process ends, without an answer and without another sync. After such a failure the
 system may forget what it could not write and call the next sync a success; only a new start, which reads what is there
 and writes all of it anew, knows what is stored.
+
+One process has a database, by a lock on a file beside it; a second is refused.
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import aiosqlite
 
 from servicekit.durable import sync_directory
-from servicekit.errors import DataLoss, StartError, Unavailable
+from servicekit.errors import StartError
+from servicekit.storage import Connection, ConstraintBroken, StorageDamaged, StorageError, StorageFailed
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +49,14 @@ MADE_DIRECTORIES = 3
 STATUS_NOT_SYNCED = 3
 """How a process ends that does not know any more what is on stable storage."""
 
-RETRY_AFTER_SECONDS = 5
-"""When it is worth while to try again what the storage could not do."""
-
 _SYNC_FAILED = frozenset({sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC})
 _PRIMARY = 0xFF
 """What is left of an error's code without the details."""
+
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+
+Functions = Mapping[str, Callable[[str], str]]
+"""Functions of a text that statements may call, by name."""
 
 LEAST_FREE = 1 << 20
 """Bytes of free disk below which a change cannot be counted on: what one may add to the log."""
@@ -70,18 +75,14 @@ class DatabaseError(StartError):
     """The database cannot be opened; the message says why and what to do."""
 
 
-class StorageFailed(Unavailable, sqlite3.OperationalError):
-    """A transaction was not done because its storage is full or fails; nothing of it is stored.
+class SqliteConnection(sqlite3.Connection):
+    """A `Connection`: the driver's own, which functions of a store get as it is."""
 
-    For callers a 503 like others, and for who looks after its own work an error of the database like others.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, retry_after=RETRY_AFTER_SECONDS)
+    equipment: Any = None
 
 
 class Database:
-    """An open database. Functions given to `read` and `write` run in the thread of a connection: no awaiting there."""
+    """A `Storage` in one file. Functions run in the thread of a connection."""
 
     def __init__(
         self, path: Path, writer: aiosqlite.Connection, readers: list[aiosqlite.Connection], existed: bool
@@ -95,28 +96,17 @@ class Database:
         self.existed = existed
         """Whether there was a database before this process opened it."""
 
-    async def read(
-        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Runs a function that only reads, and returns its result. All its statements see one state of the database.
-
-        Raises StorageFailed when the storage cannot be read.
-        """
+    async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `Storage.read`."""
         self._next = (self._next + 1) % len(self._readers)
         return await _hop(self._readers[self._next], _transaction, "BEGIN", function, *args, **kwargs)
 
-    async def write(
-        self, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Runs a function as one transaction: all of it is on stable storage afterwards, or none when it raises.
-
-        Raises StorageFailed when there is no room for it, or the storage fails otherwise; the process ends when that
-        is in syncing.
-        """
+    async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `Storage.write`; the process ends when syncing fails."""
         return await _hop(self._writer, _write, self._log, function, *args, **kwargs)
 
-    async def equip(self, function: Callable[[sqlite3.Connection], None]) -> None:
-        """Runs a function once on each connection: for what a connection has to know besides its database."""
+    async def equip(self, function: Callable[[Connection], None]) -> None:
+        """As `Storage.equip`."""
         for connection in (self._writer, *self._readers):
             await _hop(connection, function)
 
@@ -128,7 +118,7 @@ class Database:
         """
         try:
             is_done = await _hop(self._writer, _emptied)
-        except sqlite3.Error:  # what was deleted stays deleted, so nobody is told that it was not
+        except StorageError:  # what was deleted stays deleted, so nobody is told that it was not
             is_done = False
         if not is_done:
             log.warning("deleted content stays in the database's log for a while")
@@ -136,7 +126,7 @@ class Database:
     async def copy(self, to: Path) -> None:
         """Copies the database, as it is at one moment, into a new file; whoever writes meanwhile need not wait.
 
-        What was deleted meanwhile may stay in the log that much longer. Raises sqlite3.Error and OSError.
+        What was deleted meanwhile may stay in the log that much longer. Raises StorageError and OSError.
         """
         await asyncio.to_thread(copied, self._path, to)
 
@@ -162,9 +152,9 @@ def _emptied(connection: sqlite3.Connection) -> bool:
 
 
 def _write(
-    connection: sqlite3.Connection,
+    connection: SqliteConnection,
     log_file: Path,
-    function: Callable[Concatenate[sqlite3.Connection, P], T],
+    function: Callable[Concatenate[Connection, P], T],
     /,
     *args: P.args,
     **kwargs: P.kwargs,
@@ -181,9 +171,9 @@ def _write(
 
 
 def _transaction(
-    connection: sqlite3.Connection,
+    connection: SqliteConnection,
     begin: str,
-    function: Callable[Concatenate[sqlite3.Connection, P], T],
+    function: Callable[Concatenate[Connection, P], T],
     /,
     *args: P.args,
     **kwargs: P.kwargs,
@@ -197,15 +187,13 @@ def _transaction(
             _end_if_not_synced(error)
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        if isinstance(error, sqlite3.OperationalError):
-            _refuse(error)
         raise
     return result
 
 
 def _guarded(
-    function: Callable[Concatenate[sqlite3.Connection, P], T],
-    connection: sqlite3.Connection,
+    function: Callable[Concatenate[SqliteConnection, P], T],
+    connection: SqliteConnection,
     /,
     *args: P.args,
     **kwargs: P.kwargs,
@@ -214,7 +202,7 @@ def _guarded(
         return function(connection, *args, **kwargs)
     except sqlite3.Error as error:
         _end_if_not_synced(error)
-        raise
+        raise _ours(error) from error
 
 
 def _end_if_not_synced(error: sqlite3.Error) -> None:
@@ -224,18 +212,21 @@ def _end_if_not_synced(error: sqlite3.Error) -> None:
         os._exit(STATUS_NOT_SYNCED)
 
 
-def _refuse(error: sqlite3.OperationalError) -> None:
-    """Raises what callers are told of a fault of the storage; nothing when it is another one."""
+def _ours(error: sqlite3.Error) -> StorageError:
+    """What an error is to everybody else."""
     code = _code_of(error) & _PRIMARY
     if code == sqlite3.SQLITE_FULL:
         log.error("no room left for the database")
-        raise StorageFailed("The service has no room left to store changes. Tell its operator.") from None
+        return StorageFailed("The service has no room left to store changes. Tell its operator.")
     if code == sqlite3.SQLITE_IOERR:
         log.error("the database's storage fails", extra={"code": error.sqlite_errorname})
-        raise StorageFailed("The service's storage fails just now. Try again in a moment.") from None
-    if "decode to UTF-8" in str(error):
-        log.error("stored text is no text")
-        raise DataLoss("What is stored is damaged and was not used. Restore the data from a backup.") from None
+        return StorageFailed("The service's storage fails just now. Try again in a moment.")
+    if code in _DAMAGED or "decode to UTF-8" in str(error):
+        log.error("what is stored is damaged")
+        return StorageDamaged()
+    if code == sqlite3.SQLITE_CONSTRAINT:
+        return ConstraintBroken(str(error))
+    return StorageError(str(error))
 
 
 def _code_of(error: sqlite3.Error) -> int:
@@ -245,7 +236,7 @@ def _code_of(error: sqlite3.Error) -> int:
 
 async def _hop(
     connection: aiosqlite.Connection,
-    function: Callable[Concatenate[sqlite3.Connection, P], T],
+    function: Callable[Concatenate[SqliteConnection, P], T],
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> T:
@@ -263,10 +254,11 @@ async def _hop(
 def copied(path: Path, to: Path) -> None:
     """Copies a database, which others may be writing to, into a new file for its owner alone, without a log beside it.
 
-    Raises sqlite3.Error and OSError.
+    Raises StorageError and OSError.
     """
     os.close(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     with (
+        _of_a_copy(),
         contextlib.closing(sqlite3.connect(_address(path, "mode=ro"), uri=True)) as source,
         contextlib.closing(sqlite3.connect(to, isolation_level=None)) as target,
     ):
@@ -275,17 +267,16 @@ def copied(path: Path, to: Path) -> None:
 
 
 @contextlib.contextmanager
-def looked_at(path: Path, *, kind: type[sqlite3.Connection] = sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """A connection to a copy, which reads and leaves nothing beside it. Raises sqlite3.Error."""
-    address = _address(path, "mode=ro&immutable=1")
-    with contextlib.closing(sqlite3.connect(address, uri=True, isolation_level=None, factory=kind)) as connection:
+def looked_at(path: Path) -> Iterator[SqliteConnection]:
+    """A connection to a copy, which reads and leaves nothing beside it. Raises StorageError."""
+    with _of_a_copy(), contextlib.closing(_connected(_address(path, "mode=ro&immutable=1"))) as connection:
         _prepare_reader(connection)
         yield connection
 
 
-def amended(path: Path, function: Callable[Concatenate[sqlite3.Connection, P], T], *args: P.args, **kw: P.kwargs) -> T:
-    """Runs a function as one transaction on a copy; raises sqlite3.Error."""
-    with contextlib.closing(sqlite3.connect(_address(path, "mode=rw"), uri=True, isolation_level=None)) as connection:
+def amended(path: Path, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kw: P.kwargs) -> T:
+    """Runs a function as one transaction on a copy; raises StorageError."""
+    with _of_a_copy(), contextlib.closing(_connected(_address(path, "mode=rw"))) as connection:
         for pragma in ("synchronous=FULL", "foreign_keys=ON", "secure_delete=ON", "trusted_schema=OFF"):
             connection.execute(f"PRAGMA {pragma}")
         return _transaction(connection, "BEGIN IMMEDIATE", function, *args, **kw)
@@ -311,8 +302,21 @@ def faults(path: Path, migrations: Traversable | None) -> list[str]:
             if foreign := _foreign_code(connection, scripts[: _applied(connection)]):
                 found.append(f"it has other triggers or views than this program makes ({foreign})")
             return found
-    except sqlite3.Error as error:
+    except StorageError as error:
         return [str(error)]
+
+
+def _connected(address: str) -> SqliteConnection:
+    return sqlite3.connect(address, uri=True, isolation_level=None, factory=SqliteConnection)
+
+
+@contextlib.contextmanager
+def _of_a_copy() -> Iterator[None]:
+    """Errors are told as they are: to an operator, and not of what the service stores."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StorageError(str(error)) from error
 
 
 def _address(path: Path, parameters: str) -> str:
@@ -320,33 +324,28 @@ def _address(path: Path, parameters: str) -> str:
 
 
 @asynccontextmanager
-async def opened(
-    path: Path, migrations: Traversable, *, kind: type[sqlite3.Connection] = sqlite3.Connection
-) -> AsyncIterator[Database]:
+async def opened(path: Path, migrations: Traversable, *, functions: Functions | None = None) -> AsyncIterator[Database]:
     """Opens the database at `path`, brings its schema up to date, and closes it in the end.
 
-    `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Connections are
-    of the given kind. Raises DatabaseError when another process has it open, when it is damaged, or when it is newer
+    `migrations` holds `0001_name.sql`, `0002_name.sql` ...: each is applied once, whole or not at all. Statements may
+    call `functions`. Raises DatabaseError when another process has it open, when it is damaged, or when it is newer
     than this program.
     """
     lock = _locked(path)
     try:
         existed = path.stat().st_size > 0
-        writer = await aiosqlite.connect(path, isolation_level=None, factory=kind)
+        writer = await aiosqlite.connect(path, isolation_level=None, factory=SqliteConnection)
         readers: list[aiosqlite.Connection] = []
         try:
-            try:
-                await _hop(writer, _prepare, path, migrations)
-            except sqlite3.OperationalError as error:
-                raise DatabaseError(f"{path} cannot be opened: {error}.") from None
-            except sqlite3.DatabaseError as error:
-                raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
+            await _hop(writer, _begin, path, migrations)
             for _ in range(READERS):
                 reader = await aiosqlite.connect(
-                    _address(path, "mode=ro"), uri=True, isolation_level=None, factory=kind
+                    _address(path, "mode=ro"), uri=True, isolation_level=None, factory=SqliteConnection
                 )
                 readers.append(reader)
                 await _hop(reader, _prepare_reader)
+            for connection in (writer, *readers):
+                await _hop(connection, _make_known, functions or {})
             yield Database(path, writer, readers, existed)
         finally:
             await asyncio.gather(*(reader.close() for reader in readers))
@@ -381,6 +380,21 @@ def _owned(path: Path) -> int:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     os.fchmod(descriptor, 0o600)  # it may be older than this rule, or come from a backup
     return descriptor
+
+
+def _make_known(connection: sqlite3.Connection, functions: Functions) -> None:
+    for name, function in functions.items():
+        connection.create_function(name, 1, function, deterministic=True)
+
+
+def _begin(connection: sqlite3.Connection, path: Path, migrations: Traversable) -> None:
+    try:
+        _prepare(connection, path, migrations)
+    except sqlite3.DatabaseError as error:
+        _end_if_not_synced(error)
+        if isinstance(error, sqlite3.OperationalError):
+            raise DatabaseError(f"{path} cannot be opened: {error}.") from None
+        raise DatabaseError(f"{path} cannot be used: {error}. Restore it from a backup.") from None
 
 
 def _prepare_reader(connection: sqlite3.Connection) -> None:

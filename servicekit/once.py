@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from google.protobuf.message import Message
 
 from servicekit import context
 from servicekit.errors import InvalidParameter
+from servicekit.storage import Connection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -131,7 +131,7 @@ class Trail(Protocol):
     def require(self) -> None:
         """Raises when it could not be."""
 
-    def append(self, connection: sqlite3.Connection) -> None:
+    def append(self, connection: Connection) -> None:
         """Records it within the transaction of its change."""
 
 
@@ -160,8 +160,8 @@ class Answers:
 
     def once(
         self,
-        connection: sqlite3.Connection,
-        change: Callable[Concatenate[sqlite3.Connection, P], T],
+        connection: Connection,
+        change: Callable[Concatenate[Connection, P], T],
         /,
         *args: P.args,
         **kwargs: P.kwargs,
@@ -179,7 +179,7 @@ class Answers:
             self._trail.append(connection)
         return result
 
-    def look(self, connection: sqlite3.Connection) -> None:
+    def look(self, connection: Connection) -> None:
         """Raises Answered when the request being served was answered before, and InvalidParameter when another was.
 
         For checks ahead of a transaction which its change would let fail. Raises AuditUnavailable, too, when the change
@@ -207,14 +207,16 @@ class Answers:
             )
         raise Answered(answer, warnings)
 
-    def _record(self, connection: sqlite3.Connection, request: _Request, answer: bytes) -> None:
+    def _record(self, connection: Connection, request: _Request, answer: bytes) -> None:
         head = json.dumps([request.fingerprint, request.warnings]).encode()  # without a line break
         record = self._seal.seal(head + b"\n" + answer, place=request.place)
         now_ms = self._now_ms()
         connection.execute(
-            "INSERT OR REPLACE INTO answers (principal_id, request_id, answered_ms, position, record) VALUES (?1, ?2,"
-            " ?3, length(?4) + (SELECT coalesce(max(position), 0) FROM answers WHERE principal_id = ?1), ?4)",
-            (request.caller, request.id, now_ms, record),
+            "INSERT INTO answers (principal_id, request_id, answered_ms, position, record) VALUES (?1, ?2,"
+            " ?3, ?5 + (SELECT coalesce(max(position), 0) FROM answers WHERE principal_id = ?1), ?4)"
+            " ON CONFLICT (principal_id, request_id) DO UPDATE SET answered_ms = excluded.answered_ms,"
+            " position = excluded.position, record = excluded.record",
+            (request.caller, request.id, now_ms, record, len(record)),
         )
         connection.execute(
             "DELETE FROM answers WHERE principal_id = ?1"

@@ -16,7 +16,7 @@ from pathlib import Path
 from servicekit import backups, database
 from servicekit.audit_export import Exporter
 from servicekit.backups import Copied, Copy
-from servicekit.database import Database
+from servicekit.storage import Storage
 from serving_service.settlement import Settlement
 
 DATABASE = "serving.db"
@@ -28,7 +28,7 @@ class ServingBackups:
     """Backups of a service that runs. `registry` is the embedded registry's file, None where another is used."""
 
     def __init__(
-        self, opened: Database, exporter: Exporter, settlement: Settlement, *, registry: Path | None, locks: Path
+        self, opened: Storage, exporter: Exporter, settlement: Settlement, *, registry: Path | None, locks: Path
     ) -> None:
         self._database = opened
         self._exporter = exporter

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 
-from servicekit.database import Database
+from servicekit.storage import Storage, StorageError
 from serving_service import store
 from serving_service.model_environments import EnvironmentLog
 
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 class BuildLogs:
     """The build logs of all served entities."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Storage) -> None:
         self._database = database
         self._open: dict[tuple[str, int, str], EnvironmentLog] = {}
         self._writes: set[asyncio.Task[None]] = set()
@@ -41,7 +40,7 @@ class BuildLogs:
         try:
             if await self._database.read(store.build_log, endpoint_id, version, entity) != text:
                 await self._database.write(store.keep_build_log, endpoint_id, version, entity, text)
-        except sqlite3.Error:
+        except StorageError:
             log.warning("a build log cannot be kept", extra={"endpoint": endpoint_id, "entity": entity})
         if self._open.get((endpoint_id, version, entity)) is said:  # else that of another launch, which goes on
             del self._open[endpoint_id, version, entity]

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import shutil
-import sqlite3
 import stat
 import tempfile
 import uuid
@@ -25,6 +24,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from servicekit.storage import StorageError
 from serving_service.shim.libc import LIBC, checked
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class FolderCache:
         """Drops what was not used for longest until the rest fits; never what is used. Does nothing when it fails."""
         try:
             await self._tidy()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, StorageError) as error:
             log.warning("a cache cannot be tidied", extra={"cache": str(self.directory), "cause": str(error)})
 
     async def _tidy(self) -> None:

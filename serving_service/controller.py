@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Coroutine, Mapping
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from servicekit.database import Database
+from servicekit.storage import Connection, Storage, StorageError
 from serving_service import details, phases, reconcile, scaling, store
 from serving_service.gpu_pool import GpuPool
 from serving_service.launch_metrics import LaunchMetrics
@@ -72,7 +71,7 @@ class LastEnded:
 class Doors:
     """What every controller works with."""
 
-    database: Database
+    database: Storage
     launcher: Launcher
     launches: Launches
     probes: Probes
@@ -417,7 +416,7 @@ class EndpointController:
     ) -> bool:
         """Ends an update, and notes who is to be told, in one transaction; False when it is too late."""
 
-        def commit(connection: sqlite3.Connection) -> bool:
+        def commit(connection: Connection) -> bool:
             if failures:
                 is_ended = store.fail_update(connection, endpoint.id, config.version, failures)
             else:
@@ -663,7 +662,7 @@ class EndpointController:
                 write = self._doors.database.write
                 await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, said.text)
                 self._last_ended[replica.version, replica.entity] = LastEnded(replica_id, said.position)
-        except (ReplicaGoneError, TimeoutError, OSError, RuntimeError, sqlite3.Error):
+        except (ReplicaGoneError, TimeoutError, OSError, RuntimeError, StorageError):
             log.warning("log of a replica that has ended cannot be kept", extra={"replica": replica_id})
 
     async def _end(self, handle: ReplicaHandle, *, dismiss: bool) -> None:
@@ -683,7 +682,7 @@ class EndpointController:
             try:
                 await self._doors.database.write(store.remove_replica, replica_id)
                 break
-            except sqlite3.Error:
+            except StorageError:
                 log.warning("replica cannot be forgotten yet", extra={"replica": replica_id})
                 await asyncio.sleep(UNREADABLE_SECONDS)
         self._doors.launches.ended(replica_id)

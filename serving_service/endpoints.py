@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -24,9 +23,9 @@ import grpc
 from servicekit import once, warnings
 from servicekit.access import AccessTable
 from servicekit.context import Level, Principal, current_decision
-from servicekit.database import Database
 from servicekit.errors import FeatureDisabled, ServiceError, Unavailable
 from servicekit.once import Answers
+from servicekit.storage import Connection, Storage, StorageError
 from serving_service import configs, details, mlmodel, monitoring, openapi, quotas, store
 from serving_service.build_logs import BuildLogs
 from serving_service.controllers import Controllers
@@ -102,7 +101,7 @@ class Endpoints:
 
     def __init__(
         self,
-        database: Database,
+        database: Storage,
         registry: Registry,
         references: SecretReferences,
         controllers: Controllers,
@@ -350,7 +349,7 @@ class Endpoints:
         details.check_listed(endpoint)
         view = self._view(endpoint, Level.CAN_MANAGE)
 
-        def commit(connection: sqlite3.Connection) -> View:
+        def commit(connection: Connection) -> View:
             if pending is not None:
                 _check_quotas(connection, endpoint.id, pending)
             store.commit_endpoint(connection, endpoint)
@@ -399,7 +398,7 @@ class Endpoints:
         await self._database.read(self._answers.look)
         endpoint, _ = await self._found(name, caller)
 
-        def commit(connection: sqlite3.Connection) -> Endpoint:
+        def commit(connection: Connection) -> Endpoint:
             current = store.endpoint_with_id(connection, endpoint.id)
             if current is None or current.is_deleted:
                 raise EndpointNotFound(name)
@@ -422,7 +421,7 @@ class Endpoints:
             raise TelemetryNotSupported
         view = self._view(replace(endpoint, telemetry_config=said, updated_at=_now()), level)
 
-        def commit(connection: sqlite3.Connection) -> View:
+        def commit(connection: Connection) -> View:
             current = store.endpoint_with_id(connection, endpoint.id)
             if current is None or current.is_deleted:
                 raise EndpointNotFound(name)
@@ -464,7 +463,7 @@ class Endpoints:
         details.check_listed(updated)
         view = self._view(updated, level)
 
-        def commit(connection: sqlite3.Connection) -> View:
+        def commit(connection: Connection) -> View:
             _check_quotas(connection, endpoint.id, pending)
             store.propose_config(connection, endpoint, pending)
             current = store.endpoint_with_id(connection, endpoint.id)
@@ -517,7 +516,7 @@ class Endpoints:
         )
         view = self._view(stopped, level)
 
-        def commit(connection: sqlite3.Connection) -> View:
+        def commit(connection: Connection) -> View:
             store.stop_endpoint(connection, stopped)
             return view
 
@@ -541,7 +540,7 @@ class Endpoints:
         )
         view = self._view(canceled, level)
 
-        def commit(connection: sqlite3.Connection) -> View:
+        def commit(connection: Connection) -> View:
             store.cancel_update(connection, canceled)
             return view
 
@@ -553,7 +552,7 @@ class Endpoints:
         await self._database.read(self._answers.look)
         endpoint, _ = await self._found(name, caller)
 
-        def delete(connection: sqlite3.Connection) -> None:
+        def delete(connection: Connection) -> None:
             if not store.mark_deleted(connection, endpoint.id):
                 raise EndpointNotFound(name)
 
@@ -561,20 +560,20 @@ class Endpoints:
         self._controllers.deleted(endpoint.id)
         self._settlement.deleted(endpoint.id)
 
-    async def _release(self, release: Callable[[sqlite3.Connection], None]) -> None:
+    async def _release(self, release: Callable[[Connection], None]) -> None:
         """Takes a reservation back, now or as soon as the database can be written again: nobody else would."""
         try:
             await self._database.write(release)
-        except sqlite3.Error:
+        except StorageError:
             log.warning("a reservation cannot be released yet")
             task = asyncio.create_task(self._release_later(release), name="reservation")
             self._changes.add(task)
             task.add_done_callback(self._changes.discard)
 
-    async def _release_later(self, release: Callable[[sqlite3.Connection], None]) -> None:
+    async def _release_later(self, release: Callable[[Connection], None]) -> None:
         while True:
             await asyncio.sleep(RELEASE_SECONDS)
-            with contextlib.suppress(sqlite3.Error):
+            with contextlib.suppress(StorageError):
                 await self._database.write(release)
                 return
 
@@ -683,7 +682,7 @@ def _described(name: str, url: str, version: int, folders: Mapping[str, Path]) -
     return openapi.document(name, url, version, signatures)
 
 
-def _check_quotas(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+def _check_quotas(connection: Connection, endpoint_id: str, config: EndpointConfig) -> None:
     """Before Secrets is asked for anything, and again when it is recorded: others may have come in between."""
     quotas.check(config, store.deployed_by_others(connection, endpoint_id))
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 from collections.abc import Mapping
 
-from servicekit.database import Database
+from servicekit.storage import Storage, StorageError
 from serving_service import gpus, store
 from serving_service.gpus import Machine
 from serving_service.model import Endpoint, ServedEntity
@@ -32,7 +31,7 @@ class GpusTaken(Exception):
 class GpuPool:
     """The GPUs of this machine, and who has them."""
 
-    def __init__(self, database: Database, machine: Machine) -> None:
+    def __init__(self, database: Storage, machine: Machine) -> None:
         self._database = database
         self.machine = machine
 
@@ -40,7 +39,7 @@ class GpuPool:
         """The GPUs of a replica, which are its own from now on; none for those of another kind.
 
         None where there is no driver, so that nothing has to be said of GPUs. Raises GpusImpossible, GpusTaken, and
-        sqlite3.Error.
+        StorageError.
         """
         count, total = gpus.needed(entity.workload_type), len(self.machine.devices)
         if count > total:
@@ -66,7 +65,7 @@ class GpuPool:
         while self.machine.devices:
             try:
                 await self._database.write(store.give_gpus_back, replica_id)
-            except sqlite3.Error:
+            except StorageError:
                 log.warning("gpus cannot be taken back yet", extra={"replica": replica_id})
                 await asyncio.sleep(AGAIN_SECONDS)
             else:

@@ -14,7 +14,7 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from servicekit.database import Database
+from servicekit.storage import Storage
 from serving_service import store
 from serving_service.cgroups import Cgroups
 from serving_service.launcher import Launch, Launcher, LaunchError, ReplicaGoneError, ReplicaState
@@ -66,7 +66,7 @@ class UsersExhausted(Exception):
 class ModelUsers:
     """Gives each endpoint a user of its own, for as long as there is anything of it."""
 
-    def __init__(self, database: Database, users: range) -> None:
+    def __init__(self, database: Storage, users: range) -> None:
         self._database = database
         self._users = users
 

@@ -8,14 +8,13 @@ may cure.
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 import grpc
 
-from servicekit.database import Database
 from servicekit.errors import ServiceError
+from servicekit.storage import Storage, StorageError
 from serving_service import caches, phases, store
 from serving_service.build_logs import BuildLogs
 from serving_service.buildenv import BuildDelayed, BuildImpossible
@@ -51,7 +50,7 @@ class Launches:
 
     def __init__(
         self,
-        database: Database,
+        database: Storage,
         registry: Registry,
         environments: ModelEnvironments,
         build_logs: BuildLogs,
@@ -133,14 +132,14 @@ class Launches:
             raise LaunchImpossible(phase, str(error)) from None
         except GpusTaken as error:
             raise LaunchDelayed(phase, str(error)) from None
-        except sqlite3.Error:
+        except StorageError:
             raise LaunchDelayed(phase, "Who has which GPU cannot be recorded.") from None
 
     async def _holds(self, replica_id: str, folder: Path, phase: LaunchPhase) -> bool:
         """Whether a cached folder is there for as long as the replica is; else it was dropped a moment ago."""
         try:
             await self._database.write(store.add_use, replica_id, str(folder))
-        except sqlite3.Error:
+        except StorageError:
             raise LaunchDelayed(phase, "What the launch uses cannot be recorded.") from None
         return caches.mark_used(folder)
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
 from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used, reported
+from servicekit.storage import Storage, StorageError
 from serving_service import store
 from serving_service.model import Minute, MinuteOfUse
 from tessera.serving.v1 import serving_pb2 as pb
@@ -62,7 +61,7 @@ class Meters:
 
     def __init__(
         self,
-        database: Database,
+        database: Storage,
         own: Measures,
         count_replicas: Callable[[Key], int],
         *,
@@ -154,7 +153,7 @@ class Meters:
                 now=int(self._wall()),
                 usage_days=self._usage_days,
             )
-        except sqlite3.Error:
+        except StorageError:
             log.warning("measures cannot be stored yet", extra={"minutes": len(unstored)})
             for place, measured in unstored.items():
                 self._unstored.setdefault(place, Measured()).merge(measured)

@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 
 import orjson
 
-from servicekit.database import Database
 from servicekit.errors import InvalidParameter
 from servicekit.measures import Key, Measured
+from servicekit.storage import Storage
 from serving_service import store
 from serving_service.consumption import NOTHING, Consumption
 from serving_service.controllers import Controllers
@@ -58,7 +58,7 @@ class Page(Generic[T]):
 class Monitoring:
     """Puts together what is measured by gateways and what is seen of replicas."""
 
-    def __init__(self, database: Database, meters: Meters, consumption: Consumption, controllers: Controllers) -> None:
+    def __init__(self, database: Storage, meters: Meters, consumption: Consumption, controllers: Controllers) -> None:
         self._database = database
         self._meters = meters
         self._consumption = consumption

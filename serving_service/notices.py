@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from servicekit.database import Database
+from servicekit.storage import Connection, Storage, StorageError
 from serving_service import store
 from serving_service.model import Endpoint, EndpointConfig, EntityState, Notice
 
@@ -72,7 +71,7 @@ class _Due:
 class Outbox:
     """The notices that wait. `run` delivers them; `now` tells Unix seconds."""
 
-    def __init__(self, database: Database, *couriers: Courier, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, database: Storage, *couriers: Courier, now: Callable[[], float] = time.time) -> None:
         self._database = database
         self._couriers = {courier.name: courier for courier in couriers}
         self._now = now
@@ -85,7 +84,7 @@ class Outbox:
 
     def note(
         self,
-        connection: sqlite3.Connection,
+        connection: Connection,
         endpoint: Endpoint,
         config: EndpointConfig,
         failures: Mapping[str, EntityState],
@@ -139,7 +138,7 @@ class Outbox:
     async def _next(self) -> _Due:
         try:
             first = await self._database.read(store.first_notice, list(self._couriers))
-        except sqlite3.Error:
+        except StorageError:
             return _Due(seconds=UNREADABLE_SECONDS)
         if first is None:
             return _Due()
@@ -172,7 +171,7 @@ class Outbox:
         pause = min(FIRST_PAUSE_SECONDS * 2.0 ** min(notice.attempts, 10), LONGEST_PAUSE_SECONDS)
         return round((self._now() + pause) * 1000)
 
-    def _drop_others(self, connection: sqlite3.Connection) -> None:
+    def _drop_others(self, connection: Connection) -> None:
         before = round((self._now() - KEPT_SECONDS) * 1000)
         if dropped := store.drop_notices_of_others(connection, list(self._couriers), before=before):
             log.error("notices are dropped: nothing is set any more that delivers them", extra={"notices": dropped})
@@ -183,7 +182,7 @@ class Outbox:
             try:
                 await self._database.write(change, *arguments, **named)
                 return
-            except sqlite3.Error:
+            except StorageError:
                 log.warning("what became of a notice cannot be recorded yet")
                 await asyncio.sleep(UNREADABLE_SECONDS)
 

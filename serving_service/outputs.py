@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from servicekit.database import Database
+from servicekit.storage import Storage
 from serving_service import store
 from serving_service.build_logs import BuildLogs
 from serving_service.controllers import Controllers
@@ -31,7 +31,7 @@ GONE = ""
 class ReplicaOutput:
     """What the replicas of one served entity print, those too that are started later and those that end meanwhile."""
 
-    def __init__(self, database: Database, controllers: Controllers, endpoint_id: str, entity: str) -> None:
+    def __init__(self, database: Storage, controllers: Controllers, endpoint_id: str, entity: str) -> None:
         self._database = database
         self._controllers = controllers
         self._endpoint_id = endpoint_id

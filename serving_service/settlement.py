@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import grpc
 
 from servicekit import channels
-from servicekit.database import Database
 from servicekit.errors import ServiceError
+from servicekit.storage import Storage
 from serving_service import store
 from serving_service.model import Endpoint
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -47,7 +47,7 @@ class _Over:
 class Settlement:
     """Tells Secrets which launches, configurations and endpoints there are no more."""
 
-    def __init__(self, channel: grpc.aio.Channel, database: Database) -> None:
+    def __init__(self, channel: grpc.aio.Channel, database: Storage) -> None:
         self._channel = channel
         self._resolver = rpc.SecretResolverStub(channel)
         self._database = database

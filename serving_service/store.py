@@ -1,4 +1,4 @@
-"""All SQL of this service: functions of a connection, handed to `Database.read` and `Database.write`.
+"""All SQL of this service: functions of a connection, handed to `Storage.read` and `Storage.write`.
 
 Each function that changes something checks in the same transaction that the change still makes sense.
 """
@@ -6,16 +6,15 @@ Each function that changes something checks in the same transaction that the cha
 from __future__ import annotations
 
 import logging
-import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from servicekit.distribution import Distribution
 from servicekit.measures import Key, Measured, UsageKey, Used
-from servicekit.token_usage import MOST_SUMMED
+from servicekit.storage import Connection
 from serving_service import gpus
 from serving_service.errors import (
     EndpointExists,
@@ -47,6 +46,9 @@ MAX_ENDPOINTS = 1_000
 MOST_MINUTES = 24 * 60
 """How long it is kept what was measured in each minute."""
 
+MOST_NUMBER = 2**63 - 1
+"""Of a column of whole numbers."""
+
 MAX_EVENTS = 500
 """Of one endpoint; a launch has some four."""
 
@@ -57,7 +59,7 @@ _COLUMNS = (
 )
 
 
-def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+def reserve_endpoint(connection: Connection, endpoint: Endpoint) -> None:
     """Takes the name of a new endpoint, which nobody sees before it is committed.
 
     Raises EndpointExists, TooManyEndpoints.
@@ -92,19 +94,19 @@ def reserve_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None
     )
 
 
-def commit_endpoint(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+def commit_endpoint(connection: Connection, endpoint: Endpoint) -> None:
     """Makes a reserved endpoint one that there is, with its pending configuration if it has one."""
     connection.execute("UPDATE endpoints SET is_reserved = 0 WHERE id = ?", (endpoint.id,))
     if endpoint.pending:
         _add_config(connection, endpoint.id, endpoint.pending)
 
 
-def release_endpoint(connection: sqlite3.Connection, endpoint_id: str) -> None:
+def release_endpoint(connection: Connection, endpoint_id: str) -> None:
     """Gives the name of a reserved endpoint free."""
     connection.execute("DELETE FROM endpoints WHERE id = ? AND is_reserved", (endpoint_id,))
 
 
-def reserve_version(connection: sqlite3.Connection, seen: Endpoint, version: int) -> None:
+def reserve_version(connection: Connection, seen: Endpoint, version: int) -> None:
     """Takes the next version of the endpoint that was seen as `seen`.
 
     Raises UpdateInProgress when it is being updated, or was since: what was checked against `seen` no longer holds.
@@ -118,7 +120,7 @@ def reserve_version(connection: sqlite3.Connection, seen: Endpoint, version: int
         raise UpdateInProgress(seen.name)
 
 
-def propose_config(connection: sqlite3.Connection, seen: Endpoint, config: EndpointConfig) -> None:
+def propose_config(connection: Connection, seen: Endpoint, config: EndpointConfig) -> None:
     """Makes `config`, whose version was reserved, the pending one; raises EndpointNotFound when it is too late."""
     changed = connection.execute(
         "UPDATE endpoints SET latest_version = ?1, pending_version = ?1, reserved_version = NULL, updated_at = ?2,"
@@ -131,7 +133,7 @@ def propose_config(connection: sqlite3.Connection, seen: Endpoint, config: Endpo
     _drop_old_configs(connection, seen.id)
 
 
-def release_version(connection: sqlite3.Connection, endpoint_id: str, *, is_used: bool) -> None:
+def release_version(connection: Connection, endpoint_id: str, *, is_used: bool) -> None:
     """Gives a reserved version back; `is_used`: it is never to be given again, since Secrets may know it."""
     latest = "reserved_version" if is_used else "latest_version"
     connection.execute(
@@ -141,7 +143,7 @@ def release_version(connection: sqlite3.Connection, endpoint_id: str, *, is_used
     )
 
 
-def clear_reservations(connection: sqlite3.Connection) -> None:
+def clear_reservations(connection: Connection) -> None:
     """Undoes what a predecessor of this process had begun and not committed."""
     connection.execute("DELETE FROM endpoints WHERE is_reserved")
     connection.execute(
@@ -150,7 +152,7 @@ def clear_reservations(connection: sqlite3.Connection) -> None:
     )
 
 
-def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> bool:
+def activate(connection: Connection, endpoint_id: str, version: int) -> bool:
     """Makes the pending version the active one, which runs; False when it is no longer the pending one."""
     changed = connection.execute(
         "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING', "
@@ -161,9 +163,7 @@ def activate(connection: sqlite3.Connection, endpoint_id: str, version: int) -> 
     return changed.rowcount == 1
 
 
-def fail_update(
-    connection: sqlite3.Connection, endpoint_id: str, version: int, failures: Mapping[str, EntityState]
-) -> bool:
+def fail_update(connection: Connection, endpoint_id: str, version: int, failures: Mapping[str, EntityState]) -> bool:
     """Records that the pending version could not be deployed, and how each of its entities ended.
 
     False when it is no longer being deployed.
@@ -176,7 +176,7 @@ def fail_update(
     return changed.rowcount == 1
 
 
-def cancel_update(connection: sqlite3.Connection, canceled: Endpoint) -> None:
+def cancel_update(connection: Connection, canceled: Endpoint) -> None:
     """Records that the update under way was given up, as `canceled` says; raises NothingToCancel when it has ended."""
     assert canceled.pending is not None
     changed = connection.execute(
@@ -188,7 +188,7 @@ def cancel_update(connection: sqlite3.Connection, canceled: Endpoint) -> None:
         raise NothingToCancel(canceled.name)
 
 
-def stop_endpoint(connection: sqlite3.Connection, stopped: Endpoint) -> None:
+def stop_endpoint(connection: Connection, stopped: Endpoint) -> None:
     """Has the active configuration of `stopped` rest, and forgets the pending one.
 
     Raises NotStoppable during an update.
@@ -205,7 +205,7 @@ def stop_endpoint(connection: sqlite3.Connection, stopped: Endpoint) -> None:
     _drop_old_configs(connection, stopped.id)
 
 
-def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
+def save_details(connection: Connection, endpoint: Endpoint) -> None:
     """Records what is said of an endpoint beside its configuration, and when it was."""
     connection.execute(
         "UPDATE endpoints SET tags = ?, ai_gateway = ?, email_notifications = ?, telemetry_config = ?, rate_limits = ?,"
@@ -222,23 +222,23 @@ def save_details(connection: sqlite3.Connection, endpoint: Endpoint) -> None:
     )
 
 
-def mark_deleted(connection: sqlite3.Connection, endpoint_id: str) -> bool:
+def mark_deleted(connection: Connection, endpoint_id: str) -> bool:
     """Frees the endpoint's name; False when it was deleted before."""
     changed = connection.execute("UPDATE endpoints SET is_deleted = 1 WHERE id = ? AND NOT is_deleted", (endpoint_id,))
     return changed.rowcount == 1
 
 
-def purge(connection: sqlite3.Connection, endpoint_id: str) -> None:
+def purge(connection: Connection, endpoint_id: str) -> None:
     """Removes what is left of a deleted endpoint."""
     connection.execute("DELETE FROM endpoints WHERE id = ? AND is_deleted", (endpoint_id,))
 
 
-def endpoint_named(connection: sqlite3.Connection, name: str) -> Endpoint | None:
+def endpoint_named(connection: Connection, name: str) -> Endpoint | None:
     """The endpoint of that name that is not deleted."""
     return _first(_endpoints(connection, "name = ? AND NOT is_deleted AND NOT is_reserved", name))
 
 
-def id_of(connection: sqlite3.Connection, name: str) -> str | None:
+def id_of(connection: Connection, name: str) -> str | None:
     """The id of the endpoint of that name that is not deleted."""
     row = connection.execute(
         "SELECT id FROM endpoints WHERE name = ? AND NOT is_deleted AND NOT is_reserved", (name,)
@@ -246,28 +246,28 @@ def id_of(connection: sqlite3.Connection, name: str) -> str | None:
     return row[0] if row else None
 
 
-def endpoint_with_id(connection: sqlite3.Connection, endpoint_id: str) -> Endpoint | None:
+def endpoint_with_id(connection: Connection, endpoint_id: str) -> Endpoint | None:
     """The endpoint with that id, deleted or not."""
     return _first(_endpoints(connection, "id = ?", endpoint_id))
 
 
-def all_ids(connection: sqlite3.Connection) -> list[str]:
+def all_ids(connection: Connection) -> list[str]:
     """The ids of all endpoints that are not deleted."""
     rows = connection.execute("SELECT id FROM endpoints WHERE NOT is_deleted AND NOT is_reserved")
     return [row[0] for row in rows]
 
 
-def endpoints_with_ids(connection: sqlite3.Connection, ids: Collection[str]) -> list[Endpoint]:
+def endpoints_with_ids(connection: Connection, ids: Collection[str]) -> list[Endpoint]:
     """Those of these endpoints that are not deleted, by name."""
     return list(_endpoints(connection, "id IN (SELECT value FROM json_each(?)) AND NOT is_deleted", _json(ids)))
 
 
-def all_endpoints(connection: sqlite3.Connection, *, deleted: bool) -> list[Endpoint]:
+def all_endpoints(connection: Connection, *, deleted: bool) -> list[Endpoint]:
     """Every endpoint, by name; with `deleted`, those too whose replicas are still to be stopped."""
     return list(_endpoints(connection, "NOT is_reserved AND (NOT is_deleted OR ?)", deleted))
 
 
-def deployed_by_others(connection: sqlite3.Connection, endpoint_id: str) -> list[EndpointConfig]:
+def deployed_by_others(connection: Connection, endpoint_id: str) -> list[EndpointConfig]:
     """What every other endpoint deploys just now, or has active."""
     rows = connection.execute(
         "SELECT version, configs.created_at, content FROM endpoints JOIN configs ON endpoint_id = id AND version ="
@@ -278,7 +278,7 @@ def deployed_by_others(connection: sqlite3.Connection, endpoint_id: str) -> list
     return [_config(version, created_at, orjson.loads(content)) for version, created_at, content in rows]
 
 
-def add_events(connection: sqlite3.Connection, endpoint_id: str, events: Sequence[LaunchEvent]) -> None:
+def add_events(connection: Connection, endpoint_id: str, events: Sequence[LaunchEvent]) -> None:
     """Records phases of launches; of each endpoint the newest are kept."""
     connection.executemany(
         "INSERT INTO events (endpoint_id, replica_id, version, entity, phase, outcome, started_at, duration, message)"
@@ -305,7 +305,7 @@ def add_events(connection: sqlite3.Connection, endpoint_id: str, events: Sequenc
     )
 
 
-def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEvent]:
+def events_of(connection: Connection, endpoint_id: str) -> list[LaunchEvent]:
     """The recorded phases of an endpoint's launches, in the order in which they ended."""
     rows = connection.execute(
         "SELECT replica_id, version, entity, phase, outcome, started_at, duration, message FROM events"
@@ -328,7 +328,7 @@ def events_of(connection: sqlite3.Connection, endpoint_id: str) -> list[LaunchEv
 
 
 def add_measures(
-    connection: sqlite3.Connection,
+    connection: Connection,
     minutes: Sequence[Minute],
     usage: Sequence[MinuteOfUse],
     *,
@@ -344,28 +344,28 @@ def add_measures(
     known = frozenset(row[0] for row in connection.execute("SELECT id FROM endpoints"))
     for minute in minutes:
         if minute.key.endpoint_id in known:
-            with _dropping_what_does_not_fit(minute.key.endpoint_id):
-                _add_minute(connection, minute)
+            _add_minute(connection, minute)
     for use in usage:
         if use.key.endpoint_id in known:
-            with _dropping_what_does_not_fit(use.key.endpoint_id):
-                _add_use(connection, use)
+            _add_use(connection, use)
     connection.execute("DELETE FROM minutes WHERE minute <= ?", (now // 60 - MOST_MINUTES,))
     connection.execute("DELETE FROM usage WHERE minute <= ?", (now // 60 - usage_days * 24 * 60,))
     connection.executemany(
-        "INSERT OR REPLACE INTO reports VALUES (?, ?, ?)", [(*each, now) for each in reports.items()]
+        "INSERT INTO reports (gateway_id, sequence, stored_at) VALUES (?, ?, ?)"
+        " ON CONFLICT (gateway_id) DO UPDATE SET sequence = excluded.sequence, stored_at = excluded.stored_at",
+        [(*each, now) for each in reports.items()],
     )
     connection.execute("DELETE FROM reports WHERE stored_at < ?", (now - 60 * MOST_MINUTES,))
     return known
 
 
-def stored_reports(connection: sqlite3.Connection) -> dict[str, int]:
+def stored_reports(connection: Connection) -> dict[str, int]:
     """The number of the last report of each gateway that the recorded minutes hold."""
     return dict(connection.execute("SELECT gateway_id, sequence FROM reports").fetchall())
 
 
 def minutes_of(
-    connection: sqlite3.Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
+    connection: Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
 ) -> list[Minute]:
     """What was measured of an endpoint from the minute `start` on and before `end`, the oldest first, at most `limit`.
 
@@ -380,16 +380,17 @@ def minutes_of(
     return [_minute(endpoint_id, *row) for row in rows]
 
 
-def keep_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str, text: str) -> None:
+def keep_log(connection: Connection, endpoint_id: str, version: int, entity: str, text: str) -> None:
     """Keeps what a replica that has ended had printed, while there is the configuration that it ran."""
     connection.execute(
-        "INSERT OR REPLACE INTO last_logs (endpoint_id, version, entity, log)"
-        " SELECT endpoint_id, version, ?3, ?4 FROM configs WHERE endpoint_id = ?1 AND version = ?2",
+        "INSERT INTO last_logs (endpoint_id, version, entity, log)"
+        " SELECT endpoint_id, version, ?3, ?4 FROM configs WHERE endpoint_id = ?1 AND version = ?2"
+        " ON CONFLICT (endpoint_id, version, entity) DO UPDATE SET log = excluded.log",
         (endpoint_id, version, entity, text),
     )
 
 
-def last_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str) -> str:
+def last_log(connection: Connection, endpoint_id: str, version: int, entity: str) -> str:
     """What the last replica that has ended had printed; empty when none has."""
     row = connection.execute(
         "SELECT log FROM last_logs WHERE endpoint_id = ? AND version = ? AND entity = ?", (endpoint_id, version, entity)
@@ -397,7 +398,7 @@ def last_log(connection: sqlite3.Connection, endpoint_id: str, version: int, ent
     return str(row[0]) if row else ""
 
 
-def to_tell(connection: sqlite3.Connection, endpoint_id: str, event: str) -> list[str]:
+def to_tell(connection: Connection, endpoint_id: str, event: str) -> list[str]:
     """The addresses to tell of an event of an endpoint (`on_update_failure`, `on_update_success`)."""
     row = connection.execute("SELECT email_notifications FROM endpoints WHERE id = ?", (endpoint_id,)).fetchone()
     said = _optional(row[0]) if row else None
@@ -405,7 +406,7 @@ def to_tell(connection: sqlite3.Connection, endpoint_id: str, event: str) -> lis
 
 
 def add_notices(
-    connection: sqlite3.Connection, endpoint_id: str, notices: Sequence[Notice], *, most: int, most_of_one: int
+    connection: Connection, endpoint_id: str, notices: Sequence[Notice], *, most: int, most_of_one: int
 ) -> bool:
     """Records what is to be told of an endpoint; False, and nothing is recorded, when more than `most` would wait.
 
@@ -428,7 +429,7 @@ def add_notices(
     return True
 
 
-def drop_notices_of_others(connection: sqlite3.Connection, couriers: Collection[str], *, before: int) -> int:
+def drop_notices_of_others(connection: Connection, couriers: Collection[str], *, before: int) -> int:
     """Forgets what was noted before then for other couriers than these; returns how many notices that were."""
     return connection.execute(
         "DELETE FROM notices WHERE created_at < ? AND courier NOT IN (SELECT value FROM json_each(?))",
@@ -436,7 +437,7 @@ def drop_notices_of_others(connection: sqlite3.Connection, couriers: Collection[
     ).rowcount
 
 
-def first_notice(connection: sqlite3.Connection, couriers: Collection[str]) -> Notice | None:
+def first_notice(connection: Connection, couriers: Collection[str]) -> Notice | None:
     """The notice of these couriers that is due first, be it in the future."""
     row = connection.execute(
         "SELECT id, courier, recipient, content, created_at, due_at, attempts FROM notices"
@@ -457,7 +458,7 @@ def first_notice(connection: sqlite3.Connection, couriers: Collection[str]) -> N
     )
 
 
-def delay_notice(connection: sqlite3.Connection, notice_id: str, due_at: int, *, whole_courier: bool = False) -> None:
+def delay_notice(connection: Connection, notice_id: str, due_at: int, *, whole_courier: bool = False) -> None:
     """Records an attempt that failed, and when the next one is; `whole_courier`: none of its others is made before."""
     connection.execute("UPDATE notices SET attempts = attempts + 1, due_at = ? WHERE id = ?", (due_at, notice_id))
     if whole_courier:
@@ -468,13 +469,13 @@ def delay_notice(connection: sqlite3.Connection, notice_id: str, due_at: int, *,
         )
 
 
-def remove_notice(connection: sqlite3.Connection, notice_id: str) -> None:
+def remove_notice(connection: Connection, notice_id: str) -> None:
     """Forgets a notice that was delivered or dropped."""
     connection.execute("DELETE FROM notices WHERE id = ?", (notice_id,))
 
 
 def usage_of(
-    connection: sqlite3.Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
+    connection: Connection, endpoint_id: str, *, start: int, end: int, after: Sequence[Any], limit: int
 ) -> list[MinuteOfUse]:
     """Who used an endpoint, as `minutes_of`; a place is (minute, entity, principal id)."""
     rows = connection.execute(
@@ -483,24 +484,23 @@ def usage_of(
         " AND (minute, entity, principal_id) > (?, ?, ?) ORDER BY minute, entity, principal_id LIMIT ?",
         (endpoint_id, start, end, *(after or (-1, "", "")), limit),
     )
-    found = []
-    for minute, entity, principal_id, requester, *counts in rows:
-        used = Used()
-        used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens = counts
-        found.append(MinuteOfUse(UsageKey(endpoint_id, entity, principal_id, requester), minute, used))
-    return found
+    return [
+        MinuteOfUse(UsageKey(endpoint_id, entity, principal_id, requester), minute, _used(*counts))
+        for minute, entity, principal_id, requester, *counts in rows
+    ]
 
 
-def keep_build_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str, log: str) -> None:
+def keep_build_log(connection: Connection, endpoint_id: str, version: int, entity: str, log: str) -> None:
     """Records how the environment of an entity came about; nothing for a configuration that is not known any more."""
     connection.execute(
-        "INSERT OR REPLACE INTO build_logs (endpoint_id, version, entity, log)"
-        " SELECT endpoint_id, version, ?, ? FROM configs WHERE endpoint_id = ? AND version = ?",
+        "INSERT INTO build_logs (endpoint_id, version, entity, log)"
+        " SELECT endpoint_id, version, ?, ? FROM configs WHERE endpoint_id = ? AND version = ?"
+        " ON CONFLICT (endpoint_id, version, entity) DO UPDATE SET log = excluded.log",
         (entity, log, endpoint_id, version),
     )
 
 
-def build_log(connection: sqlite3.Connection, endpoint_id: str, version: int, entity: str) -> str:
+def build_log(connection: Connection, endpoint_id: str, version: int, entity: str) -> str:
     """How the environment of an entity came about; empty when nothing is recorded."""
     row = connection.execute(
         "SELECT log FROM build_logs WHERE endpoint_id = ? AND version = ? AND entity = ?",
@@ -509,20 +509,21 @@ def build_log(connection: sqlite3.Connection, endpoint_id: str, version: int, en
     return str(row[0]) if row else ""
 
 
-def add_use(connection: sqlite3.Connection, replica_id: str, folder: str) -> None:
+def add_use(connection: Connection, replica_id: str, folder: str) -> None:
     """Records that a replica uses a cached folder, until the replica is removed."""
     connection.execute(
-        "INSERT OR IGNORE INTO uses (replica_id, folder) SELECT id, ? FROM replicas WHERE id = ?", (folder, replica_id)
+        "INSERT INTO uses (replica_id, folder) SELECT id, ? FROM replicas WHERE id = ? ON CONFLICT DO NOTHING",
+        (folder, replica_id),
     )
 
 
-def used_folders(connection: sqlite3.Connection) -> frozenset[str]:
+def used_folders(connection: Connection) -> frozenset[str]:
     """The cached folders that replicas use."""
     return frozenset(row[0] for row in connection.execute("SELECT DISTINCT folder FROM uses"))
 
 
 def take_gpus(
-    connection: sqlite3.Connection, replica_id: str, endpoint_id: str, *, devices: Sequence[str], count: int
+    connection: Connection, replica_id: str, endpoint_id: str, *, devices: Sequence[str], count: int
 ) -> tuple[tuple[str, ...] | None, int]:
     """Records so many of the devices as a replica's, and returns them; None when too few are free.
 
@@ -537,12 +538,12 @@ def take_gpus(
     return found, own
 
 
-def give_gpus_back(connection: sqlite3.Connection, replica_id: str) -> None:
+def give_gpus_back(connection: Connection, replica_id: str) -> None:
     """Records that a replica has no GPUs any more."""
     connection.execute("DELETE FROM gpus WHERE replica_id = ?", (replica_id,))
 
 
-def gpu_holders(connection: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
+def gpu_holders(connection: Connection) -> dict[str, tuple[str, ...]]:
     """The GPUs of each replica that has any."""
     found: dict[str, tuple[str, ...]] = {}
     for uuid, replica_id in connection.execute("SELECT uuid, replica_id FROM gpus ORDER BY uuid"):
@@ -550,18 +551,18 @@ def gpu_holders(connection: sqlite3.Connection) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def next_epoch(connection: sqlite3.Connection) -> int:
+def next_epoch(connection: Connection) -> int:
     """A number that is higher than every one before."""
     return int(connection.execute("UPDATE epochs SET epoch = epoch + 1 RETURNING epoch").fetchone()[0])
 
 
-def begin_anew(connection: sqlite3.Connection, epoch: int) -> None:
+def begin_anew(connection: Connection, epoch: int) -> None:
     """Makes a restored database one of a service that has no replicas yet, and a higher epoch than ever before."""
     connection.execute("DELETE FROM replicas")
     connection.execute("UPDATE epochs SET epoch = max(epoch, ?)", (epoch,))
 
 
-def user_of(connection: sqlite3.Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:
+def user_of(connection: Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:
     """The user of an endpoint's models: the one it has, or else the first that is nobody's and not `busy`, now its own.
 
     None when there is no such user. One that it has is kept, unless `users` has changed and does not hold it any more.
@@ -572,11 +573,15 @@ def user_of(connection: sqlite3.Connection, endpoint_id: str, users: range, busy
     unusable = {*taken.values(), *busy}
     free = next((uid for uid in users if uid not in unusable), None)
     if free is not None:
-        connection.execute("INSERT OR REPLACE INTO users (uid, endpoint_id) VALUES (?, ?)", (free, endpoint_id))
+        connection.execute(
+            "INSERT INTO users (uid, endpoint_id) VALUES (?, ?)"
+            " ON CONFLICT (endpoint_id) DO UPDATE SET uid = excluded.uid",
+            (free, endpoint_id),
+        )
     return free
 
 
-def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:
+def add_replica(connection: Connection, replica: ReplicaRecord) -> None:
     """Records that a replica is about to be started."""
     connection.execute(
         "INSERT INTO replicas (id, endpoint_id, version, entity) VALUES (?, ?, ?, ?)",
@@ -584,18 +589,18 @@ def add_replica(connection: sqlite3.Connection, replica: ReplicaRecord) -> None:
     )
 
 
-def remove_replica(connection: sqlite3.Connection, replica_id: str) -> None:
+def remove_replica(connection: Connection, replica_id: str) -> None:
     """Records that nothing is left of a replica, which uses nothing any more."""
     connection.execute("DELETE FROM replicas WHERE id = ?", (replica_id,))
 
 
-def all_replicas(connection: sqlite3.Connection) -> list[ReplicaRecord]:
+def all_replicas(connection: Connection) -> list[ReplicaRecord]:
     """Every recorded replica, the oldest first."""
     rows = connection.execute("SELECT id, endpoint_id, version, entity FROM replicas ORDER BY rowid")
     return [ReplicaRecord(*row) for row in rows]
 
 
-def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) -> Iterable[Endpoint]:
+def _endpoints(connection: Connection, condition: str, argument: Any) -> Iterable[Endpoint]:
     # The statement is made of constants of this module only; what callers say is bound.
     query = f"SELECT {_COLUMNS} FROM endpoints WHERE {condition} ORDER BY name"  # noqa: S608
     for row in connection.execute(query, (argument,)).fetchall():
@@ -633,7 +638,7 @@ def _endpoints(connection: sqlite3.Connection, condition: str, argument: Any) ->
         )
 
 
-def _configs(connection: sqlite3.Connection, endpoint_id: str) -> dict[int | None, EndpointConfig]:
+def _configs(connection: Connection, endpoint_id: str) -> dict[int | None, EndpointConfig]:
     rows = connection.execute(
         "SELECT version, created_at, content FROM configs WHERE endpoint_id = ?", (endpoint_id,)
     ).fetchall()
@@ -652,7 +657,7 @@ def _config(version: int, created_at: int, content: dict[str, Any]) -> EndpointC
     )
 
 
-def _add_config(connection: sqlite3.Connection, endpoint_id: str, config: EndpointConfig) -> None:
+def _add_config(connection: Connection, endpoint_id: str, config: EndpointConfig) -> None:
     content = {"entities": config.entities, "routes": config.routes, "auto_capture": config.auto_capture}
     connection.execute(
         "INSERT INTO configs (endpoint_id, version, created_at, content) VALUES (?, ?, ?, ?)",
@@ -660,7 +665,7 @@ def _add_config(connection: sqlite3.Connection, endpoint_id: str, config: Endpoi
     )
 
 
-def _drop_old_configs(connection: sqlite3.Connection, endpoint_id: str) -> None:
+def _drop_old_configs(connection: Connection, endpoint_id: str) -> None:
     connection.execute(
         "DELETE FROM configs WHERE endpoint_id = ?1 AND version NOT IN "
         "(SELECT coalesce(active_version, 0) FROM endpoints WHERE id = ?1 UNION ALL "
@@ -678,15 +683,15 @@ def _failures(states: Mapping[str, EntityState]) -> str:
     return _json({name: [state.deployment, state.message] for name, state in states.items()})
 
 
-@contextmanager
-def _dropping_what_does_not_fit(endpoint_id: str) -> Iterator[None]:
-    try:
-        yield
-    except (OverflowError, sqlite3.IntegrityError):
-        log.exception("a measure cannot be stored and is dropped", extra={"endpoint": endpoint_id})
+def _fits(endpoint_id: str, *numbers: float) -> bool:
+    """Whether a database can hold numbers; those that it cannot are dropped."""
+    fits = all(math.isfinite(each) and abs(each) <= MOST_NUMBER for each in numbers)
+    if not fits:
+        log.error("a measure cannot be stored and is dropped", extra={"endpoint": endpoint_id})
+    return fits
 
 
-def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
+def _add_minute(connection: Connection, minute: Minute) -> None:
     key = (minute.key.endpoint_id, minute.minute, minute.key.entity, minute.key.entity_version)
     row = connection.execute(
         "SELECT minute, entity, entity_version, requests, refused, failed, busy_ms, latency, latency_ms, prediction,"
@@ -699,10 +704,18 @@ def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
         measured = Measured()
         measured.merge(_minute(key[0], *row).measured)
         measured.merge(minute.measured)
+    counts = (measured.requests, measured.refused, measured.failed, minute.replicas)
+    times = (measured.busy, measured.latency.sum, measured.prediction.sum, measured.queue.sum)
+    if not _fits(key[0], *counts, *times):
+        return
     connection.execute(
-        "INSERT OR REPLACE INTO minutes (endpoint_id, minute, entity, entity_version, requests, refused, failed,"
+        "INSERT INTO minutes (endpoint_id, minute, entity, entity_version, requests, refused, failed,"
         " busy_ms, latency, latency_ms, prediction, prediction_ms, queue, queue_ms, replicas)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT (endpoint_id, minute, entity, entity_version) DO UPDATE SET requests = excluded.requests,"
+        " refused = excluded.refused, failed = excluded.failed, busy_ms = excluded.busy_ms, latency = excluded.latency,"
+        " latency_ms = excluded.latency_ms, prediction = excluded.prediction, prediction_ms = excluded.prediction_ms,"
+        " queue = excluded.queue, queue_ms = excluded.queue_ms, replicas = excluded.replicas",
         (
             *key,
             measured.requests,
@@ -717,20 +730,33 @@ def _add_minute(connection: sqlite3.Connection, minute: Minute) -> None:
     )
 
 
-def _add_use(connection: sqlite3.Connection, use: MinuteOfUse) -> None:
-    key, used = use.key, use.used
+def _add_use(connection: Connection, use: MinuteOfUse) -> None:
+    key = (use.key.endpoint_id, use.minute, use.key.entity, use.key.principal_id)
+    row = connection.execute(
+        "SELECT requests, refused, failed, input_tokens, output_tokens FROM usage"
+        " WHERE endpoint_id = ? AND minute = ? AND entity = ? AND principal_id = ?",
+        key,
+    ).fetchone()
+    used = _used(*(row or (0, 0, 0, 0, 0)))
+    used.merge(use.used)
+    counts = (used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens)
+    if not _fits(key[0], *counts):
+        return
     connection.execute(
-        "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        "INSERT INTO usage (endpoint_id, minute, entity, principal_id, requester, requests, refused, failed,"
+        " input_tokens, output_tokens) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT (endpoint_id, minute, entity, principal_id) DO UPDATE SET requester = excluded.requester,"
-        " requests = requests + excluded.requests, refused = refused + excluded.refused,"
-        " failed = failed + excluded.failed, input_tokens = min(input_tokens + excluded.input_tokens, ?),"
-        " output_tokens = min(output_tokens + excluded.output_tokens, ?)",
-        (
-            *(key.endpoint_id, use.minute, key.entity, key.principal_id, key.requester),
-            *(used.requests, used.refused, used.failed, used.input_tokens, used.output_tokens),
-            *(MOST_SUMMED, MOST_SUMMED),
-        ),
+        " requests = excluded.requests, refused = excluded.refused, failed = excluded.failed,"
+        " input_tokens = excluded.input_tokens, output_tokens = excluded.output_tokens",
+        (*key, use.key.requester, *counts),
     )
+
+
+def _used(requests: int, refused: int, failed: int, input_tokens: int, output_tokens: int) -> Used:
+    used = Used()
+    used.requests, used.refused, used.failed = requests, refused, failed
+    used.input_tokens, used.output_tokens = input_tokens, output_tokens
+    return used
 
 
 def _minute(

@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 
 from servicekit import tracing
-from servicekit.database import Database
+from servicekit.storage import Storage, StorageError
 from servicekit.tracing import Span
 from serving_service import store
 from serving_service.launch_metrics import LaunchMetrics
@@ -31,7 +30,7 @@ MOST_UNWRITTEN = 100
 class Timeline:
     """The launches of one endpoint. `run` stores what ended."""
 
-    def __init__(self, endpoint_id: str, database: Database, launched: LaunchMetrics) -> None:
+    def __init__(self, endpoint_id: str, database: Storage, launched: LaunchMetrics) -> None:
         self._endpoint_id = endpoint_id
         self._database = database
         self._launched = launched
@@ -131,7 +130,7 @@ class Timeline:
             return
         try:
             await self._database.write(store.add_events, self._endpoint_id, events)
-        except sqlite3.Error:
+        except StorageError:
             log.warning("events cannot be stored", extra={"endpoint": self._endpoint_id, "events": len(events)})
             del self._unwritten[:-MOST_UNWRITTEN]
         else:

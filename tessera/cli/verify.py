@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import sqlite3
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from secrets_service.rootsource import GivenSource, RootSource
 from secrets_service.settings import SecretsSettings
 from servicekit import database, settings
 from servicekit.errors import StartError
+from servicekit.storage import StorageError
 from tessera.cli import archive
 from tessera.cli.archive import Backup, Tell
 
@@ -99,5 +99,5 @@ async def faults_with_key(backup: Backup, key: RootSource) -> list[str]:
         )
     try:
         return [f"{archive.SECRETS}: {fault}" for fault in inspection.faults(copy, keyring)]
-    except sqlite3.Error as error:
+    except StorageError as error:
         return [f"{archive.SECRETS}: {error}"]

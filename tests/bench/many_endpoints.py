@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import sqlite3
 import time
 import uuid
 from contextlib import ExitStack
 from pathlib import Path
 
 from servicekit import database
+from servicekit.storage import Connection
 from serving_service import app, store
 from serving_service.model import ConfigUpdate
 from tessera.cli.rest import Rest
@@ -86,7 +86,7 @@ async def _fill(directory: Path, count: int) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = dataclasses.replace(a_config(), entities=(dataclasses.replace(an_entity(), scale_to_zero=True),))
 
-    def fill(connection: sqlite3.Connection) -> None:
+    def fill(connection: Connection) -> None:
         for number in range(count):
             endpoint = an_endpoint(
                 f"bench-{number}",

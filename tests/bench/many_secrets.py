@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,11 +17,12 @@ from pathlib import Path
 import grpc
 import psutil
 
-from secrets_service import app, foundation, integrity, rootsource, store
+from secrets_service import app, foundation, rootsource, store
 from secrets_service.model import USERS, Permission, SecretBytes
 from secrets_service.settings import SecretsSettings
 from secrets_service.values import SecretValues
 from servicekit import database
+from servicekit.storage import Connection
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2_grpc as rpc
 from tests.bench import programs, tables
@@ -117,11 +117,11 @@ def _value() -> bytes:
 
 async def _fill(directory: Path, scopes: int, each: int) -> None:
     settings = SecretsSettings(data_dir=directory)
-    async with database.opened(settings.database, app.MIGRATIONS, kind=integrity.Connection) as opened:
+    async with database.opened(settings.database, app.MIGRATIONS) as opened:
         base = await foundation.opened(settings, rootsource.chosen(settings), opened, time.time)
         values = SecretValues(base.keyring, keep=settings.secret_versions, now=time.time)
 
-        def fill(connection: sqlite3.Connection, number: int) -> None:
+        def fill(connection: Connection, number: int) -> None:
             name = f"scope-{number}"
             scope = store.insert_scope(connection, name, folded=name, uuid=uuid.uuid4().bytes)
             values.prepare(connection, scope)

@@ -147,10 +147,10 @@ FAULTS = (
         name="ids-given-again",
         property="S12",
         file="secrets_service/directory_store.py",
-        old='"INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?)"',
+        old='"INSERT INTO principals (kind, name, folded) VALUES (?, ?, ?) RETURNING id"',
         new="""\
         "INSERT INTO principals (id, kind, name, folded) VALUES"
-        " ((SELECT coalesce(max(id), 1000000000000000) + 1 FROM principals), ?, ?, ?)\"""",
+        " ((SELECT coalesce(max(id), 1000000000000000) + 1 FROM principals), ?, ?, ?) RETURNING id\"""",
         tests=(f"{_DIRECTORY}::test_user_made_anew_under_an_old_name_inherits_nothing",),
     ),
     Fault(
@@ -596,19 +596,19 @@ FAULTS = (
         name="condition-looked-at-too-early",
         property="R4",
         file="secrets_service/scopes.py",
-        old="""        def put(connection: sqlite3.Connection) -> tuple[None, int]:
+        old="""        def put(connection: Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
 """,
-        new="""        def look(connection: sqlite3.Connection) -> int:
+        new="""        def look(connection: Connection) -> int:
             found = permitted(connection, scope, caller)
             known = store.find_key(connection, found, names.folded(key))
             return known.current if known else 0
 
         current = await self._database.read(look)
 
-        def put(connection: sqlite3.Connection) -> tuple[None, int]:
+        def put(connection: Connection) -> tuple[None, int]:
             found = permitted(connection, scope, caller)
 """,
         tests=(_HISTORIES,),

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import socket
-import sqlite3
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
@@ -21,6 +20,7 @@ from servicekit import audit, audit_export, audit_store, audit_tail, database
 from servicekit.audit_files import Diverged, FileSink
 from servicekit.audit_records import AuditKey, Head, verify
 from servicekit.audit_tail import AuditTail
+from servicekit.database import SqliteConnection
 from tessera.identity.v1 import audit_pb2, identity_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -221,7 +221,7 @@ async def test_with_a_full_disk_values_and_changes_are_refused_until_there_is_ro
     transaction = database._transaction
     is_full = True
 
-    def on_the_disk(connection: sqlite3.Connection, begin: str, *args: Any, **kwargs: Any) -> Any:
+    def on_the_disk(connection: SqliteConnection, begin: str, *args: Any, **kwargs: Any) -> Any:
         if begin == "BEGIN IMMEDIATE":
             # No page more than there are, or any number.
             connection.execute(f"PRAGMA max_page_count={1 if is_full else 1 << 30}")

@@ -23,6 +23,7 @@ import pytest
 from secrets_service import rootkey
 from servicekit import backups, database
 from servicekit.errors import StartError
+from servicekit.storage import StorageError
 from tessera.cli import archive, backup, verify
 from tessera.cli.__main__ import main
 from tessera.secrets.v1 import secrets_pb2
@@ -579,7 +580,7 @@ async def test_backup_fails_with_the_reason_when_there_is_no_room(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def full(self: database.Database, to: Path) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise StorageError("database or disk is full")
 
     async with running(directory / "data") as platform:
         monkeypatch.setattr(database.Database, "copy", full)

@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from servicekit import channels
+from servicekit.storage import StorageError
 from serving_service import endpoints, store
 from serving_service.environment import SecretReferences
 from tessera.identity.v1 import identity_pb2
@@ -360,7 +361,7 @@ async def test_a_create_that_secrets_refuses_leaves_nothing_there(platform: Plat
 
 
 def refuse(*arguments: Any, **names: Any) -> None:
-    raise sqlite3.OperationalError("injected")
+    raise StorageError("injected")
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, step: str) -> None:

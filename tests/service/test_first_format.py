@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from secrets_service import foundation, integrity, rootsource, store
+from secrets_service import foundation, rootsource, store
 from secrets_service.app import MIGRATIONS
 from servicekit import channels, database
 from servicekit.errors import StartError
@@ -231,7 +231,7 @@ async def test_start_that_is_killed_at_any_step_is_finished_by_the_next(monkeypa
 async def migrated(directory: Path) -> Any:
     """The keyring of the store in a directory, which is brought up to date; all of its signing keys open."""
     settings = settings_for(directory)
-    async with database.opened(settings.database, MIGRATIONS, kind=integrity.Connection) as opened:
+    async with database.opened(settings.database, MIGRATIONS) as opened:
         return (await foundation.opened(settings, rootsource.chosen(settings), opened, then())).keyring
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import grpc
 import pytest
 
-from secrets_service import files, foundation, integrity, rootsource, rotation, rotation_store, store
+from secrets_service import files, foundation, rootsource, rotation, rotation_store, store
 from secrets_service.app import MIGRATIONS
 from secrets_service.values import SecretValues
 from servicekit import database
 from servicekit.errors import StartError
+from servicekit.storage import Connection, StorageError
 from tessera.cli.__main__ import main
 from tessera.identity.v1 import identity_pb2 as identity
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -227,11 +228,11 @@ async def test_rotation_that_is_killed_at_any_step_loses_nothing(kind: str, monk
 async def opens(directory: Path) -> None:
     """Whether everything in a directory opens, at a start of the service and without one."""
     settings = settings_for(directory)
-    async with database.opened(settings.database, MIGRATIONS, kind=integrity.Connection) as opened:
+    async with database.opened(settings.database, MIGRATIONS) as opened:
         base = await foundation.opened(settings, rootsource.chosen(settings), opened, Clock())
         values = SecretValues(base.keyring, keep=5, now=Clock())
 
-        def read(connection: sqlite3.Connection) -> None:
+        def read(connection: Connection) -> None:
             for name, key, version in itertools.product(("one", "two"), "abcd", (1, 2, 3)):
                 scope = store.find_scope(connection, name)
                 assert scope is not None
@@ -332,7 +333,7 @@ async def test_store_key_that_cannot_be_recorded_is_not_used(monkeypatch: pytest
         async with filled(directory) as (service, alice):
 
             def full(*_: Any) -> None:
-                raise sqlite3.OperationalError("database or disk is full")
+                raise StorageError("database or disk is full")
 
             with monkeypatch.context() as patch:
                 patch.setattr(store, "replace_keyring", full)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_prom
 from servicekit import database, measures
 from servicekit.errors import InvalidParameter
 from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used
+from servicekit.storage import StorageError
 from servicekit.token_usage import MOST_SUMMED
 from serving_service import store
 from serving_service.app import MIGRATIONS
@@ -152,7 +152,7 @@ async def test_a_day_is_kept_and_nothing_of_endpoints_that_are_gone(tmp_path: Pa
 
 async def test_what_cannot_be_stored_is_stored_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise StorageError("database or disk is full")
 
     clock = Clock()
     async with running_meters(tmp_path, clock) as meters:

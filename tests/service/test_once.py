@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servicekit import channels, database
+from servicekit.database import SqliteConnection
 from servicekit.exposure import exposure
+from servicekit.storage import Connection
 from tessera.identity.v1 import identity_pb2 as identity
 from tessera.identity.v1 import permissions_pb2 as permissions
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -507,7 +509,7 @@ class Writer:
 class _Failing:
     """A connection whose statements are counted, and one of which may fail."""
 
-    def __init__(self, connection: sqlite3.Connection, writer: Writer) -> None:
+    def __init__(self, connection: Connection, writer: Writer) -> None:
         self._connection = connection
         self._writer = writer
 
@@ -593,7 +595,7 @@ async def test_retry_after_a_full_disk_makes_the_change_once(
     transaction = database._transaction
     limit: int | None = 0
 
-    def on_a_full_disk(connection: sqlite3.Connection, begin: str, *args: Any, **kwargs: Any) -> Any:
+    def on_a_full_disk(connection: SqliteConnection, begin: str, *args: Any, **kwargs: Any) -> Any:
         if begin == "BEGIN IMMEDIATE":
             # No page more than there are, or any number.
             connection.execute(f"PRAGMA max_page_count={1 if limit == 0 else 1 << 30}")

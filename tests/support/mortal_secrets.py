@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from secrets_service import app, integrity
+from secrets_service import app
 from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from servicekit import database, logs, sockets
@@ -44,7 +44,7 @@ def _statement(args: Sequence[Any]) -> str | None:
 DOORS = (
     Door(RememberingDatabase, "write", written),
     Door(RememberingDatabase, "destroy", written),
-    Door(integrity.Connection, "execute", _statement),
+    Door(database.SqliteConnection, "execute", _statement),
     Door(Database, "erase", step_of("erase")),
     Door(AccessFeed, "followed", step_of("tell followers")),
     Door(os, "fsync", step_of("fsync")),

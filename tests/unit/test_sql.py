@@ -67,6 +67,25 @@ def test_statements_stand_at_the_doors_alone() -> None:
     assert found == DOORS.keys()
 
 
+DRIVERS = {"sqlite3", "aiosqlite"}
+
+AT_THE_DRIVER = {
+    "servicekit/database.py",
+    "serving_service/registry_helper.py",  # a database of MLflow's, in a process of its own
+}
+
+
+def test_nothing_else_knows_which_database_it_is() -> None:
+    found = {
+        name_of(path)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and DRIVERS & {each.name.partition(".")[0] for each in node.names})
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in DRIVERS)
+    }
+    assert found == AT_THE_DRIVER
+
+
 GOOD = {
     "a literal": 'def f(c, x): c.execute("SELECT ?", (x,))',
     "a constant": 'A = "SELECT"\ndef f(c, x): c.execute(f"{A} ?", (x,))',

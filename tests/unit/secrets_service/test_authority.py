@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from secrets_service.tokens import Presented, TokenMacs
 from servicekit import identity
 from servicekit.context import Principal
 from servicekit.identity import InvalidToken
+from servicekit.storage import Connection, StorageError
 from tests.support.answers import plain_answers
 from tests.support.stores import opened_store
 
@@ -42,7 +42,7 @@ async def a_token(opened: RememberingDatabase, macs: TokenMacs = MACS) -> Presen
     """A new user's token, which is good for the first thousand seconds."""
     token = tokens.make()
 
-    def insert(connection: sqlite3.Connection) -> None:
+    def insert(connection: Connection) -> None:
         user = directory_store.insert_account(connection, Profile(name="bob"), folded="bob", groups=[])
         info = TokenInfo(token.id, created_ms=0, expires_ms=1_000_000, comment="")
         store.insert_token(connection, info, owner_id=user.id, creator_id=user.id, mac=macs.of(token))
@@ -68,7 +68,7 @@ async def test_wrong_secret_is_looked_up_as_an_unknown_id_is_however_well_the_to
     await authority.authenticate(token.text)
     asked: list[str] = []
 
-    def find_token_mac(connection: sqlite3.Connection, token_id: str, find: Any = store.find_token_mac) -> Any:
+    def find_token_mac(connection: Connection, token_id: str, find: Any = store.find_token_mac) -> Any:
         asked.append(token_id)
         return find(connection, token_id)
 
@@ -102,7 +102,7 @@ async def test_token_whose_mac_cannot_be_renewed_is_good_all_the_same(
     token, authority = await a_token(opened, TokenMacs({0: OLD_KEY})), an_authority(opened)
 
     def full(*_: Any) -> None:
-        raise sqlite3.OperationalError("database or disk is full")
+        raise StorageError("database or disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "renew_token_mac", full)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from secrets_service.values import SecretValues
 from servicekit.context import ADMINS, Principal
 from servicekit.identity import InvalidToken
 from servicekit.policy import AUTHENTICATED
+from servicekit.storage import Connection
 from tessera.policy import ADMIN
 from tests.support.answers import plain_answers
 from tests.support.policy import serving
@@ -37,7 +37,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[RememberingDatabase]:
 async def a_caller(opened: RememberingDatabase, *, is_active: bool = True, is_there: bool = True) -> Principal:
     """Somebody who still holds that it is an admin."""
 
-    def make(connection: sqlite3.Connection) -> int:
+    def make(connection: Connection) -> int:
         for group in (ADMINS, USERS):
             directory_store.insert_group(connection, group, folded=group)
         profile = Profile(name="ada", is_active=is_active)
@@ -70,7 +70,7 @@ async def test_who_was_taken_away_meanwhile_makes_nothing(opened: RememberingDat
 async def test_what_an_assertion_says_about_groups_makes_nobody_an_admin(opened: RememberingDatabase) -> None:
     caller = await a_caller(opened)
 
-    def leave(connection: sqlite3.Connection) -> None:
+    def leave(connection: Connection) -> None:
         callers.require_admin(connection, caller, "do this")
         admins = store.find_principal(connection, ADMINS)
         assert admins is not None

@@ -35,6 +35,7 @@ from secrets_service.model import (
 )
 from secrets_service.tokens import TokenMacs
 from servicekit.context import ADMINS, Level
+from servicekit.storage import Connection
 from tests.support.seed import seeded
 from tests.support.stores import KEYRING, a_store, equip
 
@@ -86,7 +87,7 @@ Answers = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def connection() -> Iterator[sqlite3.Connection]:
+def connection() -> Iterator[Connection]:
     with a_store() as connection:
         logging.getLogger(integrity.__name__).setLevel(logging.CRITICAL)  # thousands of damages
         fill(connection)
@@ -96,7 +97,7 @@ def connection() -> Iterator[sqlite3.Connection]:
         logging.getLogger(integrity.__name__).setLevel(logging.NOTSET)
 
 
-def fill(connection: sqlite3.Connection) -> None:
+def fill(connection: Connection) -> None:
     """Two or more of everything."""
     ids = {name: directory_store.insert_group(connection, name, folded=name) for name in GROUPS}
     groups = {"ann": ["users", ADMINS], "ben": ["users", "staff"], "cat": ["users"]}
@@ -136,7 +137,7 @@ def fill(connection: sqlite3.Connection) -> None:
     connection.execute("DELETE FROM access_changes")
 
 
-def asked(connection: sqlite3.Connection) -> Answers:
+def asked(connection: Connection) -> Answers:
     """Everything that decides about rights, as it is answered now."""
     people = stored(connection, "id", "principals")
     found: Answers = {}
@@ -171,34 +172,34 @@ def asked(connection: sqlite3.Connection) -> Answers:
     return found
 
 
-def stored(connection: sqlite3.Connection, column: str, table: str) -> set[Any]:
+def stored(connection: Connection, column: str, table: str) -> set[Any]:
     """What there is to ask about: what was made up, too."""
     return {row[0] for row in connection.execute(f"SELECT {column} FROM {table}")}
 
 
-def _group(connection: sqlite3.Connection, principal_id: int) -> Any:
+def _group(connection: Connection, principal_id: int) -> Any:
     found = directory_store.find_group(connection, principal_id, with_members=False)
     return found and (found.id, found.name, found.roles, found.entitlements, found.external_id)
 
 
-def _grants(connection: sqlite3.Connection, name: str) -> Any:
+def _grants(connection: Connection, name: str) -> Any:
     scope = store.find_scope(connection, name)
     return scope and (scope, store.grants(connection, scope))
 
 
-def _effective(connection: sqlite3.Connection, scope: str, principal_id: int) -> Any:
+def _effective(connection: Connection, scope: str, principal_id: int) -> Any:
     found = store.find_scope_and_standing(connection, scope, principal_id)
     held = found and access.effective(found[1])
     return held and (found, held)
 
 
-def _level(connection: sqlite3.Connection, endpoint: str, name: str) -> Any:
+def _level(connection: Connection, endpoint: str, name: str) -> Any:
     user = store.find_user_named(connection, name)
     found = grant_store.find_endpoint(connection, endpoint)
     return found and user and access.endpoint_level(user, grant_store.levels_of(connection, endpoint, user))
 
 
-def _managed(connection: sqlite3.Connection, token_id: str) -> Any:
+def _managed(connection: Connection, token_id: str) -> Any:
     found = store.find_managed_token(connection, token_id, now_ms=0)
     return found and replace(found, creator_name="")  # a name for people to read
 
@@ -215,7 +216,7 @@ class Edit:
         return f"{self.text} {self.parameters!r}"
 
 
-def edits(connection: sqlite3.Connection) -> Iterator[Edit]:
+def edits(connection: Connection) -> Iterator[Edit]:
     """Every column of every row, edited in several ways; every row deleted, doubled, and given what another one is."""
     for table in TABLES:
         columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
@@ -258,7 +259,7 @@ def _doubled(table: str, columns: list[str], row: Any, place: int, value: Any) -
 
 
 @contextmanager
-def made(connection: sqlite3.Connection, edit: Edit) -> Iterator[bool]:
+def made(connection: Connection, edit: Edit) -> Iterator[bool]:
     """Within, the edit is made, if the database lets it be made at all; then it is undone."""
     connection.execute("BEGIN")
     try:
@@ -271,7 +272,7 @@ def made(connection: sqlite3.Connection, edit: Edit) -> Iterator[bool]:
         connection.execute("ROLLBACK")
 
 
-def test_no_edit_gains_a_right_and_every_edit_of_what_decides_is_noticed(connection: sqlite3.Connection) -> None:
+def test_no_edit_gains_a_right_and_every_edit_of_what_decides_is_noticed(connection: Connection) -> None:
     before = asked(connection)
     assert REFUSED not in (before["user ann"], before["scope one"], before["endpoint e"], before["the platform"])
     count = 0
@@ -296,7 +297,7 @@ def noticed(before: Answers, now: Answers) -> bool:
     return any(now.get(question, REFUSED) == REFUSED != answer for question, answer in before.items())
 
 
-def is_of_no_object(connection: sqlite3.Connection, edit: Edit) -> bool:
+def is_of_no_object(connection: Connection, edit: Edit) -> bool:
     """A row that was made up and belongs to nothing that is there. It was asked about like everything, and refused."""
     if not edit.text.startswith("INSERT"):
         return False
@@ -306,7 +307,7 @@ def is_of_no_object(connection: sqlite3.Connection, edit: Edit) -> bool:
     return edit.parameters[place] not in stored(connection, "id", objects)
 
 
-def test_edit_of_a_scope_closes_that_scope_and_no_other(connection: sqlite3.Connection) -> None:
+def test_edit_of_a_scope_closes_that_scope_and_no_other(connection: Connection) -> None:
     before = asked(connection)
     for edit in list(edits(connection)):
         if edit.table not in ("acls", "scopes"):
@@ -324,7 +325,7 @@ def test_edit_of_a_scope_closes_that_scope_and_no_other(connection: sqlite3.Conn
                 ), edit
 
 
-def test_every_table_is_authority_or_there_is_a_reason_why_not(connection: sqlite3.Connection) -> None:
+def test_every_table_is_authority_or_there_is_a_reason_why_not(connection: Connection) -> None:
     tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
     assert {row[0] for row in tables} == {*TABLES, *NOT_AUTHORITY}
     assert not set(TABLES) & NOT_AUTHORITY.keys()
@@ -333,7 +334,7 @@ def test_every_table_is_authority_or_there_is_a_reason_why_not(connection: sqlit
 EDITS = 40
 """Of all, how many are tried with each change."""
 
-CHANGES: tuple[Callable[[sqlite3.Connection], Any], ...] = (
+CHANGES: tuple[Callable[[Connection], Any], ...] = (
     lambda c: store.put_grant(c, _scope(c), _id(c, "cat"), Permission.READ),
     lambda c: store.delete_grant(c, _scope(c), "ben"),
     lambda c: grant_store.put_level(c, ENDPOINTS[0], _id(c, "cat"), Level.CAN_QUERY),
@@ -350,22 +351,20 @@ CHANGES: tuple[Callable[[sqlite3.Connection], Any], ...] = (
 """Changes of one object each."""
 
 
-def _scope(connection: sqlite3.Connection) -> Any:
+def _scope(connection: Connection) -> Any:
     scope = store.find_scope(connection, "one")
     assert scope is not None
     return scope
 
 
-def _id(connection: sqlite3.Connection, name: str) -> int:
+def _id(connection: Connection, name: str) -> int:
     found = store.find_principal(connection, name)
     assert found is not None
     return found
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_later_change_does_not_bless_an_edit(
-    connection: sqlite3.Connection, change: Callable[[sqlite3.Connection], Any]
-) -> None:
+def test_later_change_does_not_bless_an_edit(connection: Connection, change: Callable[[Connection], Any]) -> None:
     """What is refused after an edit is refused still when the service has changed something itself."""
     before = defaultdict(lambda: REFUSED, asked(connection))
     for edit in seeded().sample(list(edits(connection)), EDITS):
@@ -383,7 +382,7 @@ def test_later_change_does_not_bless_an_edit(
             assert not {question for question in refused if now.get(question, REFUSED) != REFUSED}, edit
 
 
-def test_principal_is_deleted_whatever_else_is_damaged(connection: sqlite3.Connection) -> None:
+def test_principal_is_deleted_whatever_else_is_damaged(connection: Connection) -> None:
     """Nobody keeps a right because somebody harmed the list that it is in."""
     lists = ("acls", "scopes", "endpoint_permissions", "endpoints", "launch_grants")
     for edit in seeded().sample([edit for edit in edits(connection) if edit.table in lists], EDITS):
@@ -399,7 +398,7 @@ def test_principal_is_deleted_whatever_else_is_damaged(connection: sqlite3.Conne
                 assert not {q for q, a in before.items() if a == REFUSED and now.get(q, REFUSED) != REFUSED}, edit
 
 
-def test_group_that_is_deleted_takes_its_rights_along_and_nothing_else(connection: sqlite3.Connection) -> None:
+def test_group_that_is_deleted_takes_its_rights_along_and_nothing_else(connection: Connection) -> None:
     connection.execute("BEGIN")
     before = asked(connection)
     directory_store.delete_principal(connection, _id(connection, "users"))
@@ -458,8 +457,7 @@ def test_refusal_names_what_is_damaged(caplog: pytest.LogCaptureFixture) -> None
 
 def test_connection_that_was_not_told_the_key_decides_nothing() -> None:
     with a_store() as connection:
-        assert isinstance(connection, integrity.Connection)
-        connection.integrity = None
+        connection.equipment = None
         with pytest.raises(AssertionError):
             store.insert_scope(connection, "one", folded="one", uuid=b"u")
         equip(connection)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from secrets_service.feed import AccessFeed
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import AccessChange
 from servicekit import database
+from servicekit.storage import Connection
 from tests.support.answers import plain_answers
 from tests.support.eventually import eventually
 
@@ -42,7 +42,7 @@ class Reading:
         self.may_return.set()
         self.has_read = threading.Event()
 
-    def __call__(self, connection: sqlite3.Connection, name: str) -> int | None:
+    def __call__(self, connection: Connection, name: str) -> int | None:
         self.times += 1
         row = connection.execute("SELECT value FROM t WHERE name = ?", (name,)).fetchone()
         self.has_read.set()
@@ -50,7 +50,7 @@ class Reading:
         return row[0] if row else None
 
 
-def put(connection: sqlite3.Connection, value: int) -> None:
+def put(connection: Connection, value: int) -> None:
     connection.execute("UPDATE t SET value = ?", (value,))
 
 
@@ -96,7 +96,7 @@ async def test_read_that_a_write_overtook_is_not_remembered(opened: RememberingD
 async def test_nothing_is_taken_from_memory_during_a_write(opened: RememberingDatabase) -> None:
     has_begun, may_end = threading.Event(), threading.Event()
 
-    def slow(connection: sqlite3.Connection) -> None:
+    def slow(connection: Connection) -> None:
         put(connection, 2)
         has_begun.set()
         assert may_end.wait(10)
@@ -136,7 +136,7 @@ async def test_what_was_read_together_is_remembered_apart_unless_a_write_came_be
 async def test_nothing_that_is_read_during_a_write_is_of_one_state(opened: RememberingDatabase) -> None:
     has_begun, may_end = threading.Event(), threading.Event()
 
-    def slow(connection: sqlite3.Connection) -> None:
+    def slow(connection: Connection) -> None:
         has_begun.set()
         assert may_end.wait(10)
 
@@ -155,7 +155,7 @@ async def test_nothing_that_is_read_during_a_write_is_of_one_state(opened: Remem
 async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDatabase) -> None:
     has_begun, may_end = threading.Event(), threading.Event()
 
-    def slow(connection: sqlite3.Connection) -> None:
+    def slow(connection: Connection) -> None:
         has_begun.set()
         assert may_end.wait(10)
         put(connection, 2)
@@ -188,7 +188,7 @@ async def test_change_of_a_right_is_told_also_when_nobody_waits_for_it_any_more(
 
     monkeypatch.setattr(AccessFeed, "publish", publish)
 
-    def slow(connection: sqlite3.Connection) -> None:
+    def slow(connection: Connection) -> None:
         has_begun.set()
         may_end.wait(10)
         connection.execute("INSERT INTO access_changes VALUES ('token', 't1'), ('token', 't1')")
@@ -205,7 +205,7 @@ async def test_change_of_a_right_is_told_also_when_nobody_waits_for_it_any_more(
 
 
 async def test_refused_write_raises_and_reads_go_on(opened: RememberingDatabase) -> None:
-    def refused(connection: sqlite3.Connection) -> None:
+    def refused(connection: Connection) -> None:
         put(connection, 2)
         raise LookupError("refused")
 

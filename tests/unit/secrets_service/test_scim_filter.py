@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from secrets_service.directory_store import FILTERED, SORTED, Selection
 from secrets_service.errors import InvalidFilter
 from secrets_service.model import Email, Kind, Profile
 from secrets_service.scim_filter import AllOf, AnyOf, Comparison, Operator
+from servicekit.storage import Connection
 from tests.support.stores import a_store
 
 ATTRIBUTES = FILTERED[Kind.USER]
@@ -26,7 +26,7 @@ Tree = tuple[str, Any, Any]
 """("and" or "or", left, right), or (operator, attribute, text)."""
 
 
-def page(connection: sqlite3.Connection, **wanted: Any) -> list[int]:
+def page(connection: Connection, **wanted: Any) -> list[int]:
     defaults: dict[str, Any] = {"filter": None, "sort_by": "", "is_descending": False, "start": 1, "count": 1000}
     found = directory_store.account_page(connection, Kind.USER, Selection(**{**defaults, **wanted}))
     return [user.id for user in found.items]

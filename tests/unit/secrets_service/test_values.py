@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from secrets_service import store
 from secrets_service.errors import ScopeDamaged, SecretDamaged
 from secrets_service.model import Scope, SecretBytes
 from secrets_service.values import SecretValues
+from servicekit.storage import Connection
 from tests.support.seed import seeded
 from tests.support.stores import KEYRING, a_store
 
@@ -22,7 +22,7 @@ SWAPS = 1_000
 class Store:
     """Three scopes with the same five keys, each with three versions; a value says where it was put."""
 
-    connection: sqlite3.Connection
+    connection: Connection
     values: SecretValues
     scopes: list[Scope]
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from servicekit import database
-from servicekit.database import DatabaseError, StorageFailed, opened
+from servicekit.database import DatabaseError, opened
 from servicekit.errors import StartError, Unavailable
+from servicekit.storage import Connection, ConstraintBroken, StorageError, StorageFailed
 from tests.support.sockets import short_directory
 
 ROOT = Path(__file__).parents[3]
@@ -43,12 +44,12 @@ def migrations(directory: Path) -> Path:
     return folder
 
 
-def insert(connection: sqlite3.Connection, *names: str) -> None:
+def insert(connection: Connection, *names: str) -> None:
     for name in names:
         connection.execute("INSERT INTO items (name) VALUES (?)", (name,))
 
 
-def names_in(connection: sqlite3.Connection) -> list[str]:
+def names_in(connection: Connection) -> list[str]:
     return [name for (name,) in connection.execute("SELECT name FROM items ORDER BY name")]
 
 
@@ -86,7 +87,7 @@ async def test_orderly_end_leaves_one_self_contained_file(path: Path, migrations
 
 async def test_transaction_that_raises_leaves_nothing_and_the_next_one_works(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
-        with pytest.raises(sqlite3.IntegrityError):
+        with pytest.raises(ConstraintBroken):
             await db.write(insert, "a", "b", "a")
         assert await db.read(names_in) == []
         await db.write(insert, "c")
@@ -96,7 +97,7 @@ async def test_transaction_that_raises_leaves_nothing_and_the_next_one_works(pat
 async def test_transaction_whose_caller_was_cancelled_is_done_whole(path: Path, migrations: Path) -> None:
     half_way, go_on = threading.Event(), threading.Event()
 
-    def slow(connection: sqlite3.Connection) -> None:
+    def slow(connection: Connection) -> None:
         insert(connection, "a")
         half_way.set()
         assert go_on.wait(5)
@@ -127,7 +128,7 @@ async def test_failing_transaction_whose_caller_was_cancelled_leaves_nothing(pat
 async def test_statements_of_one_read_see_one_state(path: Path, migrations: Path) -> None:
     looked, written = threading.Event(), threading.Event()
 
-    def look_twice(connection: sqlite3.Connection) -> tuple[list[str], list[str]]:
+    def look_twice(connection: Connection) -> tuple[list[str], list[str]]:
         first = names_in(connection)
         looked.set()
         assert written.wait(5)
@@ -144,7 +145,7 @@ async def test_statements_of_one_read_see_one_state(path: Path, migrations: Path
 async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
         for _ in range(database.READERS):
-            with pytest.raises(sqlite3.OperationalError):
+            with pytest.raises(StorageError):
                 await db.read(lambda connection: connection.execute("SELECT * FROM nothing"))
         await db.write(insert, "a")
         for _ in range(database.READERS):
@@ -154,12 +155,12 @@ async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, mig
 async def test_reader_cannot_write(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
         for _ in range(database.READERS):
-            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            with pytest.raises(StorageError, match="readonly"):
                 await db.read(insert, "a")
 
 
 async def test_acknowledged_writes_are_on_stable_storage(path: Path, migrations: Path) -> None:
-    def pragmas(connection: sqlite3.Connection) -> list[object]:
+    def pragmas(connection: Connection) -> list[object]:
         names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
         return [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
 
@@ -207,7 +208,7 @@ async def test_full_database_refuses_what_does_not_fit_and_takes_what_does(path:
         await db.write(insert, "a")
         pages = await db.write(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
         await db.write(lambda c: c.execute(f"PRAGMA max_page_count={pages}").fetchone())
-        for kind in (StorageFailed, Unavailable, sqlite3.OperationalError):
+        for kind in (StorageFailed, Unavailable, StorageError):
             with pytest.raises(kind):
                 await db.write(insert, *(f"{number:0100}" for number in range(100)))
         assert await db.read(names_in) == ["a"]

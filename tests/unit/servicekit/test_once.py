@@ -15,8 +15,10 @@ from google.protobuf.wrappers_pb2 import StringValue
 from secrets_service.app import MIGRATIONS
 from servicekit import context, once
 from servicekit.context import Principal, RequestContext
+from servicekit.database import SqliteConnection
 from servicekit.errors import DataLoss, InvalidParameter
 from servicekit.once import Answered, Answers
+from servicekit.storage import Connection
 from servicekit.warnings import warn
 from tests.support.answers import plain_answers
 
@@ -27,8 +29,8 @@ ADA, BEN = (Principal(one, "name", frozenset(), "t", None) for one in ("10000000
 
 
 @pytest.fixture
-def connection() -> Iterator[sqlite3.Connection]:
-    opened = sqlite3.connect(":memory:", isolation_level=None)
+def connection() -> Iterator[Connection]:
+    opened = sqlite3.connect(":memory:", isolation_level=None, factory=SqliteConnection)
     opened.execute("CREATE TABLE principals (id INTEGER PRIMARY KEY) STRICT")
     opened.executescript((MIGRATIONS / "0005_answers.sql").read_text())
     opened.execute("CREATE TABLE changes (text TEXT NOT NULL) STRICT")
@@ -72,19 +74,19 @@ def serving(
     return contextvars.Context().run(serve)
 
 
-def change(connection: sqlite3.Connection, text: str = "x") -> None:
+def change(connection: Connection, text: str = "x") -> None:
     connection.execute("INSERT INTO changes VALUES (?)", (text,))
 
 
-def changes(connection: sqlite3.Connection) -> int:
+def changes(connection: Connection) -> int:
     return int(connection.execute("SELECT count(*) FROM changes").fetchone()[0])
 
 
-def recorded(connection: sqlite3.Connection) -> list[str]:
+def recorded(connection: Connection) -> list[str]:
     return [row[0] for row in connection.execute("SELECT request_id FROM answers ORDER BY id")]
 
 
-def sell(answers: Answers, connection: sqlite3.Connection, request_id: str = "r-1", **request: Any) -> bytes | None:
+def sell(answers: Answers, connection: Connection, request_id: str = "r-1", **request: Any) -> bytes | None:
     """Makes a change for a request; the first answer when there was one already."""
     try:
         serving(lambda: answers.once(connection, change), request_id, **request)
@@ -93,11 +95,9 @@ def sell(answers: Answers, connection: sqlite3.Connection, request_id: str = "r-
     return None
 
 
-async def test_retry_changes_nothing_and_gives_the_first_answer(
-    answers: Answers, connection: sqlite3.Connection
-) -> None:
+async def test_retry_changes_nothing_and_gives_the_first_answer(answers: Answers, connection: Connection) -> None:
     async def work(text: str) -> str:
-        def function(connection: sqlite3.Connection) -> str:
+        def function(connection: Connection) -> str:
             change(connection)
             warn("event", f"about {text}")
             return text
@@ -123,19 +123,19 @@ async def test_retry_changes_nothing_and_gives_the_first_answer(
 
 @pytest.mark.parametrize("request_", [{"may_be_repeated": False}, {"caller": None}])
 def test_request_without_a_chosen_id_or_a_caller_is_not_recorded(
-    answers: Answers, connection: sqlite3.Connection, request_: dict[str, Any]
+    answers: Answers, connection: Connection, request_: dict[str, Any]
 ) -> None:
     assert [sell(answers, connection, **request_) for _ in range(2)] == [None, None]
     assert (changes(connection), recorded(connection)) == (2, [])
 
 
-def test_change_outside_of_a_request_is_just_made(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_change_outside_of_a_request_is_just_made(answers: Answers, connection: Connection) -> None:
     contextvars.Context().run(answers.once, connection, change, text="y")
     contextvars.Context().run(answers.look, connection)
     assert (changes(connection), recorded(connection)) == (1, [])
 
 
-def test_ids_belong_to_their_callers(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_ids_belong_to_their_callers(answers: Answers, connection: Connection) -> None:
     assert sell(answers, connection, caller=ADA) is None
     assert sell(answers, connection, caller=BEN) is None
     assert sell(answers, connection, caller=BEN) == b""
@@ -143,25 +143,21 @@ def test_ids_belong_to_their_callers(answers: Answers, connection: sqlite3.Conne
 
 
 @pytest.mark.parametrize("other", [{"message": StringValue(value="other")}, {"method": "/Shop/Buy"}])
-def test_id_of_another_request_is_refused(
-    answers: Answers, connection: sqlite3.Connection, other: dict[str, Any]
-) -> None:
+def test_id_of_another_request_is_refused(answers: Answers, connection: Connection, other: dict[str, Any]) -> None:
     sell(answers, connection)
     with pytest.raises(InvalidParameter, match="X-Tessera-Request-Id"):
         sell(answers, connection, **other)
     assert changes(connection) == 1
 
 
-def test_method_and_message_are_told_apart(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_method_and_message_are_told_apart(answers: Answers, connection: Connection) -> None:
     """Were they only joined, a part of one would pass for a part of the other."""
     sell(answers, connection, method="/Shop/Sell\n", message=StringValue())
     with pytest.raises(InvalidParameter):
         sell(answers, connection, method="/Shop/Sell", message=StringValue(value="\n"))
 
 
-def test_same_message_is_the_same_in_whatever_order_it_was_filled(
-    answers: Answers, connection: sqlite3.Connection
-) -> None:
+def test_same_message_is_the_same_in_whatever_order_it_was_filled(answers: Answers, connection: Connection) -> None:
     names = [f"name-{number}" for number in range(20)]
     for order in (names, names[::-1]):
         message = Struct()
@@ -171,8 +167,8 @@ def test_same_message_is_the_same_in_whatever_order_it_was_filled(
     assert changes(connection) == 1
 
 
-def test_refused_change_is_not_recorded(answers: Answers, connection: sqlite3.Connection) -> None:
-    def refuse(connection: sqlite3.Connection) -> None:
+def test_refused_change_is_not_recorded(answers: Answers, connection: Connection) -> None:
+    def refuse(connection: Connection) -> None:
         raise DataLoss("no")
 
     with pytest.raises(DataLoss):
@@ -181,7 +177,7 @@ def test_refused_change_is_not_recorded(answers: Answers, connection: sqlite3.Co
     assert sell(answers, connection) is None
 
 
-def test_look_ahead_of_the_transaction_gives_the_answer_too(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_look_ahead_of_the_transaction_gives_the_answer_too(answers: Answers, connection: Connection) -> None:
     serving(lambda: answers.look(connection))
     sell(answers, connection)
     with pytest.raises(Answered):
@@ -190,7 +186,7 @@ def test_look_ahead_of_the_transaction_gives_the_answer_too(answers: Answers, co
         serving(lambda: answers.look(connection), method="/Shop/Buy")
 
 
-def test_answer_counts_for_a_day(answers: Answers, connection: sqlite3.Connection, clock: Clock) -> None:
+def test_answer_counts_for_a_day(answers: Answers, connection: Connection, clock: Clock) -> None:
     sell(answers, connection)
     clock.now += DAY - 1
     assert sell(answers, connection) == b""
@@ -201,7 +197,7 @@ def test_answer_counts_for_a_day(answers: Answers, connection: sqlite3.Connectio
 
 
 def test_old_records_go_with_new_ones_a_few_at_a_time(
-    answers: Answers, connection: sqlite3.Connection, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    answers: Answers, connection: Connection, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(once, "DROPPED_AT_ONCE", 2)
     for number in range(5):
@@ -216,7 +212,7 @@ def test_old_records_go_with_new_ones_a_few_at_a_time(
 
 
 def test_oldest_records_of_a_caller_go_when_they_are_too_many_bytes(
-    answers: Answers, connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+    answers: Answers, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sell(answers, connection, "r-0", caller=BEN)
     size = connection.execute("SELECT length(record) FROM answers").fetchone()[0]
@@ -232,14 +228,14 @@ def test_oldest_records_of_a_caller_go_when_they_are_too_many_bytes(
 
 
 def test_result_that_nobody_made_into_a_message_is_a_bug_that_changes_nothing(
-    answers: Answers, connection: sqlite3.Connection
+    answers: Answers, connection: Connection
 ) -> None:
     with pytest.raises(RuntimeError):
         serving(lambda: answers.once(connection, lambda connection: 7))
     assert recorded(connection) == []
 
 
-def test_second_change_of_one_request_is_a_bug_and_no_retry(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_second_change_of_one_request_is_a_bug_and_no_retry(answers: Answers, connection: Connection) -> None:
     def twice() -> None:
         answers.once(connection, change)
         answers.once(connection, change)
@@ -249,7 +245,7 @@ def test_second_change_of_one_request_is_a_bug_and_no_retry(answers: Answers, co
     assert changes(connection) == 1
 
 
-def test_record_of_another_place_does_not_open(answers: Answers, connection: sqlite3.Connection) -> None:
+def test_record_of_another_place_does_not_open(answers: Answers, connection: Connection) -> None:
     sell(answers, connection, caller=ADA)
     connection.execute("UPDATE answers SET principal_id = ?", (BEN.id,))
     with pytest.raises(DataLoss):
@@ -261,8 +257,8 @@ def test_answer_is_not_in_the_text_of_what_carries_it() -> None:
     assert "canary" not in f"{carrier} {carrier!r}"
 
 
-def test_record_has_a_head_of_one_line(answers: Answers, connection: sqlite3.Connection) -> None:
-    def warned(connection: sqlite3.Connection) -> None:
+def test_record_has_a_head_of_one_line(answers: Answers, connection: Connection) -> None:
+    def warned(connection: Connection) -> None:
         warn("event", "first line\nsecond line")
 
     serving(lambda: answers.once(connection, warned))

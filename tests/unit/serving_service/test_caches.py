@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sqlite3
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from servicekit.storage import StorageError
 from serving_service import caches
 from serving_service.caches import DamagedError, Entry, FolderCache, size_of, to_drop
 
@@ -123,7 +123,7 @@ async def test_what_was_dropped_cannot_be_marked_as_used(tmp_path: Path) -> None
 async def test_a_cache_is_tidied_another_time_when_it_is_not_known_what_is_used(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache", bound=0)
     cache.make("a", used_at=1)
-    cache.fails = sqlite3.OperationalError("disk I/O error")
+    cache.fails = StorageError("disk I/O error")
     await cache.cache.tidy()
     assert cache.names() == ["a"]
     cache.fails = None

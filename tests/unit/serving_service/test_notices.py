@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ import pytest
 
 from servicekit import background, database
 from servicekit.database import Database
+from servicekit.storage import Connection, StorageError
 from serving_service import notices, store
 from serving_service.app import MIGRATIONS
 from serving_service.model import Deployment, Endpoint, EndpointConfig, EntityState, ModelVersion, Notice, ServedEntity
@@ -99,7 +99,7 @@ async def noted(found: Database, outbox: Outbox, failures: dict[str, EntityState
 
 
 async def waiting(found: Database) -> list[tuple[Any, ...]]:
-    def read(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    def read(connection: Connection) -> list[tuple[Any, ...]]:
         return connection.execute("SELECT recipient, attempts, due_at FROM notices ORDER BY rowid").fetchall()
 
     return await found.read(read)
@@ -132,11 +132,11 @@ async def test_what_is_rolled_back_is_not_told(tmp_path: Path) -> None:
     async with opened(tmp_path) as found:
         outbox = Outbox(found, ScriptedCourier())
 
-        def ends_badly(connection: sqlite3.Connection) -> None:
+        def ends_badly(connection: Connection) -> None:
             outbox.note(connection, *an_endpoint(), FAILED)
-            raise sqlite3.OperationalError
+            raise StorageError
 
-        with pytest.raises(sqlite3.OperationalError):
+        with pytest.raises(StorageError):
             await found.write(ends_badly)
         assert await waiting(found) == []
 
@@ -274,7 +274,7 @@ async def test_a_database_that_cannot_be_written_does_not_have_somebody_told_aga
     async with opened(tmp_path) as found:
         outbox = Outbox(found, courier)
         await noted(found, outbox, {})
-        write, failures = found.write, [sqlite3.OperationalError("full")] * 3
+        write, failures = found.write, [StorageError("full")] * 3
 
         async def failing(*arguments: Any, **named: Any) -> Any:
             if failures:

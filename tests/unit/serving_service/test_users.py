@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from servicekit.database import SqliteConnection
+from servicekit.storage import Connection
 from serving_service import isolation, store
 from serving_service.launches import Launches, LaunchImpossible
 from serving_service.settings import ServingSettings
@@ -17,8 +19,8 @@ USERS = range(200, 203)
 
 
 @pytest.fixture
-def connection() -> Iterator[sqlite3.Connection]:
-    connection = sqlite3.connect(":memory:", isolation_level=None)
+def connection() -> Iterator[Connection]:
+    connection = sqlite3.connect(":memory:", isolation_level=None, factory=SqliteConnection)
     connection.execute("PRAGMA foreign_keys=ON")
     for script in sorted((files("serving_service") / "migrations").iterdir(), key=lambda entry: entry.name):
         connection.executescript(script.read_text())
@@ -33,11 +35,11 @@ def connection() -> Iterator[sqlite3.Connection]:
     connection.close()
 
 
-def test_each_endpoint_has_a_user_and_keeps_it(connection: sqlite3.Connection) -> None:
+def test_each_endpoint_has_a_user_and_keeps_it(connection: Connection) -> None:
     assert [store.user_of(connection, name, USERS, ()) for name in "abab"] == [200, 201, 200, 201]
 
 
-def test_a_user_is_free_again_when_nothing_is_left_of_its_endpoint(connection: sqlite3.Connection) -> None:
+def test_a_user_is_free_again_when_nothing_is_left_of_its_endpoint(connection: Connection) -> None:
     assert [store.user_of(connection, name, USERS, ()) for name in "abcd"] == [200, 201, 202, None]
     store.mark_deleted(connection, "b")
     assert store.user_of(connection, "d", USERS, ()) is None  # its replicas may still run
@@ -45,18 +47,18 @@ def test_a_user_is_free_again_when_nothing_is_left_of_its_endpoint(connection: s
     assert store.user_of(connection, "d", USERS, ()) == 201
 
 
-def test_a_user_whose_processes_run_is_not_given_away(connection: sqlite3.Connection) -> None:
+def test_a_user_whose_processes_run_is_not_given_away(connection: Connection) -> None:
     assert store.user_of(connection, "a", USERS, {200, 201}) == 202
     assert store.user_of(connection, "b", USERS, {200, 201}) is None
     assert store.user_of(connection, "a", USERS, {202}) == 202  # its own replicas
 
 
-def test_an_endpoint_gets_another_user_when_the_range_has_moved(connection: sqlite3.Connection) -> None:
+def test_an_endpoint_gets_another_user_when_the_range_has_moved(connection: Connection) -> None:
     assert store.user_of(connection, "a", USERS, ()) == 200
     assert store.user_of(connection, "a", range(300, 301), ()) == 300
 
 
-def test_each_start_has_a_higher_epoch(connection: sqlite3.Connection) -> None:
+def test_each_start_has_a_higher_epoch(connection: Connection) -> None:
     assert [store.next_epoch(connection) for _ in range(3)] == [1, 2, 3]
 
 
