@@ -3,16 +3,24 @@
 One process owns the database, so what it read stays true until it writes itself. The rule: nothing that was read before
 a write began is used once it has begun, and nothing is remembered while one is under way. A write is under way until
 its transaction has ended, also when whoever asked for it is gone.
+
+Values and what decides about rights are remembered apart. A write that says that it leaves rights alone has only values
+forgotten: else each put of a secret would have every caller's token looked up anew. And since transactions are made in
+the order in which they are asked for, such a write may rely on rights that were remembered, as long as no write that
+may change them has begun.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Hashable, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from secrets_service import grant_store
+from secrets_service import grant_store, store
 from secrets_service.feed import AccessFeed
 from secrets_service.model import AccessChange
 from servicekit.once import Answered, Answers
@@ -22,7 +30,60 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CAPACITY = 10_000
-"""How many reads are remembered at the most."""
+"""How many reads of each kind are remembered at the most."""
+
+MOST_TOGETHER = 64
+"""How many reads are made in one trip to the database's thread."""
+
+VALUES = frozenset[Callable[..., Any]]({store.find_secret})
+"""The reads whose results are values. Of all others rights depend."""
+
+
+class Mark(NamedTuple):
+    """Stands for a moment."""
+
+    rights: int
+    values: int
+
+
+@dataclass(slots=True)
+class _Reads:
+    """The remembered reads of one kind."""
+
+    results: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+    writes_under_way: int = 0
+    changes: int = 0
+
+    def mark(self) -> int:
+        return -1 if self.writes_under_way else self.changes
+
+    def are_unchanged(self, since: int) -> bool:
+        # From the database's thread, too: what begins after the first look is made after the transaction there.
+        return since == self.changes and not self.writes_under_way
+
+    def add(self, key: Hashable, result: Any) -> None:
+        self.results[key] = result
+        if len(self.results) > CAPACITY:
+            self.results.popitem(last=False)
+
+    def write_begins(self) -> None:
+        self.writes_under_way += 1
+        self._forget()
+
+    def write_ended(self) -> None:
+        self.writes_under_way -= 1
+        self._forget()
+
+    def _forget(self) -> None:
+        self.changes += 1
+        self.results.clear()
+
+
+class _Wanted(NamedTuple):
+    """A read that somebody waits for."""
+
+    read: Callable[[Connection], Any]
+    result: asyncio.Future[Any]
 
 
 class RememberingDatabase:
@@ -36,9 +97,11 @@ class RememberingDatabase:
         self._database = database
         self._answers = answers
         self._feed = feed
-        self._memory: OrderedDict[Hashable, Any] = OrderedDict()
-        self._writes_under_way = 0
-        self._changes = 0
+        self._rights = _Reads()
+        self._values = _Reads()
+        self._wanted: list[_Wanted] = []
+        self._is_reading = False
+        self._reading_on: asyncio.Task[None] | None = None
 
     async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `Storage.read`."""
@@ -46,14 +109,15 @@ class RememberingDatabase:
 
     async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `Storage.write`, once; the transaction ends as it will even if the caller is cancelled."""
-        result, revision = await self._writing(self._published(function, *args, **kwargs))
+        result, revision = await self._writing(self._published(function, *args, **kwargs), self._rights, self._values)
         await self._feed.followed(revision)
         return result
 
-    async def destroy(self, function: Callable[[Connection], tuple[T, int]]) -> T:
+    async def destroy(self, function: Callable[[Connection], tuple[T, int]], *, leaves_rights: bool = False) -> T:
         """As `write`, for a function that returns its result and how many values it destroyed.
 
-        If any, nothing is left of them in the database's files either.
+        If any, nothing is left of them in the database's files either. `leaves_rights` says that the function changes
+        nothing that rights depend on.
         """
 
         destroyed = 0
@@ -73,7 +137,8 @@ class RememberingDatabase:
                 await self._database.erase()
             return written
 
-        result, revision = await self._writing(destroy())
+        concerned = (self._values,) if leaves_rights else (self._rights, self._values)
+        result, revision = await self._writing(destroy(), *concerned)
         await self._feed.followed(revision)
         return result
 
@@ -97,54 +162,115 @@ class RememberingDatabase:
     ) -> T:
         """What `function(connection, *args)` reads, from memory when it was read since the last write.
 
-        Only results that `if_kept` agrees to are remembered; they are shared, so they must not be changed.
+        Only results that `if_kept` agrees to are remembered; they are shared, so they must not be changed. The function
+        reads a few rows: others may wait for it.
         """
-        key = (function, args)
-        if key in self._memory:
-            self._memory.move_to_end(key)
-            found: T = self._memory[key]
+        reads, key = self._kind(function), (function, args)
+        if key in reads.results:
+            reads.results.move_to_end(key)
+            found: T = reads.results[key]
             return found
-        since = self.mark()
-        result = await self._database.read(function, *args)
-        if self.is_unchanged(since) and if_kept(result):
-            self._remember(key, result)
+        since = reads.mark()
+        result: T = await self._read_together(partial(_applied, function, args))
+        if reads.are_unchanged(since) and if_kept(result):
+            reads.add(key, result)
         return result
 
     def recalled(self, function: Callable[..., T], *args: Hashable) -> T | None:
         """What `remembered` would return without a trip to the database; None when it has to make one."""
-        return self._memory.get((function, args))
+        return self._kind(function).results.get((function, args))
 
-    def remember(self, result: T, since: int, function: Callable[..., T | None], *args: Hashable) -> None:
+    def remember(self, result: T, since: Mark, function: Callable[..., T | None], *args: Hashable) -> None:
         """Has a result that was read together with another one be found by `remembered`, if it is still true."""
-        if self.is_unchanged(since):
-            self._remember((function, args), result)
+        reads = self._kind(function)
+        if reads.are_unchanged(since.values if reads is self._values else since.rights):
+            reads.add((function, args), result)
 
-    def mark(self) -> int:
+    def mark(self) -> Mark:
         """Stands for this moment, for `is_unchanged`."""
-        return -1 if self._writes_under_way else self._changes
+        return Mark(self._rights.mark(), self._values.mark())
 
-    def is_unchanged(self, since: int) -> bool:
+    def is_unchanged(self, since: Mark) -> bool:
         """Whether everything that was read since a mark is of one state, which is the present one."""
-        return since == self._changes and not self._writes_under_way
+        return self._values.are_unchanged(since.values) and self.has_same_rights(since)
 
-    def _remember(self, key: Hashable, result: Any) -> None:
-        self._memory[key] = result
-        if len(self._memory) > CAPACITY:
-            self._memory.popitem(last=False)
+    def has_same_rights(self, since: Mark) -> bool:
+        """Whether rights that were recalled at a mark are still true; within a transaction, whether they are there."""
+        return self._rights.are_unchanged(since.rights)
 
-    async def _writing(self, work: Coroutine[Any, Any, T]) -> T:
-        self._writes_under_way += 1
-        self._forget()
+    def _kind(self, function: Callable[..., Any]) -> _Reads:
+        return self._values if function in VALUES else self._rights
+
+    async def _read_together(self, read: Callable[[Connection], T]) -> T:
+        """Reads at once or, while a trip is under way, with whatever else is wanted when that one is over.
+
+        A trip costs more than what these functions read.
+        """
+        if self._is_reading:
+            wanted = _Wanted(_in_context(read), asyncio.get_running_loop().create_future())
+            self._wanted.append(wanted)
+            result: T = await wanted.result
+            return result
+        self._is_reading = True
+        try:
+            return await self._database.read(read)
+        finally:
+            self._read_on()
+
+    def _read_on(self) -> None:
+        batch, self._wanted = self._wanted[:MOST_TOGETHER], self._wanted[MOST_TOGETHER:]
+        self._is_reading = bool(batch)
+        if batch:
+            reading = self._read_all(batch)
+            self._reading_on = asyncio.get_running_loop().create_task(reading, name="reads", context=Context())
+
+    async def _read_all(self, batch: Sequence[_Wanted]) -> None:
+        try:
+            results = await self._database.read(_each, batch)
+        except Exception:  # no matter of the others, which is found by reading for each alone
+            for wanted in batch:
+                await self._read_alone(wanted)
+        else:
+            for wanted, result in zip(batch, results, strict=True):
+                if not wanted.result.done():  # else whoever asked is gone
+                    wanted.result.set_result(result)
+        finally:
+            self._read_on()
+
+    async def _read_alone(self, wanted: _Wanted) -> None:
+        try:
+            result = await self._database.read(wanted.read)
+        except Exception as error:
+            if not wanted.result.done():
+                wanted.result.set_exception(error)
+        else:
+            if not wanted.result.done():
+                wanted.result.set_result(result)
+
+    async def _writing(self, work: Coroutine[Any, Any, T], *concerned: _Reads) -> T:
+        for reads in concerned:
+            reads.write_begins()
         writing = asyncio.ensure_future(work)
-        writing.add_done_callback(self._written)
+        writing.add_done_callback(partial(_written, concerned))
         return await asyncio.shield(writing)
 
-    def _written(self, writing: asyncio.Future[Any]) -> None:
-        self._writes_under_way -= 1
-        self._forget()
-        if not writing.cancelled():
-            writing.exception()  # whoever waited has it; nobody need hear of it when the caller is gone
 
-    def _forget(self) -> None:
-        self._changes += 1
-        self._memory.clear()
+def _applied(function: Callable[..., T], args: tuple[Hashable, ...], connection: Connection) -> T:
+    return function(connection, *args)
+
+
+def _in_context(read: Callable[[Connection], T]) -> Callable[[Connection], T]:
+    """The read, for whose errors whoever asked for it is told from others in the log."""
+    context = copy_context()
+    return lambda connection: context.run(read, connection)
+
+
+def _each(connection: Connection, batch: Sequence[_Wanted]) -> list[Any]:
+    return [wanted.read(connection) for wanted in batch]
+
+
+def _written(concerned: Sequence[_Reads], writing: asyncio.Future[Any]) -> None:
+    for reads in concerned:
+        reads.write_ended()
+    if not writing.cancelled():
+        writing.exception()  # whoever waited has it; nobody need hear of it when the caller is gone

@@ -98,13 +98,15 @@ class SecretScopes:
         if if_version is not None and if_version < 0:
             raise InvalidParameter("if_version: a version, or 0 for a key that must not exist.")
 
+        rights = _Rights(self._database, scope, caller)
+
         def put(connection: Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller)
+            found = rights.permitted(connection)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
             if if_version is not None and if_version != current:
                 raise VersionConflict(found.name, key, current)
-            if not current and store.count_secrets(connection, found) >= MOST_SECRETS:
+            if not current and store.has_secrets(connection, found, MOST_SECRETS):
                 raise TooManySecrets(found.name, MOST_SECRETS)
             version, destroyed = self._values.add(connection, found, key, value)
             audit.value(f"{found.name}/{key}", version, value.reveal())
@@ -118,7 +120,8 @@ class SecretScopes:
                 )
             return None, destroyed
 
-        await self._database.destroy(put)
+        await self._database.destroy(put, leaves_rights=True)
+        rights.keep()
 
     async def delete_secret(self, *, scope: str, key: str, caller: Principal) -> None:
         """Deletes a secret; values that replicas hold go with them."""
@@ -132,7 +135,7 @@ class SecretScopes:
                 raise SecretNotFound(found.name, key)
             return None, self._values.delete(connection, known)
 
-        await self._database.destroy(delete)
+        await self._database.destroy(delete, leaves_rights=True)
 
     async def list_secrets(self, *, scope: str, caller: Principal) -> list[SecretInfo]:
         """The keys of a scope."""
@@ -247,10 +250,36 @@ def permitted(connection: Connection, scope: str, caller: Principal) -> Scope:
     Raises ScopeNotFound and ScopePermissionDenied. Groups are read from the database, not from the caller's assertion,
     which may be some seconds old.
     """
-    row = store.find_scope_and_standing(connection, names.folded(scope), int(caller.id))
-    if row is None:
+    return _permitted(store.find_scope_and_standing(connection, names.folded(scope), int(caller.id)), scope, caller)
+
+
+class _Rights:
+    """How a caller stands in a scope within a transaction: from memory while that is still true, or as stored."""
+
+    def __init__(self, database: RememberingDatabase, scope: str, caller: Principal) -> None:
+        self._database = database
+        self._scope = scope
+        self._caller = caller
+        self._asked = (names.folded(scope), int(caller.id))
+        self._since = database.mark()
+        self._known = database.recalled(store.find_scope_and_standing, *self._asked)
+
+    def permitted(self, connection: Connection) -> Scope:
+        """As the function of that name."""
+        if self._known is None or not self._database.has_same_rights(self._since):
+            self._known = store.find_scope_and_standing(connection, *self._asked)
+        return _permitted(self._known, self._scope, self._caller)
+
+    def keep(self) -> None:
+        """Has memory know it, after the transaction."""
+        if self._known is not None:
+            self._database.remember(self._known, self._since, store.find_scope_and_standing, *self._asked)
+
+
+def _permitted(known: tuple[Scope, Standing] | None, scope: str, caller: Principal) -> Scope:
+    if known is None:
         raise ScopeNotFound(scope)
-    found, standing = row
+    found, standing = known
     _require(standing, found, caller)
     return found
 

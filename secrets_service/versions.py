@@ -54,7 +54,7 @@ class SecretVersions:
             audit.value(f"{found.name}/{known.name}", restored, value.reveal())
             return restored, destroyed
 
-        return await self._database.destroy(restore)
+        return await self._database.destroy(restore, leaves_rights=True)
 
     async def purge(self, *, scope: str, key: str, caller: Principal) -> None:
         """Deletes a secret and destroys all its values at once."""
@@ -69,4 +69,4 @@ class SecretVersions:
                 raise SecretNotFound(found.name, key)
             return None, destroyed
 
-        await self._database.destroy(purge)
+        await self._database.destroy(purge, leaves_rights=True)

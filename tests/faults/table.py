@@ -585,11 +585,32 @@ FAULTS = (
         name="memory-kept-across-writes",
         property="R4",
         file="secrets_service/memory.py",
-        old="        self._changes += 1\n        self._memory.clear()\n",
-        new="        self._changes += 1\n",
+        old="        self.changes += 1\n        self.results.clear()\n",
+        new="        self.changes += 1\n",
         tests=(
             _HISTORIES,
             "tests/unit/secrets_service/test_memory.py::test_read_is_made_once_until_something_is_written",
+        ),
+    ),
+    Fault(
+        name="rights-kept-across-their-change",
+        property="R4",
+        file="secrets_service/memory.py",
+        old="        return self._rights.are_unchanged(since.rights)\n",
+        new="        return True\n",
+        tests=(
+            "tests/unit/secrets_service/test_memory.py"
+            "::test_rights_are_not_used_in_a_transaction_behind_one_that_may_change_them",
+        ),
+    ),
+    Fault(
+        name="scope-deleted-and-its-rights-kept",
+        property="S12",
+        file="secrets_service/scopes.py",
+        old="        await self._database.destroy(delete)\n",
+        new="        await self._database.destroy(delete, leaves_rights=True)\n",
+        tests=(
+            "tests/service/test_remembered.py::test_what_leaves_rights_alone_writes_nothing_that_rights_are_read_from",
         ),
     ),
     Fault(
@@ -597,7 +618,7 @@ FAULTS = (
         property="R4",
         file="secrets_service/scopes.py",
         old="""        def put(connection: Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller)
+            found = rights.permitted(connection)
             known = store.find_key(connection, found, names.folded(key))
             current = known.current if known else 0
 """,
@@ -609,7 +630,7 @@ FAULTS = (
         current = await self._database.read(look)
 
         def put(connection: Connection) -> tuple[None, int]:
-            found = permitted(connection, scope, caller)
+            found = rights.permitted(connection)
 """,
         tests=(_HISTORIES,),
     ),
@@ -706,10 +727,10 @@ FAULTS = (
         name="answered-before-it-is-followed",
         property="S12",
         file="secrets_service/memory.py",
-        old="""        result, revision = await self._writing(self._published(function, *args, **kwargs))
+        old="""self._rights, self._values)
         await self._feed.followed(revision)
 """,
-        new="""        result, revision = await self._writing(self._published(function, *args, **kwargs))
+        new="""self._rights, self._values)
 """,
         tests=(f"{_PERMISSIONS}::test_a_change_is_answered_when_it_is_followed",),
     ),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,7 +113,7 @@ async def test_nothing_is_taken_from_memory_during_a_write(opened: RememberingDa
     assert await asyncio.to_thread(late.has_read.wait, 10)
     may_end.set()
     await writing
-    assert await opened.remembered(reading, "a") == 2
+    assert await opened.read(reading, "a") == 2
     late.may_return.set()
     assert await under_way == 1  # read before the end of the write
     assert await opened.remembered(late, "a") == 2
@@ -214,3 +215,85 @@ async def test_refused_write_raises_and_reads_go_on(opened: RememberingDatabase)
         await opened.write(refused)
     assert [await opened.remembered(reading, "a") for _ in range(2)] == [1, 1]
     assert reading.times == 1
+
+
+async def test_write_that_leaves_rights_alone_has_values_forgotten_and_nothing_else(
+    opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, value = Reading(), Reading()
+    monkeypatch.setattr(memory, "VALUES", {value})
+    await opened.remembered(right, "a")
+    await opened.remembered(value, "a")
+    since = opened.mark()
+
+    def change(connection: Connection) -> tuple[bool, int]:
+        put(connection, 2)
+        return opened.has_same_rights(since), 0
+
+    assert await opened.destroy(change, leaves_rights=True), "rights were not as they are remembered"
+    assert not opened.is_unchanged(since)
+    assert [await opened.remembered(each, "a") for each in (right, value)] == [1, 2]
+    assert not await opened.destroy(change), "rights that may change were taken for what is remembered"
+    assert [await opened.remembered(each, "a") for each in (right, value)] == [2, 2]
+    assert not await opened.destroy(change, leaves_rights=True), "rights of before a change were used after it"
+
+
+async def test_rights_are_not_used_in_a_transaction_behind_one_that_may_change_them(
+    opened: RememberingDatabase,
+) -> None:
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def slow(connection: Connection) -> None:
+        has_begun.set()
+        assert may_end.wait(10)
+
+    since = opened.mark()
+    changing = asyncio.create_task(opened.write(slow))
+    assert await asyncio.to_thread(has_begun.wait, 10)
+    behind = asyncio.create_task(
+        opened.destroy(lambda connection: (opened.has_same_rights(since), 0), leaves_rights=True)
+    )
+    await asyncio.sleep(0)
+    may_end.set()
+    await changing
+    assert not await behind
+
+
+async def test_reads_that_wait_are_made_together_and_fail_alone(
+    opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trips = 0
+    read = opened._database.read
+
+    async def counted(*args: Any) -> Any:
+        nonlocal trips
+        trips += 1
+        return await read(*args)
+
+    monkeypatch.setattr(opened._database, "read", counted)
+    first = Reading()
+    first.may_return.clear()
+
+    def damaged(connection: Connection, name: str) -> int:
+        raise LookupError(name)
+
+    async def all_of(*reads: Callable[[Connection, str], Any]) -> list[Any]:
+        waiting = [asyncio.create_task(opened.remembered(each, "b")) for each in reads]
+        await asyncio.sleep(0)
+        return waiting
+
+    (begun,) = await all_of(first)
+    assert await asyncio.to_thread(first.has_read.wait, 10)
+    waiting = await all_of(*(Reading() for _ in range(5)))
+    waiting[0].cancel()
+    first.may_return.set()
+    assert await asyncio.gather(begun, *waiting[1:]) == [1] * 5
+    assert trips == 2
+    first.may_return.clear()
+    (begun,) = await all_of(lambda connection, name: first(connection, name))
+    failing = await all_of(Reading(), damaged, Reading())
+    first.may_return.set()
+    answers = await asyncio.gather(begun, *failing, return_exceptions=True)
+    assert [answers[at] for at in (0, 1, 3)] == [1, 1, 1]
+    assert isinstance(answers[2], LookupError)
+    assert await opened.remembered(Reading(), "b") == 1
