@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,12 +36,12 @@ COLLECT_AFTER = 10_000
 
 DEBUGGING = {
     "GRPC_TRACE": "writes what callers send to the log, assertions too",
-    "PYTHONASYNCIODEBUG": "has the event loop log calls with their arguments",
-    "PYTHONDEVMODE": "has the event loop log calls with their arguments",
-    "PYTHONDUMPREFS": "prints every object at the end",
-    "PYTHONINSPECT": "leaves an interpreter behind that has everything in memory",
+    "GRPC_VERBOSITY": "is at a level at which the library writes down what it works on",
 }
-"""Variables that make a program tell what it is not asked for, and what each does."""
+"""Variables with which gRPC tells what it is not asked for, and what each does."""
+
+KEY_LOG = "SSLKEYLOGFILE"
+"""Names a file that libraries write the keys of TLS sessions to."""
 
 START_GRACE_SECONDS = 1.0
 """How long a start that is under way may go on when the service is to stop: mostly long enough for an orderly end."""
@@ -56,9 +56,13 @@ def run(
     cls: type[S],
     running: Callable[[S], AbstractAsyncContextManager[Any]],
 ) -> int:
-    """Runs the service `name` until TERM or INT and returns the exit status. A second signal ends it at once."""
+    """Runs the service `name` until TERM or INT and returns the exit status. A second signal ends it at once.
+
+    It runs in Python's isolated mode, in which variables change nothing about the interpreter: started otherwise, it
+    starts itself again.
+    """
     parser = argparse.ArgumentParser(
-        prog=f"python -m {name}",
+        prog=f"python -I -m {name}",
         description=summary,
         epilog=f"Settings (environment variables):\n{settings.described(cls)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -68,6 +72,8 @@ def run(
         for variable, why in aids.items():
             print(f"{name}: {variable} {why}: unset it", file=sys.stderr)  # noqa: T201
         return STATUS_BAD_SETTINGS
+    _isolate()
+    dropped = _dropped(os.environ)
     try:
         configured = settings.load(cls)
     except settings.SettingsError as error:
@@ -77,6 +83,8 @@ def run(
     os.umask(0o077)
     _leave_no_core()
     logs.configure(name, configured.log_level)
+    if dropped:
+        log.warning("variables are ignored", extra={"variables": dropped})
     with (
         tracing.recording(name.removesuffix("_service"), configured.otlp_endpoint, configured.trace_ratio),
         asyncio.Runner(loop_factory=_loop_factory()) as runner,
@@ -87,9 +95,29 @@ def run(
 def debugging_aids(environ: Mapping[str, str]) -> dict[str, str]:
     """Which aids to debugging are switched on that tell what callers send, and what each does (S21)."""
     aids = {variable: why for variable, why in DEBUGGING.items() if environ.get(variable)}
-    if environ.get("GRPC_VERBOSITY", "").lower() == "debug":
-        aids["GRPC_VERBOSITY"] = "is at a level at which the library writes down what it works on"
+    if aids.get("GRPC_VERBOSITY") and environ["GRPC_VERBOSITY"].lower() != "debug":
+        del aids["GRPC_VERBOSITY"]
     return aids
+
+
+def _isolate() -> None:
+    """Starts this process's program again, with the same arguments, unless the interpreter is in its isolated mode.
+
+    Only there it heeds no `PYTHON...` variable and imports nothing from the current directory. Whoever starts services
+    all the time says `python -I` and spares the detour.
+    """
+    if not sys.flags.isolated:
+        os.execv(sys.executable, [sys.executable, "-I", *sys.orig_argv[1:]])  # noqa: S606 (which is what it is for)
+
+
+def _dropped(environ: MutableMapping[str, str]) -> list[str]:
+    """Takes out the variables that the interpreter does not heed, so that no program of ours does; the names of those
+    that would mean something to it.
+    """
+    found = sorted(variable for variable in environ if variable.startswith("PYTHON") or variable == KEY_LOG)
+    for variable in found:
+        del environ[variable]
+    return [variable for variable in found if not variable.startswith("PYTHON_")]  # as images of containers have them
 
 
 def _leave_no_core() -> None:

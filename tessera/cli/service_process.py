@@ -117,8 +117,8 @@ class ServiceProcess:
 
 
 def module(name: str) -> tuple[str, ...]:
-    """The command that runs an installed module; the current directory provides none."""
-    return (sys.executable, "-P", "-m", name)
+    """The command that runs an installed module, isolated from variables and the current directory."""
+    return (sys.executable, "-I", "-m", name)
 
 
 def _described(status: int) -> str:

@@ -53,7 +53,7 @@ class Services:
         }
         began = time.monotonic()
         with programs.running(
-            [sys.executable, "-P", "-m", _MODULES[name]], environment=environment, log=self.log
+            [sys.executable, "-I", "-m", _MODULES[name]], environment=environment, log=self.log
         ) as pid:
             address = getattr(self.addresses, name)
             # Only then a channel: one that has failed to connect waits for a second before it tries again.

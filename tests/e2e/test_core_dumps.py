@@ -30,7 +30,7 @@ CRASHING = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 async def a_service() -> AsyncIterator[ServiceProcess]:
     """Secrets, which all that services have in common is looked at in."""
     with data_directory() as directory:
-        async with secrets_process(directory, [sys.executable, "-m", "secrets_service"]) as process:
+        async with secrets_process(directory, [sys.executable, "-I", "-m", "secrets_service"]) as process:
             yield process
 
 

@@ -58,7 +58,7 @@ async def gateway_process(directory: Path, listen: str) -> AsyncIterator[subproc
         "TESSERA_LOG_LEVEL": "error",
     }
     process = await asyncio.to_thread(
-        subprocess.Popen, [sys.executable, "-P", "-m", "gateway"], env=environment, cwd=Path(__file__).parents[2]
+        subprocess.Popen, [sys.executable, "-I", "-m", "gateway"], env=environment, cwd=Path(__file__).parents[2]
     )
     try:
         yield process
@@ -130,7 +130,7 @@ async def _secrets_end(restarts: int) -> None:
             "TESSERA_LOG_LEVEL": "error",
         }
         address = sockets.socket_address(settings.sockets, callee="secrets", caller="gateway")
-        async with service_process(address, [sys.executable, "-m", "secrets_service"], environment) as process:
+        async with service_process(address, [sys.executable, "-I", "-m", "secrets_service"], environment) as process:
             token = settings.admin_token.read_text().strip()
             caller = Caller(process.channel)
             made = await caller(caller.authority.ExchangeToken, identity_pb2.ExchangeTokenRequest(token=token))

@@ -46,7 +46,7 @@ runpy.run_module("secrets_service", run_name="__main__")
 async def test_secrets_process_imports_few_packages_of_others() -> None:
     with data_directory() as directory:
         told = directory / "modules"
-        command = [sys.executable, "-c", REPORTING.format(path=str(told))]
+        command = [sys.executable, "-I", "-c", REPORTING.format(path=str(told))]
         async with secrets_process(directory, command) as process:
             process.send(signal.SIGTERM)
             await process.ended()
@@ -64,6 +64,7 @@ async def test_secrets_process_imports_few_packages_of_others() -> None:
 def test_first_start_opens_and_writes_nothing_but_what_is_expected() -> None:
     with running_stack() as stack:
         up = psutil.Process(stack.process.pid)
+        assert_services_are_isolated(up)
         listening = {
             (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
             for process in (up, *up.children(recursive=True))
@@ -77,6 +78,13 @@ def test_first_start_opens_and_writes_nothing_but_what_is_expected() -> None:
         assert_files_are_closed(stack.data_dir)
         assert_first_token_expires(stack.data_dir)
         assert_nobody_gets_in_without(stack.secrets_address)
+
+
+def assert_services_are_isolated(up: psutil.Process) -> None:
+    """No variable and no directory says what they import."""
+    modules = {"secrets_service", "serving_service", "gateway"}
+    flags = {line[3]: line[1] for each in up.children() if len(line := each.cmdline()) > 3 and line[3] in modules}
+    assert flags == dict.fromkeys(modules, "-I")
 
 
 def assert_files_are_closed(directory: Path) -> None:

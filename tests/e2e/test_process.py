@@ -54,7 +54,7 @@ class Service:
 
 
 @contextmanager
-def service(data_dir: Path, manner: str = "good", **environ: str) -> Iterator[Service]:
+def service(data_dir: Path, manner: str = "good", flag: str = "-I", **environ: str) -> Iterator[Service]:
     data_dir.parent.mkdir(exist_ok=True)
     log = data_dir.parent / "log"
     environment = {
@@ -64,7 +64,7 @@ def service(data_dir: Path, manner: str = "good", **environ: str) -> Iterator[Se
     } | environ
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.tiny_service"],
+            [sys.executable, flag, "-m", "tests.support.tiny_service"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -82,7 +82,7 @@ def service(data_dir: Path, manner: str = "good", **environ: str) -> Iterator[Se
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.support.tiny_service", *arguments],
+        [sys.executable, "-I", "-m", "tests.support.tiny_service", *arguments],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"} | environ,
         capture_output=True,
@@ -110,13 +110,45 @@ def test_wrong_settings_are_said_one_to_a_line_and_end_the_process_with_status_2
     ]
 
 
-@pytest.mark.parametrize("variable", [*process.DEBUGGING, "GRPC_VERBOSITY"])
+@pytest.mark.parametrize("variable", process.DEBUGGING)
 def test_debugging_aid_that_would_tell_is_refused(variable: str) -> None:
-    # An answer to end the interpreter that one of them asks for.
-    ended = run(**{variable: "debug" if variable == "GRPC_VERBOSITY" else "1"}, TINY_PLACES="many")
-    assert ended.returncode == 2 or variable == "PYTHONINSPECT"
+    ended = run(**{variable: "debug"}, TINY_PLACES="many")
+    assert ended.returncode == 2
     assert f"tiny_service: {variable} " in ended.stderr
     assert "TINY_PLACES" not in ended.stderr
+
+
+@pytest.mark.parametrize("flag", ["-I", "-P"])
+async def test_variables_that_the_interpreter_would_heed_are_dropped_and_named(data_dir: Path, flag: str) -> None:
+    """However it is started: whoever forgets the isolated mode has the service start itself again."""
+    shadows = data_dir.parent / "shadows"
+    shadows.mkdir(parents=True)
+    (shadows / "sitecustomize.py").write_text("import tracemalloc; tracemalloc.start()")
+    variables = (
+        "ASYNCIODEBUG",
+        "BREAKPOINT",
+        "DEVMODE",
+        "DUMPREFS",
+        "FAULTHANDLER",
+        "INSPECT",
+        "STARTUP",
+        "TRACEMALLOC",
+    )
+    dropped = {f"PYTHON{variable}": "1" for variable in variables}
+    dropped |= {"PYTHONPATH": str(shadows), "SSLKEYLOGFILE": str(data_dir.parent / "keys")}
+    if flag == "-I":  # otherwise they print, or are the end of an interpreter that is not ours yet
+        dropped |= dict.fromkeys(("PYTHONHOME", "PYTHONMALLOCSTATS", "PYTHONPROFILEIMPORTTIME", "PYTHONVERBOSE"), "1")
+    with service(data_dir, "telling", flag=flag, **dropped, PYTHON_VERSION="of an image") as tiny:
+        await tiny.started()
+        (warning,) = (line for line in tiny.lines() if line["event"] == "variables are ignored")
+        assert warning["variables"] == sorted(dropped)
+        (seen,) = (line for line in tiny.lines() if line["event"] == "interpreter")
+        assert (seen["is_isolated"], seen["aids"]) == (True, [])
+        assert not {str(shadows), ""} & set(seen["path"])
+        assert set(seen["variables"]) - {"LC_CTYPE"} == {"PATH", "TESSERA_DATA_DIR", "TINY_MANNER"}
+        tiny.process.terminate()
+        assert tiny.status() == 0
+    assert not (data_dir.parent / "keys").exists()
 
 
 def test_unknown_argument_is_refused() -> None:

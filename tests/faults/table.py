@@ -276,6 +276,14 @@ FAULTS = (
         ),
     ),
     Fault(
+        name="interpreter-led-by-variables",
+        property="S21",
+        file="servicekit/process.py",
+        old="    if not sys.flags.isolated:\n",
+        new="    if not sys.flags.safe_path:\n",
+        tests=("tests/e2e/test_process.py::test_variables_that_the_interpreter_would_heed_are_dropped_and_named",),
+    ),
+    Fault(
         name="debugged-in-production",
         property="S21",
         file="servicekit/process.py",

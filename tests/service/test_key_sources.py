@@ -386,7 +386,7 @@ async def test_restart_without_the_plugin_stays_sealed_and_goes_on_when_it_is_ba
 async def test_sealed_process_ends_when_it_is_told_to(directory: Path, socket: Path) -> None:
     process = await asyncio.to_thread(
         subprocess.Popen,
-        [sys.executable, "-m", "secrets_service"],
+        [sys.executable, "-I", "-m", "secrets_service"],
         env={
             "TESSERA_DATA_DIR": str(directory),
             "TESSERA_SECRETS_LISTEN": "127.0.0.1:0",

@@ -216,7 +216,7 @@ async def recorded(directory: Path) -> AsyncIterator[History]:
         "TESSERA_LOG_LEVEL": "error",
     }
     address = sockets.socket_address(settings.sockets, callee="secrets", caller="gateway")
-    async with service_process(address, [sys.executable, "-m", "secrets_service"], environment) as process:
+    async with service_process(address, [sys.executable, "-I", "-m", "secrets_service"], environment) as process:
         history = History(process, settings.admin_token.read_text().strip())
         await history.enter()
         await history.create_scope()

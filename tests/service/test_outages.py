@@ -104,7 +104,7 @@ async def running_platform() -> AsyncIterator[Platform]:
             "TESSERA_LOG_LEVEL": "error",
         }
         secrets = await stack.enter_async_context(
-            service_process(address, [sys.executable, "-m", "secrets_service"], environment)
+            service_process(address, [sys.executable, "-I", "-m", "secrets_service"], environment)
         )
         await stack.enter_async_context(no_replicas(directory))
         serving = await stack.enter_async_context(mortal_serving(directory))

@@ -197,7 +197,7 @@ async def a_scene(directory: Path) -> AsyncIterator[Scene]:
             peer: await stack.enter_async_context(channels.opened(address(peer)))
             for peer in ("gateway", "serving", "operator")
         }
-        command = [sys.executable, "-m", "secrets_service"]
+        command = [sys.executable, "-I", "-m", "secrets_service"]
         process = await stack.enter_async_context(service_process(address("gateway"), command, environment))
         scene = Scene(process, settings.admin_token.read_text().strip(), peers)
         await scene.prepare()

@@ -409,7 +409,7 @@ async def test_process_without_its_root_key_exits_with_a_status_and_a_cause() ->
             service.settings.root_key.unlink()
         ended = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "secrets_service"],
+            [sys.executable, "-I", "-m", "secrets_service"],
             env={"TESSERA_DATA_DIR": str(directory), "TESSERA_SECRETS_LISTEN": "127.0.0.1:0", "PATH": ""},
             capture_output=True,
             timeout=30,

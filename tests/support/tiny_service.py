@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
+import os
 import sys
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ MANNERS = (
     "obliging-job",
     "cannot-start",
     "crashes",
+    "telling",
 )
 
 
@@ -46,6 +50,8 @@ async def running(settings: TinySettings) -> AsyncIterator[None]:
         raise StartError("The shop is closed. Open it first.")
     if settings.manner == "crashes":
         raise ValueError(CANARY)
+    if settings.manner == "telling":
+        log.info("interpreter", extra=_interpreter())
     async with background.running({"work": lambda: _work(settings.manner)}):
         if settings.manner == "blocked":
             asyncio.get_running_loop().call_later(0.1, _block)
@@ -54,6 +60,22 @@ async def running(settings: TinySettings) -> AsyncIterator[None]:
             await asyncio.sleep(60)
         if settings.manner == "blocks-when-stopped":
             time.sleep(60)  # noqa: ASYNC251 (the point of this manner)
+
+
+def _interpreter() -> dict[str, object]:
+    """Which aids to debugging are on, and where programs come from."""
+    return {
+        "aids": [
+            *(name for name in ("dev_mode", "inspect", "interactive", "verbose", "debug") if getattr(sys.flags, name)),
+            *(["faulthandler"] if faulthandler.is_enabled() else []),
+            *(["tracemalloc"] if tracemalloc.is_tracing() else []),
+            *(["asyncio"] if asyncio.get_running_loop().get_debug() else []),
+            *(["importtime"] if sys._xoptions else []),
+        ],
+        "is_isolated": bool(sys.flags.isolated),
+        "path": sys.path,
+        "variables": sorted(os.environ),
+    }
 
 
 def _block() -> None:
