@@ -6,6 +6,8 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +29,9 @@ _LOGS = ("secrets", "serving")
 _MOST = 1_000
 """Records of one answer."""
 
+_LOOK_SECONDS = 1.0
+"""How often who follows a log asks for what is new."""
+
 _HEAD_EVENT = "audit head"
 """What a service logs when it publishes the head of its chain."""
 
@@ -38,6 +43,7 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     tail = actions.add_parser("tail", help="print the newest records, as an admin", epilog=shown.WHERE)
     tail.add_argument("log", choices=_LOGS, metavar="LOG", help="secrets or serving: whose log")
     tail.add_argument("-n", type=int, default=20, metavar="COUNT", dest="count", help="how many (default: %(default)s)")
+    tail.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     tail.set_defaults(run=_tail)
     exporting = actions.add_parser("export", help="write a whole log to a new file, as an admin", epilog=shown.WHERE)
     exporting.add_argument("log", choices=_LOGS, metavar="LOG", help="secrets or serving: whose log")
@@ -68,9 +74,26 @@ def _tail(arguments: argparse.Namespace) -> int:
     """Prints the newest records, the oldest of them first: a JSON object a line."""
     if not 1 <= arguments.count <= _MOST:
         raise StartError(f"-n: give 1 to {_MOST}. `tessera audit export` writes all records.")
-    with connected() as rest:
-        shown.lines(_records(rest, arguments.log, max_results=arguments.count))
+    follower = f"follow-{secrets.token_hex(16)}" if arguments.follow else None
+    with connected(request_id=follower) as rest:
+        newest = _records(rest, arguments.log, max_results=arguments.count)
+        shown.lines(newest)
+        if follower is not None:
+            shown.lines(_coming(rest, arguments.log, follower, after=_seq(newest[-1]) if newest else 0))
     return 0
+
+
+def _coming(rest: Rest, log: str, follower: str, *, after: int) -> Iterator[str]:
+    """The records behind that one, as they come, without end.
+
+    Those of the follower's own questions are left out: each is recorded, too, and the next one would find it.
+    """
+    while True:
+        for record in _records(rest, log, after=after, max_results=_MOST):
+            after = _seq(record)
+            if json.loads(record).get("request_id") != follower:
+                yield record
+        time.sleep(_LOOK_SECONDS)
 
 
 def _export(arguments: argparse.Namespace) -> int:

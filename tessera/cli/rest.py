@@ -31,10 +31,17 @@ class CutOffError(RefusedError):
 class Rest:
     """Calls one platform with one token. For one thread at a time; to be closed, or used as a context."""
 
-    def __init__(self, address: str, token: str, *, authorities: str | None = None) -> None:
-        """`address` is a URL, or `host:port`. `authorities`: a file of certificates to believe, not the system's."""
+    def __init__(
+        self, address: str, token: str, *, authorities: str | None = None, request_id: str | None = None
+    ) -> None:
+        """`address` is a URL, or `host:port`. `authorities`: a file of certificates to believe, not the system's.
+
+        All requests have the one `request_id`, where one is given.
+        """
         self._url = address if "://" in address else f"http://{address}"
-        self._token = token
+        self._headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        if request_id is not None:
+            self._headers["X-Tessera-Request-Id"] = request_id
         parts = urlsplit(self._url)
         self._connection = http.client.HTTPConnection(parts.netloc, timeout=_TIMEOUT_SECONDS)
         if parts.scheme == "https":
@@ -81,8 +88,7 @@ class Rest:
             self.close()
 
     def _sent(self, method: str, path: str, body: str | bytes | None) -> http.client.HTTPResponse:
-        headers = {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
-        self._connection.request(method, path, body, headers)
+        self._connection.request(method, path, body, self._headers)
         return self._connection.getresponse()
 
     def _wait_for_ever(self) -> None:
@@ -97,7 +103,7 @@ class Rest:
         return RefusedError(f"{method} {path} was not answered by {self._url}: {why}")
 
 
-def connected(environment: Mapping[str, str] = os.environ) -> Rest:
+def connected(environment: Mapping[str, str] = os.environ, *, request_id: str | None = None) -> Rest:
     """The platform that `DATABRICKS_HOST` and `DATABRICKS_TOKEN` name, as they do for the official clients.
 
     Raises StartError when they do not.
@@ -114,7 +120,7 @@ def connected(environment: Mapping[str, str] = os.environ) -> Rest:
         raise StartError(f"DATABRICKS_HOST is {host}, which is no address such as http://127.0.0.1:8080.")
     if not (token.isascii() and token.isprintable()):
         raise StartError("DATABRICKS_TOKEN holds characters that no token has.")
-    return Rest(url, token, authorities=environment.get("REQUESTS_CA_BUNDLE"))
+    return Rest(url, token, authorities=environment.get("REQUESTS_CA_BUNDLE"), request_id=request_id)
 
 
 def _refused(method: str, path: str, status: int, text: bytes) -> RefusedError:

@@ -1324,6 +1324,14 @@ FAULTS = (
     ),
     # --- limits and failures ---
     Fault(
+        name="follower-follows-itself",
+        property="S27",
+        file="tessera/cli/audit.py",
+        old='if json.loads(record).get("request_id") != follower:',
+        new="if record:",
+        tests=("tests/service/test_command_line.py::test_an_audit_log_is_followed_over_its_files_until_ctrl_c",),
+    ),
+    Fault(
         name="room-kept-by-what-fails",
         property="R16",
         file="servicekit/shedding.py",

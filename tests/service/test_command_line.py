@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,6 +105,40 @@ async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, t
     assert "cannot be written" in await complaint(
         login(platform.url, platform.tokens["admin"]), "audit", "export", log, str(exported)
     )
+
+
+async def test_an_audit_log_is_followed_over_its_files_until_ctrl_c() -> None:
+    async with running_platform(audit_file_mib=0) as platform:  # so that whatever is written begins another file
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "tessera.cli", "audit", "tail", "secrets", "-n", "1", "--follow"),
+            env={"PATH": os.environ["PATH"], **login(platform.url, platform.tokens["admin"])},
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert program.stdout is not None
+        async with asyncio.timeout(60):
+            shown = [json.loads(await program.stdout.readline())]
+            for name in ("first", "second"):
+                await platform.introduce(name)
+                while name not in json.dumps(shown[-1]):
+                    shown.append(json.loads(await program.stdout.readline()))
+            program.send_signal(signal.SIGINT)
+            _, complained = await program.communicate()
+        assert (program.returncode, complained) == (130, b"")
+        folder = platform.secrets.settings.data_dir / "audit"
+        begin, end = shown[0]["seq"], shown[-1]["seq"]
+        await eventually(lambda: end in [each["seq"] for each in of_files(folder)])
+        # Everything once and in order, but for what the follower asked itself, which is in the log.
+        between = [each for each in of_files(folder) if begin < each["seq"] <= end]
+        asked = [each for each in between if each["request_id"].startswith("follow-")]
+        assert asked
+        assert shown[1:] == [each for each in between if each not in asked]
+        assert any(begin < int(path.stem.rpartition("-")[2]) <= end for path in folder.iterdir()), "files were begun"
+
+
+def of_files(folder: Path) -> list[dict[str, Any]]:
+    """The records in the files of an audit log."""
+    return [json.loads(line) for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
 
 
 async def test_only_admins_read_an_audit_log(platform: Platform) -> None:
