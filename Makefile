@@ -8,7 +8,7 @@ UV_COMPILE := $(BIN)/uv pip compile --quiet --generate-hashes --no-header --no-e
 PACKAGES := secrets_service serving_service gateway servicekit tessera
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-long faults check lint format format-check types contracts protos bench lock
+.PHONY: help demo up test test-long faults fuzz check lint format format-check types contracts protos bench lock
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F '\t' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ test-long: $(INSTALLED) ## the tests that take minutes: timing, many more random
 
 faults: $(INSTALLED) ## plant bugs in a copy and look whether the tests notice; F="name ..." plants some
 	$(BIN)/python -m tests.faults $(F)
+
+fuzz: $(INSTALLED) ## parsers against what a fuzzer makes up, ten minutes each; F="--seconds 60 name" otherwise
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/fuzz.txt
+	$(BIN)/python -m tests.fuzz $(F)
 
 check: format-check lint types contracts ## everything that is checked without running it
 
@@ -65,3 +69,4 @@ lock: $(INSTALLED) ## bring requirements/*.txt up to date with pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(UV_COMPILE) pyproject.toml -o requirements/runtime.txt
 	$(UV_COMPILE) --extra dev pyproject.toml -o requirements/dev.txt
+	$(UV_COMPILE) requirements/fuzz.in -o requirements/fuzz.txt
