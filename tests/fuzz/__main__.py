@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.fuzz.targets import SEEDS, TARGETS
@@ -34,6 +35,8 @@ def main() -> int:
     parser.add_argument("name", nargs="*", choices=[*TARGETS, []], help="a target; all by default")
     parser.add_argument("--seconds", type=int, default=600, help="how long each is fuzzed (default: 600)")
     options = parser.parse_args()
+    if find_spec("atheris") is None:
+        parser.error("Atheris is not installed; `make fuzz` does that.")
     failed = [name for name in options.name or TARGETS if not _holds(name, options.seconds)]
     for name in failed:
         sys.stdout.write(f"{name} does not hold: see {FOUND / name}\n")
