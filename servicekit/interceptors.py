@@ -36,6 +36,7 @@ from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.metrics import Calls
 from servicekit.pace import Pace
 from servicekit.policy import OPEN, Decision, Row, Undecided
+from servicekit.safe_repr import safe_repr
 from servicekit.shedding import Overloaded, Room
 from servicekit.source import Source, is_address
 
@@ -236,6 +237,7 @@ class _Call:
         self._metadata = metadata
         self._decision: Decision | None = None
         self._entry: Entry | None = None
+        self._message: Message | None = None
         self._reason = ""
         self._lacks_audit = False
         self._is_credential = False
@@ -355,7 +357,7 @@ class _Call:
 
     def _decoded(self, request: bytes, read: Callable[[bytes], Any]) -> Any:
         self._chain.check_size(self._method, request)
-        message = _decoded(request, read)
+        message = self._message = _decoded(request, read)
         self._chain.check_parts(self._method, message)
         if self._entry is not None:
             self._entry.object = audit.about(message)
@@ -388,7 +390,8 @@ class _Call:
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
         elif not isinstance(error, TURNED_AWAY):
-            log.info("call refused", extra={**self._facts(), "reason": error.reason})
+            shape = self._shape() if log.isEnabledFor(logging.DEBUG) else {}
+            log.info("call refused", extra={**self._facts(), "reason": error.reason, **shape})
         elif self._chain.trail is not None:  # a flood is counted, and neither logged nor recorded call by call
             cause = "too many requests" if isinstance(error, Overloaded) else "too much metadata"
             self._chain.trail.count(self._source(rpc) or self._chain.peer, cause)
@@ -397,7 +400,8 @@ class _Call:
 
     async def _crash(self, rpc: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
         self._code = grpc.StatusCode.INTERNAL
-        log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))
+        facts = {**self._facts(), **self._shape()}
+        log.error("call failed", extra=facts, exc_info=(type(error), error, error.__traceback__))
         await rpc.abort_with_status(to_status(ServiceError(f"Internal error. Request id: {self._request_id}.")))
 
     def _ended(self, seconds: float | None) -> None:
@@ -418,6 +422,10 @@ class _Call:
 
     def _facts(self) -> dict[str, Any]:
         return {"method": self._method, "milliseconds": round((time.perf_counter() - self._started) * 1000, 2)}
+
+    def _shape(self) -> dict[str, str]:
+        """What the request is made of, when it was read."""
+        return {} if self._message is None else {"request": safe_repr(self._message)}
 
 
 def _check_fields(metadata: Sequence[object]) -> None:

@@ -268,8 +268,8 @@ FAULTS = (
         name="text-of-an-error-in-the-log",
         property="S20",
         file="servicekit/interceptors.py",
-        old='log.error("call failed", extra=self._facts(), exc_info=(type(error), error, error.__traceback__))',
-        new='log.error("call failed", extra={**self._facts(), "exception": f"{error}"})',
+        old='log.error("call failed", extra=facts, exc_info=(type(error), error, error.__traceback__))',
+        new='log.error("call failed", extra={**facts, "exception": f"{error}"})',
         tests=(
             "tests/unit/test_hygiene.py::test_log_events_are_fixed_texts_with_chosen_fields",
             "tests/service/test_grpc_server.py::test_exception_of_a_handler_stays_in_the_service",
@@ -282,6 +282,14 @@ FAULTS = (
         old="    if not sys.flags.isolated:\n",
         new="    if not sys.flags.safe_path:\n",
         tests=("tests/e2e/test_process.py::test_variables_that_the_interpreter_would_heed_are_dropped_and_named",),
+    ),
+    Fault(
+        name="value-in-a-shape",
+        property="S1",
+        file="servicekit/safe_repr.py",
+        old="    if field.GetOptions().debug_redact:\n",
+        new="    if field.GetOptions().debug_redact and not field.is_repeated:\n",
+        tests=("tests/unit/servicekit/test_safe_repr.py::test_redacted_field_never_shows_wherever_it_is",),
     ),
     Fault(
         name="debugged-in-production",

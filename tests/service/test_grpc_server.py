@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -49,15 +50,18 @@ async def whoever_calls(_: Any) -> identity_pb.User:
 
 
 class Scim(identity_rpc.ScimServicer):
-    """Answers GetMe as the test says; by default with the caller."""
+    """Answers GetMe as the test says, by default with the caller; GetUser fails with `failure`, if there is one."""
 
     def __init__(self) -> None:
+        self.failure: Exception | None = None
         self.answer: Callable[[Any], Awaitable[identity_pb.User]] = whoever_calls
 
     async def GetMe(self, request: identity_pb.GetMeRequest, rpc: Any) -> identity_pb.User:
         return await self.answer(rpc)
 
     async def GetUser(self, request: identity_pb.GetRequest, rpc: Any) -> identity_pb.User:
+        if self.failure is not None:
+            raise self.failure
         return identity_pb.User(id=str(len(request.id)))
 
     async def DeleteUser(self, request: identity_pb.DeleteRequest, rpc: Any) -> identity_pb.DeleteResponse:
@@ -539,6 +543,21 @@ async def test_exception_of_a_handler_stays_in_the_service(
     (line,) = [line for line in map(json.loads, logged().splitlines()) if line["event"] == "call failed"]
     assert (line["request_id"], line["caller"]) == ("r-1", ADA.name)
     assert line["method"] == "/tessera.identity.v1.Scim/GetMe"
+
+
+async def test_log_tells_what_the_request_of_a_call_was_made_of_and_not_what_it_said(
+    platform: Platform, logged: Callable[[], str]
+) -> None:
+    stub = identity_rpc.ScimStub(platform.channels["public"])
+    for event, failure in (("call failed", CarriesSecret(CANARY)), ("call refused", NotFound("There is nobody."))):
+        platform.scim.failure = failure
+        await refusal(stub.GetUser(identity_pb.GetRequest(id=CANARY), metadata=TOKEN, timeout=20))
+        (line,) = [line for line in map(json.loads, logged().splitlines()) if line["event"] == event]
+        assert line["request"] == f"GetRequest(id=<{len(CANARY)} characters>)"
+    assert CANARY not in logged()
+    logging.getLogger().setLevel(logging.INFO)
+    await refusal(stub.GetUser(identity_pb.GetRequest(id=CANARY), metadata=TOKEN, timeout=20))
+    assert "request" not in json.loads(logged().splitlines()[-1]), "refusals are many, and their message says enough"
 
 
 async def test_exception_of_a_streaming_handler_stays_in_the_service(

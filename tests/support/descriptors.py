@@ -52,7 +52,7 @@ class ProtoFile:
         """Adds a message of fields like "string name", "optional int64 n", "map<string,Item> items".
 
         "choice: string text" puts a field into the oneof `choice`. `options` holds the options of a field by its name:
-        alias, always_emit, json_name.
+        alias, always_emit, debug_redact, json_name.
         """
         message = self._file.message_type.add(name=name)
         optional = []
@@ -77,6 +77,8 @@ class ProtoFile:
             for option, value in options.get(field_name, {}).items():
                 if option == "json_name":
                     field.json_name = value
+                elif option == "debug_redact":
+                    field.options.debug_redact = value
                 elif option == "alias":
                     field.options.Extensions[options_pb2.alias].extend(value)
                 else:

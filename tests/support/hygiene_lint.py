@@ -2,8 +2,8 @@
 
 The rules. A log event is a fixed text, and its fields are chosen one by one: nothing that holds what a caller sent
 (`SENSITIVE`) is one as a whole. An exception becomes text only where its type is one of ours, whose texts we wrote; of
-the others each place is known. So no message, request, metadata or environment is ever printed, and there is nothing
-that would have to make them safe for it.
+the others each place is known. So no request, metadata or environment is ever printed, and of a message no more than
+`safe_repr` tells.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ SENSITIVE = frozenset(
     }
 )
 """Names of what may hold what a caller sent, or a text that a foreign library wrote."""
+
+TELLING_LITTLE = frozenset({"safe_repr", "len", "type"})
+"""Functions that make something safe of what may not be logged as a whole. The first alone prints messages."""
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -101,7 +104,11 @@ def _wholes(fields: ast.expr) -> Iterator[str]:
                 yield name
         case ast.Call(ast.Name("str"), [ast.Name("error")]):
             return  # whether that may be text, its type decides: see `exceptions_as_text`
-        case ast.Call(ast.Name("str" | "repr" | "list" | "dict" | "sorted" | "vars"), arguments):
+        case ast.Call(ast.Name(function)) if function in TELLING_LITTLE:
+            return
+        case ast.Call(function, arguments):
+            if isinstance(function, ast.Attribute):  # a method may tell as much as what it is a method of
+                yield from _wholes(function.value)
             for argument in arguments:
                 yield from _wholes(argument)
         case ast.JoinedStr(parts) | ast.List(parts) | ast.Tuple(parts):
