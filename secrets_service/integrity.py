@@ -32,6 +32,9 @@ FORMAT = b"\x01"
 _VERSION_LENGTH = 4
 _HEAD = len(FORMAT) + _VERSION_LENGTH
 
+# Made once: `json.dumps` makes one at each call.
+_as_json = json.JSONEncoder(separators=(",", ":"), default=bytes.hex).encode
+
 
 class Integrity:
     """Makes and verifies MACs; `keys` are the versions of their key, of which the highest is in use.
@@ -71,7 +74,7 @@ class Integrity:
             raise RightsDamaged(kind, str(content[0]))
 
     def _under(self, version: int, kind: str, content: Sequence[Any]) -> bytes:
-        text = json.dumps([kind, content], separators=(",", ":"), default=bytes.hex)
+        text = _as_json([kind, content])
         digest = hmac.digest(self._keys[version].reveal(), text.encode(), hashlib.sha256)
         return FORMAT + version.to_bytes(_VERSION_LENGTH, "big") + digest
 

@@ -38,11 +38,14 @@ def head(connection: Connection) -> Head:
 
 def append(connection: Connection, lines: Sequence[str], before: Head, after: Head) -> None:
     """Adds the records between two heads."""
-    # As one statement: each lets go of the interpreter's lock, and waits for it longer than it works.
-    connection.execute(
-        "INSERT INTO audit_records (seq, line) SELECT ?1 + key, value FROM json_each(?2) ORDER BY key",
-        (before.seq + 1, json.dumps(lines)),
-    )
+    if len(lines) == 1:
+        connection.execute("INSERT INTO audit_records (seq, line) VALUES (?, ?)", (after.seq, lines[0]))
+    else:
+        # As one statement: each lets go of the interpreter's lock, and waits for it longer than it works.
+        connection.execute(
+            "INSERT INTO audit_records (seq, line) SELECT ?1 + key, value FROM json_each(?2) ORDER BY key",
+            (before.seq + 1, json.dumps(lines)),
+        )
     connection.execute("UPDATE audit_state SET seq = ?, mac = ?", (after.seq, after.mac))
 
 
