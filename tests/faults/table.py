@@ -1340,6 +1340,14 @@ FAULTS = (
         tests=("tests/service/test_command_line.py::test_an_audit_log_is_followed_over_its_files_until_ctrl_c",),
     ),
     Fault(
+        name="room-kept-by-what-is-given-up",
+        property="R17",
+        file="servicekit/shedding.py",
+        old="        self._taken -= 1\n",
+        new="        self._taken -= kind is not asyncio.CancelledError\n",
+        tests=("tests/service/test_cancelled.py::test_ten_thousand_calls_that_are_given_up_leave_nothing_behind",),
+    ),
+    Fault(
         name="room-kept-by-what-fails",
         property="R16",
         file="servicekit/shedding.py",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,13 +16,17 @@ from servicekit import database
 from servicekit.database import Database
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.eventually import eventually
-from tests.support.secrets import Caller, running_secrets
+from tests.support.secrets import Caller, RunningSecrets, running_secrets
 from tests.support.seed import seeded
 
 SCOPE = "shop"
-AT_ONCE = 20
-LONGEST_SECONDS = 0.02
-"""Until when a caller gives up: about as long as a change takes."""
+CALLS = 10_000
+AT_ONCE = 8
+WATCHED = 40
+"""Calls that are let finish first, to know how long one takes here and now."""
+PATIENCE = 0.35
+"""Until when a caller gives up, in such times: one call in three gets to the database, and one in eight is given
+up while it is there. With less patience nothing is met but gRPC, with more the time goes into answers."""
 
 
 def some_call(caller: Caller, chance: random.Random) -> Any:
@@ -38,34 +43,53 @@ def some_call(caller: Caller, chance: random.Random) -> Any:
     return method(request, metadata=caller.metadata, timeout=60)
 
 
-async def given_up(caller: Caller, calls: int) -> int:
-    """Makes so many calls, and gives each up at some moment; how many were cancelled before they had an answer."""
-    chance = seeded()
+async def given_up(service: RunningSecrets, chance: random.Random) -> int:
+    """Makes the calls and gives each up at some moment of its life; how many had no answer by then."""
     cancelled = 0
+    longest = 0.0
 
-    async def one() -> None:
+    async def one(caller: Caller) -> None:
         nonlocal cancelled
         call = some_call(caller, chance)
-        await asyncio.sleep(chance.random() * LONGEST_SECONDS)
+        await asyncio.sleep(chance.random() * longest)
         cancelled += call.cancel()
-        try:
-            await call
-        except asyncio.CancelledError:
-            pass
-        except grpc.aio.AioRpcError as error:
-            # Whoever resets many streams at once is told by gRPC that it does not get another one just now.
-            allowed = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNAVAILABLE)
-            assert error.code() in allowed  # noqa: PT017 (one of several endings)
+        await _ended(call)
 
-    left = calls
-    while left:
-        now = min(left, AT_ONCE)
-        await asyncio.gather(*(one() for _ in range(now)))
-        left -= now
+    async def watched(caller: Caller) -> None:
+        await _ended(some_call(caller, chance))
+
+    async def all_of(calls: int, make: Callable[[Caller], Awaitable[None]]) -> None:
+        # A peer's assertion, renewed before its minute is over: in public, gRPC itself turns many of those away who
+        # reset many streams, and nothing of ours would meet them.
+        caller = service.peer("gateway", await service.assertion(service.admin_token))
+        left = iter(range(calls))
+
+        async def worker() -> None:
+            for _ in left:
+                await make(caller)
+
+        await asyncio.gather(*(worker() for _ in range(AT_ONCE)))
+
+    began = time.monotonic()
+    await all_of(WATCHED, watched)
+    longest = PATIENCE * (time.monotonic() - began) * AT_ONCE / WATCHED
+    for _ in range(10):
+        await all_of(CALLS // 10, one)
     return cancelled
 
 
-async def _is_as_before(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def _ended(call: Any) -> None:
+    try:
+        await call
+    except asyncio.CancelledError:
+        pass
+    except grpc.aio.AioRpcError as error:
+        # The last one: the service may hear of a new call before it is done with what was given up.
+        allowed = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.CANCELLED, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert error.code() in allowed, error  # noqa: PT017 (one of several endings)
+
+
+async def test_ten_thousand_calls_that_are_given_up_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     databases: list[Database] = []
     opened: Callable[..., Any] = database.opened
 
@@ -77,10 +101,9 @@ async def _is_as_before(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(database, "opened", kept)
     async with running_secrets(calls=AT_ONCE) as service:  # so that one place that is not given back would be missed
-        admin = service.admin
-        await admin.create_scope(SCOPE)
+        await service.admin.create_scope(SCOPE)
         before = len(asyncio.all_tasks())
-        assert await given_up(admin, calls) > calls / 10
+        assert await given_up(service, seeded()) > CALLS / 10
         (found,) = databases
 
         async def is_idle() -> bool:
@@ -88,17 +111,9 @@ async def _is_as_before(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         await eventually(is_idle, within=60, what="no transaction is open")
         await eventually(lambda: len(asyncio.all_tasks()) <= before, within=60, what="nothing is under way")
+        caller = service.peer("gateway", await service.assertion(service.admin_token))
         for number in range(50):
-            await admin.put(SCOPE, f"later-{number % 10}", str(number))
-            assert await admin.get(SCOPE, f"later-{number % 10}") == str(number).encode()
+            await caller.put(SCOPE, f"later-{number % 10}", str(number))
+            assert await caller.get(SCOPE, f"later-{number % 10}") == str(number).encode()
         # All places are there again: so many calls at the same time are answered.
-        await asyncio.gather(*(admin.keys(SCOPE) for _ in range(AT_ONCE)))
-
-
-async def test_calls_that_are_given_up_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    await _is_as_before(200, monkeypatch)
-
-
-@pytest.mark.long
-async def test_ten_thousand_calls_that_are_given_up_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    await _is_as_before(10_000, monkeypatch)
+        await asyncio.gather(*(caller.keys(SCOPE) for _ in range(AT_ONCE)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -135,6 +136,7 @@ Life = Callable[[Mapping[str, Any]], contextlib.AbstractAsyncContextManager[obje
 
 def nurse(life: Life, doors: Sequence[Door]) -> None:
     """Starts the service for every order to, until there is nobody any more who gives orders."""
+    gc.freeze()  # nobody who is forked looks through what was imported, which would have it copied
     while (order := _next_order()) is not None:
         word, point, settings = order
         if word != "start":
