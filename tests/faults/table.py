@@ -406,6 +406,18 @@ FAULTS = (
         tests=(f"{_SECRETS}::test_store_that_lost_what_it_begins_with_is_not_founded_again",),
     ),
     Fault(
+        name="refused-start-is-a-success",
+        property="S4",
+        file="servicekit/process.py",
+        old="""        log.error("cannot start", extra={"cause": str(error)})
+        return STATUS_FAILED
+""",
+        new="""        log.error("cannot start", extra={"cause": str(error)})
+        return 0
+""",
+        tests=(f"{_SECRETS}::test_harmed_root_key_stops_the_start_and_changes_nothing",),
+    ),
+    Fault(
         name="old-token-mac-stays",
         property="S5",
         file="secrets_service/authority.py",

@@ -20,9 +20,11 @@ import pytest
 from secrets_service import files, scopes
 from servicekit.errors import StartError
 from servicekit.logs import JsonLines
+from servicekit.process import STATUS_FAILED
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.eventually import eventually
 from tests.support.secrets import Caller, RunningSecrets, data_directory, failures_of, refusal, running_secrets
+from tests.support.starts import tried
 
 INVALID = "INVALID_PARAMETER_VALUE"
 MISSING = "RESOURCE_DOES_NOT_EXIST"
@@ -296,46 +298,73 @@ def _only_a_staged_one(key: Path) -> None:
     files.write_private(key.with_name("root.key.next"), b"n" * 32, replace=False)
 
 
-@pytest.mark.parametrize(
-    "harm",
-    [
-        _lost,
-        _wrong,
-        _empty,
-        _truncated,
-        _too_long,
-        _readable_by_others,
-        _writable_by_the_group,
-        _for_nobody,
-        _symbolic_link,
-        _directory,
-        _pipe,
-        _only_the_one_before,
-        _only_a_staged_one,
-    ],
-)
-async def test_harmed_root_key_stops_the_start_and_changes_nothing(harm: Callable[[Path], None]) -> None:
-    with data_directory() as directory:
-        async with running_secrets(directory) as service:
+def _before_the_last_rotation(key: Path) -> None:
+    key.with_name("root.key.previous").replace(key)
+
+
+def _of_another_user(key: Path) -> None:
+    os.chown(key, 65_534, -1)
+
+
+HARMS: list[Callable[[Path], None]] = [
+    _lost,
+    _wrong,
+    _empty,
+    _truncated,
+    _too_long,
+    _readable_by_others,
+    _writable_by_the_group,
+    _for_nobody,
+    _symbolic_link,
+    _directory,
+    _pipe,
+    _only_the_one_before,
+    _only_a_staged_one,
+    _before_the_last_rotation,
+    *([_of_another_user] if os.geteuid() == 0 else []),  # nobody else can give a file away
+]
+
+
+async def test_harmed_root_key_stops_the_start_and_changes_nothing() -> None:
+    """As processes that end with a status, and leave every file as it was; the way out that the message names works."""
+    with data_directory() as founded, data_directory() as copies:
+        async with running_secrets(founded) as service:
             await service.admin.create_scope("Shop")
             await service.admin.put("Shop", "key", CANARY)
-            database, key = service.settings.database, service.settings.root_key
-        kept, content = key.read_bytes(), _dump(database)
-        harm(key)
-        harmed = _content_of(key)
-        with pytest.raises(StartError, match="root key"):
-            async with running_secrets(directory):
-                pass
-        assert _dump(database) == content
-        assert _content_of(key) == harmed
-        # The way out that the message names works.
-        if key.is_dir():
-            key.rmdir()
-        key.unlink(missing_ok=True)
-        key.write_bytes(kept)
-        key.chmod(0o400)
-        async with running_secrets(directory) as service:
-            assert await service.admin.get("Shop", "key") == CANARY
+            operator = service.peer("operator")
+            await operator(operator.key_rotation.RotateRootKey, pb.RotateRootKeyRequest())
+        kept = service.settings.root_key.read_bytes()
+        directories = {harm.__name__.lstrip("_"): copies / harm.__name__ for harm in HARMS}
+        for harm, directory in zip(HARMS, directories.values(), strict=True):
+            shutil.copytree(founded, directory)
+            harm(directory / "root.key")
+        before = {name: _files(directory) for name, directory in directories.items()}
+        for name, ended in (await tried(directories)).items():
+            assert ended.status == STATUS_FAILED, name
+            assert (ended.log[-1]["event"], "root key" in ended.log[-1]["cause"]) == ("cannot start", True), name
+            assert _files(directories[name]) == before[name], name
+        for directory in directories.values():
+            key = directory / "root.key"
+            if key.is_dir():
+                key.rmdir()
+            key.unlink(missing_ok=True)
+            key.write_bytes(kept)
+            key.chmod(0o400)
+            async with running_secrets(directory) as service:
+                assert await service.admin.get("Shop", "key") == CANARY
+
+
+def _files(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """All that is below a directory: mode, owner, and content or where a link leads."""
+    found = {}
+    for path in directory.rglob("*"):
+        status, content = path.lstat(), b""
+        if path.is_symlink():
+            content = os.fsencode(path.readlink())
+        elif path.is_file() and os.access(path, os.R_OK):
+            content = path.read_bytes()
+        found[str(path.relative_to(directory))] = status.st_mode, status.st_uid, content
+    return found
 
 
 @pytest.mark.parametrize(
@@ -367,10 +396,6 @@ async def test_store_that_lost_what_it_begins_with_is_not_founded_again(edit: st
         assert service.settings.admin_token.read_text().strip() == token
 
 
-def _content_of(key: Path) -> bytes | None:
-    return key.read_bytes() if key.is_file() and os.access(key, os.R_OK) else None
-
-
 def _dump(database: Path) -> list[str]:
     with closing(sqlite3.connect(database)) as connection:
         return list(connection.iterdump())
@@ -387,19 +412,6 @@ async def test_root_key_of_another_user_stops_the_start_and_changes_nothing(monk
             with pytest.raises(StartError, match=r"The root key .* belongs to another user"):
                 async with running_secrets(directory):
                     pass
-        assert _dump(service.settings.database) == content
-
-
-async def test_root_key_before_a_rotation_stops_the_start_and_changes_nothing() -> None:
-    with data_directory() as directory:
-        async with running_secrets(directory) as service:
-            operator = service.peer("operator")
-            await operator(operator.key_rotation.RotateRootKey, pb.RotateRootKeyRequest())
-        content = _dump(service.settings.database)
-        (directory / "root.key.previous").replace(directory / "root.key")
-        with pytest.raises(StartError, match="was sealed under"):
-            async with running_secrets(directory):
-                pass
         assert _dump(service.settings.database) == content
 
 
