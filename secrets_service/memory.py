@@ -107,6 +107,23 @@ class RememberingDatabase:
         """As `Storage.read`."""
         return await self._database.read(function, *args, **kwargs)
 
+    async def read_together(self, function: Callable[..., T], *args: Hashable) -> T:
+        """As `read`, at once or, while such a trip is under way, with whatever else is wanted when that one is over.
+
+        For functions that read a few rows, which costs less than the trip.
+        """
+        read = partial(_applied, function, args)
+        if self._is_reading:
+            wanted = _Wanted(_in_context(read), asyncio.get_running_loop().create_future())
+            self._wanted.append(wanted)
+            result: T = await wanted.result
+            return result
+        self._is_reading = True
+        try:
+            return await self._database.read(read)
+        finally:
+            self._read_on()
+
     async def write(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `Storage.write`, once; the transaction ends as it will even if the caller is cancelled."""
         result, revision = await self._writing(self._published(function, *args, **kwargs), self._rights, self._values)
@@ -171,7 +188,7 @@ class RememberingDatabase:
             found: T = reads.results[key]
             return found
         since = reads.mark()
-        result: T = await self._read_together(partial(_applied, function, args))
+        result: T = await self.read_together(function, *args)
         if reads.are_unchanged(since) and if_kept(result):
             reads.add(key, result)
         return result
@@ -200,22 +217,6 @@ class RememberingDatabase:
 
     def _kind(self, function: Callable[..., Any]) -> _Reads:
         return self._values if function in VALUES else self._rights
-
-    async def _read_together(self, read: Callable[[Connection], T]) -> T:
-        """Reads at once or, while a trip is under way, with whatever else is wanted when that one is over.
-
-        A trip costs more than what these functions read.
-        """
-        if self._is_reading:
-            wanted = _Wanted(_in_context(read), asyncio.get_running_loop().create_future())
-            self._wanted.append(wanted)
-            result: T = await wanted.result
-            return result
-        self._is_reading = True
-        try:
-            return await self._database.read(read)
-        finally:
-            self._read_on()
 
     def _read_on(self) -> None:
         batch, self._wanted = self._wanted[:MOST_TOGETHER], self._wanted[MOST_TOGETHER:]

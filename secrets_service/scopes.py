@@ -179,7 +179,7 @@ class SecretScopes:
             if self._database.is_unchanged(since):
                 return found, standing, sealed
             since = self._database.mark()
-        row = await self._database.read(_find_readable, scope, key, principal_id)
+        row = await self._database.read_together(_find_readable, scope, key, principal_id)
         if row is not None:
             found, standing, sealed = row
             self._database.remember((found, standing), since, store.find_scope_and_standing, scope, principal_id)
