@@ -123,8 +123,8 @@ def account_page(connection: Connection, kind: Kind, selection: Selection) -> Pa
     ids, total = _ids(connection, kind, selection)
     listed = json.dumps(ids)
     belongs = connection.execute(
-        "SELECT member_id, group_id FROM memberships WHERE member_id IN (SELECT value FROM json_each(?))"
-        " ORDER BY group_id",
+        "SELECT member_id, group_id FROM memberships"
+        " WHERE member_id IN (SELECT CAST(value AS BIGINT) FROM json_each(?)) ORDER BY group_id",
         (listed,),
     ).fetchall()
     known = _groups_of_ids(connection, {group_id for _, group_id in belongs})
@@ -229,7 +229,7 @@ def has_active_admin(connection: Connection) -> bool:
     """Whether somebody can administer the workspace."""
     return bool(
         connection.execute(
-            "SELECT EXISTS (SELECT 1 FROM memberships m JOIN accounts a ON a.id = m.member_id AND a.is_active"
+            "SELECT EXISTS (SELECT 1 FROM memberships m JOIN accounts a ON a.id = m.member_id AND a.is_active = 1"
             " WHERE m.group_id = (SELECT id FROM principals WHERE kind = 'group' AND folded = ?))",
             (ADMINS,),
         ).fetchone()[0]
@@ -270,8 +270,8 @@ def group_page(
     if with_members:
         sizes = dict(
             connection.execute(
-                "SELECT group_id, count(*) FROM memberships WHERE group_id IN (SELECT value FROM json_each(?))"
-                " GROUP BY group_id",
+                "SELECT group_id, count(*) FROM memberships"
+                " WHERE group_id IN (SELECT CAST(value AS BIGINT) FROM json_each(?)) GROUP BY group_id",
                 (json.dumps(ids),),
             ).fetchall()
         )
@@ -296,7 +296,7 @@ def _groups(connection: Connection, ids: Sequence[int], *, with_members: bool) -
     if with_members:
         for group_id, member_id, kind, display_name in connection.execute(
             "SELECT m.group_id, p.id, p.kind, a.display_name FROM memberships m JOIN principals p ON p.id = m.member_id"
-            " JOIN accounts a ON a.id = p.id WHERE m.group_id IN (SELECT value FROM json_each(?))"
+            " JOIN accounts a ON a.id = p.id WHERE m.group_id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))"
             " ORDER BY m.group_id, m.member_id",
             (listed,),
         ):
@@ -348,7 +348,8 @@ def change_members(connection: Connection, group_id: int, *, added: Iterable[int
 def kinds_of(connection: Connection, ids: Iterable[int]) -> dict[int, Kind]:
     """What those of the principals are that exist."""
     rows = connection.execute(
-        "SELECT id, kind FROM principals WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(ids)),)
+        "SELECT id, kind FROM principals WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))",
+        (json.dumps(list(ids)),),
     )
     return {principal_id: Kind(kind) for principal_id, kind in rows}
 

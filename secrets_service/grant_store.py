@@ -102,14 +102,14 @@ def find_endpoint(connection: Connection, endpoint_id: str) -> Endpoint | None:
 
 def live_endpoints(connection: Connection) -> set[str]:
     """The ids of all endpoints that are not deleted."""
-    return {row[0] for row in connection.execute("SELECT id FROM endpoints WHERE NOT is_deleted")}
+    return {row[0] for row in connection.execute("SELECT id FROM endpoints WHERE is_deleted = 0")}
 
 
 def insert_endpoint(connection: Connection, endpoint: Endpoint) -> None:
     """Makes an endpoint known."""
     connection.execute(
         "INSERT INTO endpoints (id, creator_id, is_inherited, is_deleted) VALUES (?, ?, ?, ?)",
-        (endpoint.id, endpoint.creator_id, endpoint.is_inherited, endpoint.is_deleted),
+        (endpoint.id, endpoint.creator_id, int(endpoint.is_inherited), int(endpoint.is_deleted)),
     )
     _authenticate(connection, _GrantedEndpoint(endpoint, {}, {}))
 
@@ -179,7 +179,7 @@ def keep_levels(connection: Connection, endpoint_id: str, principal_ids: Collect
     before = _known(connection, endpoint_id)
     connection.execute(
         "DELETE FROM endpoint_permissions WHERE endpoint_id = ?"
-        " AND principal_id NOT IN (SELECT value FROM json_each(?))",
+        " AND principal_id NOT IN (SELECT CAST(value AS BIGINT) FROM json_each(?))",
         (endpoint_id, json.dumps(list(principal_ids))),
     )
     kept = {each: row for each, row in before.levels.items() if each in principal_ids}
@@ -224,7 +224,8 @@ def put_launch_grant(connection: Connection, endpoint_id: str, grant: LaunchGran
     refs = json.dumps([[each.scope, each.key, each.scope_uuid.hex()] for each in grant.references])
     connection.execute(
         "INSERT INTO launch_grants (endpoint_id, version, digest, author_id, refs) VALUES (?, ?, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET author_id = excluded.author_id, refs = excluded.refs",
+        " ON CONFLICT (endpoint_id, version, digest)"
+        " DO UPDATE SET author_id = excluded.author_id, refs = excluded.refs",
         (endpoint_id, grant.version, grant.digest, grant.author_id, refs),
     )
     launches = {**before.launches, (grant.version, grant.digest): (grant.author_id, refs)}

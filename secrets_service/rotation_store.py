@@ -124,12 +124,12 @@ def drop_scope_keys(connection: Connection, scope: Scope) -> int:
 # --- rights ---
 
 _ROWS = {
-    "principals": "SELECT rowid, substr(mac, 2, 4) AS version FROM principals",
-    "accounts": "SELECT rowid, substr(mac, 2, 4) AS version FROM accounts",
-    "scopes": "SELECT rowid, substr(mac, 2, 4) AS version FROM scopes",
-    "endpoints": "SELECT rowid, substr(mac, 2, 4) AS version FROM endpoints",
-    "tokens": "SELECT rowid, substr(row_mac, 2, 4) AS version FROM tokens",
-    "platform": "SELECT rowid, substr(mac, 2, 4) AS version FROM platform",
+    "principals": "SELECT rowid, version FROM (SELECT rowid, substr(mac, 2, 4) AS version FROM principals) AS stated",
+    "accounts": "SELECT rowid, version FROM (SELECT rowid, substr(mac, 2, 4) AS version FROM accounts) AS stated",
+    "scopes": "SELECT rowid, version FROM (SELECT rowid, substr(mac, 2, 4) AS version FROM scopes) AS stated",
+    "endpoints": "SELECT rowid, version FROM (SELECT rowid, substr(mac, 2, 4) AS version FROM endpoints) AS stated",
+    "tokens": "SELECT rowid, version FROM (SELECT rowid, substr(row_mac, 2, 4) AS version FROM tokens) AS stated",
+    "platform": "SELECT rowid, version FROM (SELECT rowid, substr(mac, 2, 4) AS version FROM platform) AS stated",
 }
 """The objects that have a MAC, and the version of the store key that each states."""
 
@@ -159,7 +159,8 @@ def renew_macs(connection: Connection, kind: str, version: int, after: Place) ->
     """Makes some MACs of a kind anew, under the store key that is in use, of that version: where to go on, None at the
     end. What is damaged stays as it is."""
     behind = connection.execute(
-        f"{_ROWS[kind]} WHERE rowid > ? AND version IS NOT ? ORDER BY rowid LIMIT ?", (after[0], _stated(version), PART)
+        f"{_ROWS[kind]} WHERE rowid > ? AND (version IS NULL OR version <> ?) ORDER BY rowid LIMIT ?",
+        (after[0], _stated(version), PART),
     ).fetchall()
     for row_id, _ in behind:
         _AUTHENTICATE[kind](connection, row_id, believed=False)
@@ -198,7 +199,8 @@ def count_behind(connection: Connection) -> int:
 def oldest_scope_key(connection: Connection) -> int:
     """When the oldest of the keys was made that values are sealed under now; 0 without scopes."""
     row = connection.execute(
-        "SELECT coalesce(min(made), 0) FROM (SELECT max(created_ms) AS made FROM scope_keys GROUP BY scope_id)"
+        "SELECT coalesce(min(made), 0)"
+        " FROM (SELECT max(created_ms) AS made FROM scope_keys GROUP BY scope_id) AS newest"
     ).fetchone()
     return int(row[0])
 

@@ -225,7 +225,7 @@ _GROUPS = (
     " FROM memberships m LEFT JOIN principals p ON p.id = m.group_id"
 )
 
-IS_AMONG = "p.id IN (SELECT value FROM json_each(?))"
+IS_AMONG = "p.id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))"
 """The condition that a principal is one of a list of ids."""
 
 
@@ -400,7 +400,7 @@ def newest_tokens(
     connection: Connection, *, creators: Sequence[int] | None, now_ms: int, count: int
 ) -> list[ManagedToken]:
     """The newest tokens that have not expired, oldest first: everybody's, or those that some principals made."""
-    made_by = "" if creators is None else " AND t.creator_id IN (SELECT value FROM json_each(?))"
+    made_by = "" if creators is None else " AND t.creator_id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))"
     rows = connection.execute(
         f"{_TOKENS} WHERE t.kind = 'personal' AND t.expires_ms > ?{made_by}"
         " ORDER BY t.created_ms DESC, t.rowid DESC LIMIT ?",
@@ -504,14 +504,14 @@ def sealed_version(connection: Connection, key_id: int, version: int) -> SealedS
 
 # A value whose key is gone is found all the same: it does not open.
 _SEALED = (
-    "SELECT k.id, k.key, v.version, v.record, v.key_version, coalesce(sk.record, x'') FROM versions v JOIN keys k"
+    "SELECT k.id, k.key, v.version, v.record, v.key_version, sk.record FROM versions v JOIN keys k"
     " ON k.id = v.key_id LEFT JOIN scope_keys sk ON (sk.scope_id, sk.version) = (k.scope_id, v.key_version)"
 )
 
 
 def _sealed(row: Sequence[Any]) -> SealedSecret:
-    key_id, key, version, record, *wrapped = row
-    return SealedSecret(key_id, key, version, record, WrappedKey(*wrapped))
+    key_id, key, version, record, key_version, wrapped = row
+    return SealedSecret(key_id, key, version, record, WrappedKey(key_version, wrapped or b""))
 
 
 def versions(connection: Connection, key: Key) -> list[VersionInfo]:
@@ -559,8 +559,9 @@ def next_version(connection: Connection, scope: Scope, name: str, *, folded: str
     """Counts a put: the key's id and the new version. A key that exists keeps its spelling."""
     row = connection.execute(
         "INSERT INTO keys (scope_id, key, folded, first_version, last_version) VALUES (?, ?, ?, 1, 1)"
-        " ON CONFLICT (scope_id, folded) DO UPDATE SET last_version = last_version + 1,"
-        " key = iif(last_version >= first_version, key, excluded.key) RETURNING id, last_version",
+        " ON CONFLICT (scope_id, folded) DO UPDATE SET last_version = keys.last_version + 1,"
+        " key = CASE WHEN keys.last_version >= keys.first_version THEN keys.key ELSE excluded.key END"
+        " RETURNING id, last_version",
         (scope.id, name, folded),
     ).fetchone()
     return row[0], row[1]

@@ -80,12 +80,12 @@ def waiting(connection: Connection) -> int:
 
 def is_exported(connection: Connection, seq: int) -> None:
     """Records that the files have all records up to one."""
-    connection.execute("UPDATE audit_state SET exported = max(exported, ?)", (seq,))
+    connection.execute("UPDATE audit_state SET exported = ?1 WHERE exported < ?1", (seq,))
 
 
 def is_forwarded(connection: Connection, seq: int) -> None:
     """Records that all records up to one were taken over."""
-    connection.execute("UPDATE audit_state SET forwarded = max(forwarded, ?)", (seq,))
+    connection.execute("UPDATE audit_state SET forwarded = ?1 WHERE forwarded < ?1", (seq,))
 
 
 def drop(connection: Connection, seq: int) -> None:

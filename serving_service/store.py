@@ -70,7 +70,7 @@ def reserve_endpoint(connection: Connection, endpoint: Endpoint) -> None:
         raise TooManyEndpoints(MAX_ENDPOINTS)
     connection.execute(
         f"INSERT INTO endpoints ({_COLUMNS}, is_reserved)"  # noqa: S608
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', 0, ?, ?, ?, ?, ?, ?, 0, ?, 1)",
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?, ?, '{}', FALSE, ?, ?, ?, ?, ?, ?, FALSE, ?, TRUE)",
         (
             endpoint.id,
             endpoint.name,
@@ -96,7 +96,7 @@ def reserve_endpoint(connection: Connection, endpoint: Endpoint) -> None:
 
 def commit_endpoint(connection: Connection, endpoint: Endpoint) -> None:
     """Makes a reserved endpoint one that there is, with its pending configuration if it has one."""
-    connection.execute("UPDATE endpoints SET is_reserved = 0 WHERE id = ?", (endpoint.id,))
+    connection.execute("UPDATE endpoints SET is_reserved = FALSE WHERE id = ?", (endpoint.id,))
     if endpoint.pending:
         _add_config(connection, endpoint.id, endpoint.pending)
 
@@ -156,7 +156,7 @@ def activate(connection: Connection, endpoint_id: str, version: int) -> bool:
     """Makes the pending version the active one, which runs; False when it is no longer the pending one."""
     changed = connection.execute(
         "UPDATE endpoints SET active_version = ?, pending_version = NULL, config_update = 'NOT_UPDATING', "
-        "is_stopped = 0 WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
+        "is_stopped = FALSE WHERE id = ? AND pending_version = ? AND config_update = 'IN_PROGRESS' AND NOT is_deleted",
         (version, endpoint_id, version),
     )
     _drop_old_configs(connection, endpoint_id)
@@ -195,8 +195,8 @@ def stop_endpoint(connection: Connection, stopped: Endpoint) -> None:
     """
     assert stopped.active is not None
     changed = connection.execute(
-        "UPDATE endpoints SET is_stopped = 1, pending_version = NULL, config_update = 'NOT_UPDATING', failures = '{}',"
-        " updated_at = ? WHERE id = ? AND active_version = ? AND config_update != 'IN_PROGRESS'"
+        "UPDATE endpoints SET is_stopped = TRUE, pending_version = NULL, config_update = 'NOT_UPDATING',"
+        " failures = '{}', updated_at = ? WHERE id = ? AND active_version = ? AND config_update != 'IN_PROGRESS'"
         " AND reserved_version IS NULL AND NOT is_deleted",
         (stopped.updated_at, stopped.id, stopped.active.version),
     )
@@ -224,7 +224,9 @@ def save_details(connection: Connection, endpoint: Endpoint) -> None:
 
 def mark_deleted(connection: Connection, endpoint_id: str) -> bool:
     """Frees the endpoint's name; False when it was deleted before."""
-    changed = connection.execute("UPDATE endpoints SET is_deleted = 1 WHERE id = ? AND NOT is_deleted", (endpoint_id,))
+    changed = connection.execute(
+        "UPDATE endpoints SET is_deleted = TRUE WHERE id = ? AND NOT is_deleted", (endpoint_id,)
+    )
     return changed.rowcount == 1
 
 
@@ -559,7 +561,7 @@ def next_epoch(connection: Connection) -> int:
 def begin_anew(connection: Connection, epoch: int) -> None:
     """Makes a restored database one of a service that has no replicas yet, and a higher epoch than ever before."""
     connection.execute("DELETE FROM replicas")
-    connection.execute("UPDATE epochs SET epoch = max(epoch, ?)", (epoch,))
+    connection.execute("UPDATE epochs SET epoch = ?1 WHERE epoch < ?1", (epoch,))
 
 
 def user_of(connection: Connection, endpoint_id: str, users: range, busy: Collection[int]) -> int | None:

@@ -37,6 +37,7 @@ _FORKED_GOLDEN = "tests/e2e/test_warm.py::test_a_forked_model_is_started_with_ex
 _LISTENERS = "tests/service/test_grpc_server.py"
 _POWER = "tests/service/test_power_loss.py"
 _STORAGE = "tests/service/test_storage_faults.py"
+_CONTRACT = "tests/service/test_storage_contract.py"
 _FOLLOW = "tests/service/test_follow.py"
 _CAUSES = "tests/service/test_causes.py::test_cause_is_the_same_wherever_one_looks"
 
@@ -206,8 +207,30 @@ FAULTS = (
             connection.execute("COMMIT")
 """,
         tests=(
-            "tests/unit/servicekit/test_database.py::test_transaction_that_raises_leaves_nothing_and_the_next_one_works",
+            f"{_CONTRACT}::test_function_that_raises_leaves_nothing_and_the_next_one_works",
             f"{_DIRECTORY}::test_last_active_admin_stays",
+        ),
+    ),
+    Fault(
+        name="two-instances-of-one-database",
+        property="R4",
+        file="servicekit/database.py",
+        old="fcntl.LOCK_EX | fcntl.LOCK_NB",
+        new="fcntl.LOCK_SH | fcntl.LOCK_NB",
+        tests=(
+            f"{_CONTRACT}::test_second_instance_is_refused_until_the_first_is_gone",
+            "tests/service/test_secrets.py::test_second_service_on_the_same_data_is_refused",
+        ),
+    ),
+    Fault(
+        name="error-of-the-driver",
+        property="R2",
+        file="servicekit/database.py",
+        old="        raise _ours(error) from error\n",
+        new="        raise\n",
+        tests=(
+            f"{_CONTRACT}::test_broken_constraint_is_told_apart_and_nothing_is_stored",
+            f"{_CONTRACT}::test_reads_cannot_write",
         ),
     ),
     # --- what was acknowledged ---

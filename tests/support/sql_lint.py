@@ -10,9 +10,30 @@ only. All else could hold what a caller said, and is reported, right or not.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 EXECUTES = frozenset({"execute", "executemany", "executescript"})
+
+DIALECT = re.compile(
+    r"""
+      \b(?:OR\s+(?:REPLACE|IGNORE|ABORT|FAIL|ROLLBACK) | REPLACE\s+INTO | ON\s+CONFLICT\s+DO\s+UPDATE
+        | IS(?:\s+NOT)?\s+\? | LIMIT\s+\S+, | BEGIN\s+\w+ | INDEXED\s+BY | COLLATE | GLOB | REGEXP
+        | PRAGMA | VACUUM | ATTACH | AUTOINCREMENT | rowid | sqlite_\w+)
+    | \b(?:iif | ifnull | instr | json\w* | hex | unhex | quote | random | randomblob | zeroblob | typeof | printf
+        | total | changes | total_changes | last_insert_rowid | char | unicode | strftime | julianday | unixepoch
+        | datetime | date | time | group_concat | likely | unlikely | soundex | load_extension)\s*\(
+    | \b(?:min | max)\s*\([^()]*,
+    | \bx'' | == | [`\[\]"]
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+"""What SQLite understands and PostgreSQL does not, or understands otherwise, as far as words tell."""
+
+STATEMENT = re.compile(r"\b(?:SELECT|INSERT|UPDATE|DELETE|FROM|WHERE|SET|VALUES|AND|CREATE|PRAGMA)\b|^\w+\(|\?")
+"""How text that belongs to a statement looks."""
+
+LITERAL = re.compile(r"'[^']*'")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -42,6 +63,23 @@ class Module:
             for call in self.statements()
             if not call.args or not self._is_closed(call.args[0], self._function_of(call), frozenset())
         ]
+
+    def dialect(self) -> set[str]:
+        """The words of its statements that not every database knows."""
+        documented = {
+            node.value for node in ast.walk(self._tree) if isinstance(node, ast.Expr) and _is_text(node.value)
+        }
+        texts = (
+            node.value
+            for node in ast.walk(self._tree)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documented
+        )
+        return {
+            " ".join(found.group().split()).rstrip("( ").lower()
+            for text in texts
+            if STATEMENT.search(text)
+            for found in DIALECT.finditer(LITERAL.sub("''", text))
+        }
 
     def _function_of(self, node: ast.AST) -> Function | None:
         while not isinstance(node, ast.Module):
@@ -124,6 +162,10 @@ class Module:
         if call.func is not mention:
             position += call.args.index(mention)  # the connection, which comes first, takes the function's own place
         return call.args[position] if position < len(call.args) else None
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def _assigned(body: list[ast.stmt]) -> Iterator[str]:

@@ -67,6 +67,59 @@ def test_statements_stand_at_the_doors_alone() -> None:
     assert found == DOORS.keys()
 
 
+OF_ONE_DATABASE = {"servicekit/database.py", "serving_service/registry_helper.py"}
+"""Doors to SQLite as such."""
+
+TO_BE_BROUGHT = {
+    "json_each": "lists are bound as one value",
+    "json_extract": "a part of what is stored as JSON",
+    "instr": "where a text stands in another",
+    "rowid": "the order in which rows came, of tables that have no number of their own",
+}
+"""What is not the same everywhere and is used all the same, because another storage can have it by the same name: as a
+function, or as a column that numbers rows (docs/architecture.md, "Storage")."""
+
+
+def test_statements_say_what_every_database_understands() -> None:
+    found = {word for door in DOORS.keys() - OF_ONE_DATABASE for word in Module((ROOT / door).read_text()).dialect()}
+    assert found == TO_BE_BROUGHT.keys()
+
+
+FOREIGN = {
+    "INSERT OR REPLACE INTO t VALUES (?)": "or replace",
+    "INSERT or\n IGNORE INTO t VALUES (?)": "or ignore",
+    "INSERT INTO t VALUES (?) ON CONFLICT DO UPDATE SET a = 1": "on conflict do update",
+    "PRAGMA user_version": "pragma",
+    "SELECT a FROM t WHERE a IS NOT ?": "is not ?",
+    "SELECT iif(a, 1, 2) FROM t": "iif",
+    "UPDATE t SET a = max(a, ?)": "max(a,",
+    "SELECT coalesce(a, x'00') FROM t": "x''",
+    "SELECT a FROM t ORDER BY a COLLATE NOCASE": "collate",
+    "SELECT last_insert_rowid() FROM t": "last_insert_rowid",
+    "SELECT name FROM sqlite_master": "sqlite_master",
+    "SELECT a FROM t LIMIT ?, ?": "limit ?,",
+    'SELECT "a" FROM t': '"',
+}
+
+
+@pytest.mark.parametrize("statement", FOREIGN)
+def test_what_one_database_understands_is_found(statement: str) -> None:
+    source = f'"""Not json_each( of documents."""\ndef f(c):\n c.execute({statement!r})'
+    assert FOREIGN[statement] in Module(source).dialect()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT max(a) FROM t WHERE a IS NOT NULL AND length(b) > ? ORDER BY a LIMIT ? OFFSET ?",
+        "INSERT INTO t (a) VALUES (?) ON CONFLICT (a) DO UPDATE SET a = excluded.a RETURNING a",
+        "INSERT INTO t (a) SELECT coalesce(max(a), 0) + 1 FROM t ON CONFLICT DO NOTHING",
+    ],
+)
+def test_what_every_database_understands_passes(statement: str) -> None:
+    assert Module(f"def f(c): c.execute({statement!r})").dialect() == set()
+
+
 DRIVERS = {"sqlite3", "aiosqlite"}
 
 AT_THE_DRIVER = {

@@ -1,13 +1,10 @@
-"""The door to SQLite: transactions are whole, migrations too, and only one process comes in."""
+"""The door to SQLite: its files, its log, and what is particular to it; for the rest see `test_storage_contract.py`."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sqlite3
 import stat
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +13,7 @@ import pytest
 from servicekit import database
 from servicekit.database import DatabaseError, opened
 from servicekit.errors import StartError, Unavailable
-from servicekit.storage import Connection, ConstraintBroken, StorageError, StorageFailed
+from servicekit.storage import Connection, StorageError, StorageFailed
 from tests.support.sockets import short_directory
 
 ROOT = Path(__file__).parents[3]
@@ -68,78 +65,12 @@ async def refusal(path: Path, migrations: Path) -> str:
     return str(caught.value)
 
 
-async def test_what_was_written_is_read_now_and_after_a_restart(path: Path, migrations: Path) -> None:
-    async with opened(path, migrations) as db:
-        await db.write(insert, "a", "b")
-        for _ in range(database.READERS + 1):
-            assert await db.read(names_in) == ["a", "b"]
-    async with opened(path, migrations) as db:
-        assert await db.read(names_in) == ["a", "b"]
-
-
 async def test_orderly_end_leaves_one_self_contained_file(path: Path, migrations: Path) -> None:
     for number in range(20):
         async with opened(path, migrations) as db:
             await db.write(insert, str(number))
             await db.read(names_in)
         assert {file.name for file in path.parent.iterdir()} == {"shop.db", "shop.db.lock"}
-
-
-async def test_transaction_that_raises_leaves_nothing_and_the_next_one_works(path: Path, migrations: Path) -> None:
-    async with opened(path, migrations) as db:
-        with pytest.raises(ConstraintBroken):
-            await db.write(insert, "a", "b", "a")
-        assert await db.read(names_in) == []
-        await db.write(insert, "c")
-        assert await db.read(names_in) == ["c"]
-
-
-async def test_transaction_whose_caller_was_cancelled_is_done_whole(path: Path, migrations: Path) -> None:
-    half_way, go_on = threading.Event(), threading.Event()
-
-    def slow(connection: Connection) -> None:
-        insert(connection, "a")
-        half_way.set()
-        assert go_on.wait(5)
-        insert(connection, "b")
-
-    async with opened(path, migrations) as db:
-        writing = asyncio.create_task(db.write(slow))
-        await asyncio.to_thread(half_way.wait, 5)
-        assert await db.read(names_in) == []
-        writing.cancel()
-        await asyncio.wait([writing])
-        assert writing.cancelled()
-        go_on.set()
-        await db.write(insert, "c")
-        assert await db.read(names_in) == ["a", "b", "c"]
-
-
-async def test_failing_transaction_whose_caller_was_cancelled_leaves_nothing(path: Path, migrations: Path) -> None:
-    async with opened(path, migrations) as db:
-        writing = asyncio.create_task(db.write(insert, "a", "a"))
-        await asyncio.sleep(0)
-        writing.cancel()
-        await asyncio.wait([writing])
-        await db.write(insert, "b")
-        assert await db.read(names_in) == ["b"]
-
-
-async def test_statements_of_one_read_see_one_state(path: Path, migrations: Path) -> None:
-    looked, written = threading.Event(), threading.Event()
-
-    def look_twice(connection: Connection) -> tuple[list[str], list[str]]:
-        first = names_in(connection)
-        looked.set()
-        assert written.wait(5)
-        return first, names_in(connection)
-
-    async with opened(path, migrations) as db:
-        reading = asyncio.create_task(db.read(look_twice))
-        await asyncio.to_thread(looked.wait, 5)
-        await db.write(insert, "a")
-        written.set()
-        assert await reading == ([], [])
 
 
 async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, migrations: Path) -> None:
@@ -150,13 +81,6 @@ async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, mig
         await db.write(insert, "a")
         for _ in range(database.READERS):
             assert await db.read(names_in) == ["a"]
-
-
-async def test_reader_cannot_write(path: Path, migrations: Path) -> None:
-    async with opened(path, migrations) as db:
-        for _ in range(database.READERS):
-            with pytest.raises(StorageError, match="readonly"):
-                await db.read(insert, "a")
 
 
 async def test_acknowledged_writes_are_on_stable_storage(path: Path, migrations: Path) -> None:
@@ -239,41 +163,6 @@ async def test_path_may_hold_characters_that_mean_something_in_an_address(direct
         assert await db.read(names_in) == ["a"]
 
 
-async def test_second_process_is_refused_and_comes_in_when_the_first_is_gone(path: Path, migrations: Path) -> None:
-    program = (
-        "import asyncio, pathlib, sys\n"
-        "from servicekit.database import opened\n"
-        "async def main():\n"
-        "    async with opened(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])):\n"
-        "        print('open', flush=True)\n"
-        "        sys.stdin.read()\n"
-        "asyncio.run(main())\n"
-    )
-    command = [sys.executable, "-c", program, str(path), str(migrations)]
-    pipe = asyncio.subprocess.PIPE
-    other = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdin=pipe, stdout=pipe)
-    try:
-        assert other.stdout is not None
-        assert await other.stdout.readline() == b"open\n"
-        assert await refusal(path, migrations) == f"{path} is in use by another process. Stop that one first."
-    finally:
-        other.kill()
-        await other.communicate()
-    async with opened(path, migrations):
-        assert "is in use" in await refusal(path, migrations)
-    async with opened(path, migrations):
-        pass
-
-
-async def test_each_migration_is_applied_once(path: Path, migrations: Path) -> None:
-    async with opened(path, migrations) as db:
-        await db.write(insert, "a")
-    (migrations / "0002_size.sql").write_text("ALTER TABLE items ADD COLUMN size INTEGER;")
-    for _ in range(2):
-        async with opened(path, migrations) as db:
-            assert await db.read(lambda c: c.execute("SELECT name, size FROM items").fetchall()) == [("a", None)]
-
-
 async def test_failing_migration_leaves_the_version_before_intact(path: Path, migrations: Path) -> None:
     async with opened(path, migrations) as db:
         await db.write(insert, "a")
@@ -288,14 +177,6 @@ async def test_failing_migration_leaves_the_version_before_intact(path: Path, mi
     async with opened(path, migrations) as db:
         assert await db.read(names_in) == ["a"]
     assert tables_in(path) == {"items", "more"}
-
-
-async def test_database_of_a_newer_version_is_refused(path: Path, migrations: Path) -> None:
-    (migrations / "0002_more.sql").write_text("CREATE TABLE more (x);")
-    async with opened(path, migrations):
-        pass
-    (migrations / "0002_more.sql").unlink()
-    assert "was written by a newer version of this program" in await refusal(path, migrations)
 
 
 @pytest.mark.parametrize("damage", ["not a database", "a damaged page"])
