@@ -15,7 +15,7 @@ from importlib import resources
 from secrets_service import directory_store, foundation, rootsource
 from secrets_service.admin import AdminToken
 from secrets_service.answers import AnswerSeal
-from secrets_service.audit_servicer import SECRETS, AuditKeysServicer, audit_keys, audit_readers
+from secrets_service.audit_servicer import SECRETS, SERVING, AuditKeysServicer, audit_key, audit_readers
 from secrets_service.authority import Authority, by_confirmed_assertion, by_own_token
 from secrets_service.backups import SecretsBackups
 from secrets_service.client_secrets import ClientSecrets
@@ -106,8 +106,8 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         certificate = await stack.enter_async_context(tls.followed(settings))
         base = await _unsealed(settings, root, file, now, certificate)
         feed = AccessFeed()
-        audit_key = audit_keys(base.keyring)[SECRETS][-1]
-        trail = await stack.enter_async_context(audit.opened(Trail(SECRETS, file, audit_key, now=now)))
+        trail = Trail(SECRETS, file, audit_key(base.keyring, SECRETS), now=now)
+        await stack.enter_async_context(audit.opened(trail))
         sink = settings.audit_sink(SECRETS)
         exporter = Exporter(trail, file, sink, settings.audit_forwarder(SECRETS), now=now)
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
@@ -132,7 +132,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         admin_token = AdminToken(settings.admin_token, opened, base.token_macs, now)
         backups = SecretsBackups(base, file, exporter)
         ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)
-        rotation = KeyRotation(base, opened, ages, now)
+        rotation = KeyRotation(base, opened, ages, now, renewed=lambda: trail.open(audit_key(base.keyring, SECRETS)))
         jobs = {
             "access feed": feed.run,
             "key rotation": rotation.run,
@@ -182,7 +182,10 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                     (identity_services["Scim"], ScimServicer(users, Groups(directory), service_principals)),
                     (identity_services["Tokens"], TokensServicer(tokens)),
                     (identity_services["ServicePrincipalSecrets"], ClientSecretsServicer(client_secrets)),
-                    (identity_services["Authority"], AuthorityServicer(authority, admin_token)),
+                    (
+                        identity_services["Authority"],
+                        AuthorityServicer(authority, admin_token, lambda: audit_key(base.keyring, SERVING).id),
+                    ),
                     (permission_services["Permissions"], PermissionsServicer(EndpointPermissions(opened))),
                     (permission_services["AccessFeed"], AccessFeedServicer(feed, opened)),
                     (audit_services["AuditLog"], AuditLogServicer(AuditTail(file, sink), audit_readers(opened))),

@@ -26,6 +26,11 @@ def audit_keys(keyring: Keyring) -> dict[str, list[AuditKey]]:
     }
 
 
+def audit_key(keyring: Keyring, service: str) -> AuditKey:
+    """The one that is in use."""
+    return audit_keys(keyring)[service][-1]
+
+
 def audit_readers(database: RememberingDatabase) -> Callable[[], Awaitable[None]]:
     """What returns when the caller may read the audit log; raises AdminsOnly."""
 
@@ -43,7 +48,7 @@ class AuditKeysServicer(rpc.AuditKeysServicer):
 
     async def GetKey(self, request: pb.GetAuditKeyRequest, context: Any) -> pb.AuditKey:
         audit.sensitive()
-        return pb.AuditKey(service=SERVING, key=audit_keys(self._keyring)[SERVING][-1].raw)
+        return pb.AuditKey(service=SERVING, key=audit_key(self._keyring, SERVING).raw)
 
     async def ListKeys(self, request: pb.ListAuditKeysRequest, context: Any) -> pb.ListAuditKeysResponse:
         audit.sensitive()

@@ -4,6 +4,7 @@ client_secrets.py and authority.py."""
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -128,9 +129,11 @@ class ClientSecretsServicer(rpc.ServicePrincipalSecretsServicer):
 class AuthorityServicer(rpc.AuthorityServicer):
     """What the other services, and the operator, need of us."""
 
-    def __init__(self, authority: Authority, admin_token: AdminToken) -> None:
+    def __init__(self, authority: Authority, admin_token: AdminToken, serving_audit_key: Callable[[], str]) -> None:
+        """`serving_audit_key` tells the id of the key in use."""
         self._authority = authority
         self._admin_token = admin_token
+        self._serving_audit_key = serving_audit_key
 
     async def ExchangeToken(self, request: pb.ExchangeTokenRequest, context: Any) -> pb.ExchangeTokenResponse:
         return pb.ExchangeTokenResponse(assertion=await self._authority.exchange(request.token))
@@ -153,6 +156,7 @@ class AuthorityServicer(rpc.AuthorityServicer):
         return pb.GetPlatformResponse(
             workspace_id=self._authority.workspace_id,
             keys=[pb.VerificationKey(key_id=key_id, public_key=key.public_bytes_raw()) for key_id, key in keys.items()],
+            serving_audit_key_id=self._serving_audit_key(),
         )
 
     async def RenewAdminToken(self, request: pb.RenewAdminTokenRequest, context: Any) -> pb.RenewAdminTokenResponse:

@@ -178,8 +178,8 @@ class Keyring:
         return {version: cipher.derive(_RIGHTS) for version, cipher in self._ciphers.items()}
 
     def audit_keys(self, service: str) -> dict[int, SecretBytes]:
-        """The keys that the audit log of a service is chained with, by version; the highest is in use."""
-        return {version: cipher.derive(f"{_AUDIT}/{service}") for version, cipher in self._ciphers.items()}
+        """The keys that the audit log of a service is or was chained with, by version; the highest is in use."""
+        return {version: self._ciphers[version].derive(f"{_AUDIT}/{service}") for version in self.store_keys()}
 
     def backup_keys(self) -> dict[int, SecretBytes]:
         """The keys under which backups have their MACs, by version of the store key."""

@@ -62,12 +62,20 @@ class KeyRotation:
     """The keys of a service that runs. `now` tells Unix seconds."""
 
     def __init__(
-        self, base: Foundation, database: RememberingDatabase, ages: KeyAges, now: Callable[[], float]
+        self,
+        base: Foundation,
+        database: RememberingDatabase,
+        ages: KeyAges,
+        now: Callable[[], float],
+        *,
+        renewed: Callable[[], None],
     ) -> None:
+        """`renewed` is told of each new store key, once it is in use."""
         self._base = base
         self._database = database
         self._ages = ages
         self._now = now
+        self._renewed = renewed
         self._one_at_a_time = asyncio.Lock()
         self._has_work = asyncio.Event()
         self._has_work.set()  # that a process before this one may have left
@@ -159,6 +167,7 @@ class KeyRotation:
         self._base.keyring.use(keyring)
         self._base.integrity.use(keyring.rights_keys())
         self._base.token_macs.use(keyring.token_mac_keys())
+        self._renewed()
         log.info("store key rotated", extra={"version": keyring.current})
         self._has_work.set()
 

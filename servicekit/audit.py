@@ -188,7 +188,7 @@ class Trail:
         """Records that wait to be taken over, as of the last look."""
 
     def open(self, key: AuditKey) -> None:
-        """Brings the key; what waited for it is recorded."""
+        """Brings the key, or one to go on with in its place; what waited for it is recorded."""
         self.key = key
         self._has_key.set()
         self._flush_soon()

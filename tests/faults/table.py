@@ -1367,6 +1367,14 @@ FAULTS = (
     ),
     # --- limits and failures ---
     Fault(
+        name="audit-key-of-before-goes-on",
+        property="S5",
+        file="secrets_service/rotation.py",
+        old="        self._renewed()\n",
+        new="",
+        tests=("tests/service/test_audit.py::test_a_new_store_key_brings_new_audit_keys_and_the_chains_go_on",),
+    ),
+    Fault(
         name="follower-follows-itself",
         property="S27",
         file="tessera/cli/audit.py",

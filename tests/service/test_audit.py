@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import socket
@@ -21,6 +22,7 @@ from servicekit.audit_files import Diverged, FileSink
 from servicekit.audit_records import AuditKey, Head, verify
 from servicekit.audit_tail import AuditTail
 from servicekit.database import SqliteConnection
+from serving_service import audit_key
 from tessera.identity.v1 import audit_pb2, identity_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -53,10 +55,10 @@ async def recorded(service: RunningSecrets, name: str, count: int) -> list[dict[
     return found()
 
 
-async def keys_of(service: RunningSecrets) -> dict[str, AuditKey]:
+async def keys_of(service: RunningSecrets, log: str = "secrets") -> dict[str, AuditKey]:
     channel = service.peer_channels["operator"]
     answer = await audit_rpc.AuditKeysStub(channel).ListKeys(audit_pb2.ListAuditKeysRequest(), timeout=10)
-    keys = [AuditKey(each.key) for each in answer.keys if each.service == "secrets"]
+    keys = [AuditKey(each.key) for each in answer.keys if each.service == log]
     return {key.id: key for key in keys}
 
 
@@ -189,6 +191,41 @@ async def lacks_audit(service: RunningSecrets) -> bool:
     except grpc.aio.AioRpcError as error:
         return error.code() is grpc.StatusCode.UNAVAILABLE and "audit log" in (error.details() or "")
     return False
+
+
+async def test_a_new_store_key_brings_new_audit_keys_and_the_chains_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audit_key, "LOOK_SECONDS", 0.1)
+    async with running_platform() as platform:
+        operator = platform.secrets.peer("operator")
+        directory = platform.secrets.settings.data_dir
+        admin = platform.endpoints_of("admin")
+
+        def in_use(log: str) -> str:
+            records = records_in(directory, log)
+            return str(records[-1]["key"]) if records else ""
+
+        async def changes() -> bool:
+            """Has both logs go on until no record is under a key of before."""
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await admin.get("none")
+            await platform.secrets.admin.keys("s")
+            return not before & {in_use("secrets"), in_use("serving")}
+
+        before = {""}
+        await platform.secrets.admin.create_scope("s")
+        for _ in range(2):
+            await eventually(changes, what="the newest audit keys are in use")
+            before |= {in_use("secrets"), in_use("serving")}
+            await operator(operator.key_rotation.RotateStoreKey, pb.RotateStoreKeyRequest())
+        await eventually(changes, what="the newest audit keys are in use")
+        for log in ("secrets", "serving"):
+            files = sorted((directory / "audit").glob(f"{log}-*"))
+            lines = b"".join(path.read_bytes() for path in files).splitlines()
+            assert verify(lines, await keys_of(platform.secrets, log)).problems == []
+            used = [json.loads(line)["key"] for line in lines]
+            assert len(set(used)) == 3
+            assert sorted(set(used), key=used.index) == [key for key, _ in itertools.groupby(used)], "none comes back"
+        assert len(await recorded(platform.secrets, "GetKey", 3)) == 3, "a key is handed over when it is another one"
 
 
 async def test_where_the_files_cannot_be_written_values_and_changes_are_refused(service: RunningSecrets) -> None:
