@@ -224,14 +224,17 @@ def _ours(error: sqlite3.Error) -> StorageError:
     if code in _DAMAGED or "decode to UTF-8" in str(error):
         log.error("what is stored is damaged")
         return StorageDamaged()
-    if code == sqlite3.SQLITE_CONSTRAINT:
-        return ConstraintBroken(str(error))
-    return StorageError(str(error))
+    log.error("the database refuses a statement", extra={"code": _name_of(error)})
+    return (ConstraintBroken if code == sqlite3.SQLITE_CONSTRAINT else StorageError)(str(error))
 
 
 def _code_of(error: sqlite3.Error) -> int:
     # Errors of the module itself, rather than of the library, have none.
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK)
+
+
+def _name_of(error: sqlite3.Error) -> str:
+    return getattr(error, "sqlite_errorname", type(error).__name__)
 
 
 async def _hop(

@@ -77,7 +77,7 @@ class Storage(Protocol):
         """
 
     async def equip(self, function: Callable[[Connection], None]) -> None:
-        """Runs a function once on each connection: for what a connection has to know besides its database."""
+        """Runs a function once on each connection, also on those to come: for what it has to know besides data."""
 
     async def erase(self) -> None:
         """Leaves nothing of what was deleted on the disk, as far as that is the storage's to say."""

@@ -20,8 +20,10 @@ import pytest
 from google.protobuf.struct_pb2 import Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from servicekit import channels, context
+from servicekit import channels, context, database
+from servicekit.errors import StartError
 from serving_service import store
+from serving_service.app import MIGRATIONS
 from serving_service.environment import SecretReferences
 from serving_service.launcher import ReplicaHandle
 from serving_service.model import ModelVersion
@@ -145,6 +147,20 @@ async def environment_of(caller: ServingCaller, name: str) -> dict[str, str]:
 
 
 # Life of an endpoint
+
+
+async def test_second_service_on_the_same_data_is_refused_before_it_does_anything() -> None:
+    with data_directory() as directory:
+
+        def files() -> dict[Path, int]:
+            return {path: path.lstat().st_mtime_ns for path in directory.rglob("*") if not path.is_dir()}
+
+        async with database.opened(directory / "serving" / "serving.db", MIGRATIONS):
+            before = files()
+            with pytest.raises(StartError, match="in use by another process"):
+                async with running_serving(directory):
+                    pass
+            assert files() == before
 
 
 async def test_an_endpoint_is_created_pending_and_becomes_ready(platform: Platform) -> None:

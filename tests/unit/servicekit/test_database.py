@@ -13,7 +13,7 @@ import pytest
 from servicekit import database
 from servicekit.database import DatabaseError, opened
 from servicekit.errors import StartError, Unavailable
-from servicekit.storage import Connection, StorageError, StorageFailed
+from servicekit.storage import Connection, ConstraintBroken, StorageError, StorageFailed
 from tests.support.sockets import short_directory
 
 ROOT = Path(__file__).parents[3]
@@ -81,6 +81,16 @@ async def test_read_that_raises_does_not_hold_on_to_an_old_state(path: Path, mig
         await db.write(insert, "a")
         for _ in range(database.READERS):
             assert await db.read(names_in) == ["a"]
+
+
+async def test_log_says_by_its_name_what_was_refused(
+    path: Path, migrations: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with opened(path, migrations) as db:
+        with pytest.raises(ConstraintBroken):
+            await db.write(insert, "a", "a")
+    (record,) = (each for each in caplog.records if each.message == "the database refuses a statement")
+    assert vars(record)["code"] == "SQLITE_CONSTRAINT_PRIMARYKEY"
 
 
 async def test_acknowledged_writes_are_on_stable_storage(path: Path, migrations: Path) -> None:
