@@ -224,7 +224,8 @@ def _ours(error: sqlite3.Error) -> StorageError:
     if code in _DAMAGED or "decode to UTF-8" in str(error):
         log.error("what is stored is damaged")
         return StorageDamaged()
-    log.error("the database refuses a statement", extra={"code": _name_of(error)})
+    name = _name_of(error)
+    log.error("the database refuses a statement", extra={"code": name})
     return (ConstraintBroken if code == sqlite3.SQLITE_CONSTRAINT else StorageError)(str(error))
 
 
