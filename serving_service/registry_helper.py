@@ -66,11 +66,8 @@ class Registry:
 
     def warm(self) -> None:
         """Pays for the imports before anybody waits for them."""
-        import mlflow
-        import mlflow.artifacts
-        import mlflow.store.model_registry.sqlalchemy_store
-
-        assert mlflow
+        with self._opening:
+            _mlflow()
 
     def describe(self, name: str, version: str) -> dict[str, Any]:
         """What tells this version from a later one with the same name and number."""
@@ -82,11 +79,9 @@ class Registry:
 
     def fetch(self, name: str, version: str, destination: str) -> dict[str, Any]:
         """Downloads the version's files into the folder `destination`."""
-        import mlflow.artifacts
-
         described = self.describe(name, version)
         location = self._opened().get_model_version_download_uri(name, version)
-        path = mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
+        path = _mlflow().artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
         if not Path(path).is_relative_to(destination):
             raise Broken("its files were not copied but found at another place")
         # Whoever registers a version says where it lies, maybe in this platform's own data: that must not be kept.
@@ -99,8 +94,7 @@ class Registry:
         self._check_sqlite()
         with self._opening:
             if self._client is None:
-                import mlflow
-
+                mlflow = _mlflow()
                 mlflow.set_registry_uri(self._uri)
                 # Since MLflow 3 the files of a model are found by way of the tracking store.
                 mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or self._uri)
@@ -125,6 +119,16 @@ class Registry:
             raise Missing from None
         except sqlite3.DatabaseError as error:
             raise Unusable(f"{path} is no database of MLflow ({error})") from None
+
+
+def _mlflow() -> Any:
+    """MLflow with all that is needed of it. Its modules import each other in a circle, so of two threads that import it
+    at once one may find it half made: whoever may be the first holds a lock."""
+    import mlflow
+    import mlflow.artifacts
+    import mlflow.store.model_registry.sqlalchemy_store
+
+    return mlflow
 
 
 def check_whole(listed: Iterable[tuple[str, int]], folder: Path) -> None:

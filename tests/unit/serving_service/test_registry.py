@@ -9,6 +9,7 @@ import os
 import shutil
 import sqlite3
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,26 @@ async def test_what_an_earlier_process_did_not_finish_is_removed(folder: Path) -
 def test_an_address_is_shown_without_user_password_and_parameters() -> None:
     assert shown("postgresql://u:p@db:5432/r?password=x") == "postgresql://db:5432/r"
     assert shown("sqlite:////data/registry.db") == "sqlite:////data/registry.db"
+
+
+def test_one_thread_at_a_time_imports_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules import each other in a circle: the second would find one half made and blame the registry."""
+    inside, most = 0, 0
+    begun = threading.Barrier(2)
+
+    def slow() -> None:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            begun.wait(0.2)  # in vain, when the other has to wait
+        inside -= 1
+
+    monkeypatch.setattr(registry_helper, "_mlflow", slow)
+    registry = registry_helper.Registry("http://127.0.0.1:1")
+    threads = [threading.Thread(target=registry.warm) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
