@@ -44,7 +44,8 @@ READINESS_SECONDS = 0.9
 """How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
 
 MOST_RPCS = 2_000
-"""How many RPCs of all kinds a listener has at the most, those included whose request is still on its way."""
+"""How many RPCs of all kinds a listener has at the most, those included whose request is still on its way (of which
+`interceptors.MOST_AWAITED` for each address)."""
 
 LONGEST_REQUEST = 1 << 20
 """Bytes of a request that anybody may send, but for queries of models."""
@@ -205,14 +206,15 @@ class _Rooms:
         self._follow = self._room("streams", most)
         self._internal = self._room("own services", most)
         self._health = self._room("health", most)
+        self._health_streams = self._room("health streams", most)
         self._unbounded = self._room("any", 0)
 
     def of(self, method: MethodDescriptor, row: Row) -> Room:
         """Where calls of a method take their places."""
         if row.is_inference or (row.peers and method.server_streaming):
             return self._unbounded  # queues of their own, and what our own services follow for as long as they live
-        if method.server_streaming:
-            return self._follow
+        if method.server_streaming:  # anybody may follow health, which is to keep nobody from what they may follow
+            return self._health_streams if method.containing_service == HEALTH else self._follow
         if method.containing_service in (HEALTH, REFLECTION):
             return self._health
         return self._internal if row.peers else self.public
@@ -257,7 +259,8 @@ def _server(
             handlers.append(grpc.method_handlers_generic_handler(service.full_name, methods))
             names.append(service.full_name)
     # Outermost, so that a trace tells of refused calls too; health is asked all the time, by those who trace nothing.
-    traced = [ServerTracing(known.keys() - {f"/{policy.rpc_name(each)}" for each in HEALTH.methods})]
+    untraced = [each for service, _ in services for each in service.methods if each.client_streaming]
+    traced = [ServerTracing(known.keys() - {f"/{policy.rpc_name(each)}" for each in (*HEALTH.methods, *untraced)})]
     server = grpc.aio.server(
         interceptors=[
             *(traced if tracing.is_on() else ()),

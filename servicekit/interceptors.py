@@ -70,6 +70,10 @@ class TooManyChanges(TooManyRequests):
         )
 
 
+MOST_AWAITED = 200
+"""Of how many calls of one address the message may be on its way at a time; of most it is there with the call."""
+
+
 class TooMuchMetadata(InvalidParameter):
     """The metadata of a call has more fields than anybody needs."""
 
@@ -77,8 +81,19 @@ class TooMuchMetadata(InvalidParameter):
         super().__init__(f"The metadata of a call may have {MOST_METADATA} fields at the most.")
 
 
-TURNED_AWAY = (Overloaded, TooMuchMetadata)
-"""What a call is refused with before anybody asks who calls."""
+class NothingCame(DeadlineExceeded):
+    """A call was opened, and its message did not follow, or not all of it."""
+
+    def __init__(self) -> None:
+        super().__init__("The request did not come, or not all of it, before the deadline.")
+
+
+TURNED_AWAY = {
+    Overloaded: "too many requests",
+    TooMuchMetadata: "too much metadata",
+    NothingCame: "no request",
+}
+"""What a call is refused with before anybody asks who calls, and how that is counted: a flood fills no log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +142,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self.calls = calls
         self.source = source
         self.failed_logins = failed_logins
+        self.arrivals = Arrivals(0 if source is None else MOST_AWAITED)
 
     async def intercept_service(
         self,
@@ -145,20 +161,23 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         try:
             room.check()
             _check_fields(fields)
-        except TURNED_AWAY as error:  # as a stream, of which nothing is received before somebody reads it
+        except (
+            Overloaded,
+            TooMuchMetadata,
+        ) as error:  # as a stream, of which nothing is received before somebody reads it
             return grpc.stream_stream_rpc_method_handler(call.refused(error))
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(call.streaming(_no_such_method))
         read, write = handler.request_deserializer, handler.response_serializer
         if handler.response_streaming and handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(call.streaming(handler.stream_stream), read, write)
-        # A single message is read and written within the chain: not before its caller is known, and when that fails, it
-        # fails like everything else.
+        # A single message is received, read and written within the chain: gRPC would wait for it without end, it is not
+        # read before its caller is known, and when any of that fails, it fails like everything else.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(call.streaming(handler.unary_stream, read), None, write)
+            return grpc.stream_stream_rpc_method_handler(call.streaming(handler.unary_stream, read), None, write)
         if handler.request_streaming:
             raise NotImplementedError(f"{method} streams requests only, which no RPC of ours does")
-        return grpc.unary_unary_rpc_method_handler(call.unary(handler.unary_unary, read, write), None, None)
+        return grpc.stream_unary_rpc_method_handler(call.unary(handler.unary_unary, read, write), None, None)
 
     async def authenticate(self, method: str, metadata: dict[str, str], request_id: str) -> context.RequestContext:
         """The context of a call whose caller is known; raises Unauthenticated or PermissionDenied."""
@@ -227,6 +246,28 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return row is not None and not row.peers
 
 
+class Arrivals:
+    """How many requests are waited for of each address: at most `most`, 0: any number."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._awaited: dict[str, int] = {}
+
+    def begin(self, peer: str) -> str:
+        """One more is waited for, until `end` is said of the answer; of gRPC's name for a peer. Raises Overloaded."""
+        address = peer.rpartition(":")[0]
+        awaited = self._awaited.get(address, 0)
+        if self._most and awaited >= self._most:
+            raise Overloaded
+        self._awaited[address] = awaited + 1
+        return address
+
+    def end(self, address: str) -> None:
+        """It came, or is not waited for any more."""
+        if awaited := self._awaited.pop(address) - 1:
+            self._awaited[address] = awaited
+
+
 class _Call:
     """One RPC under way."""
 
@@ -257,8 +298,9 @@ class _Call:
         return handle
 
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
-        async def handle(request: bytes, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def handle(_: object, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
+                request = await self._received(rpc, _time_left(rpc))
                 with self._room:
                     _time_left(rpc)
                     await self._begin(rpc)
@@ -288,8 +330,9 @@ class _Call:
         return handle
 
     def streaming(self, behavior: Any, read: Any = None) -> Any:
-        async def handle(request: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
+                request = requests if read is None else await self._received(rpc, LONGEST_DEADLINE)
                 with self._room:
                     await self._begin(rpc)
                     answers = behavior(request if read is None else self._decoded(request, read), rpc)
@@ -314,6 +357,23 @@ class _Call:
                 self._ended(None)  # a stream takes as long as somebody follows it
 
         return handle
+
+    async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any], seconds: float) -> bytes:
+        """The one message of a call; raises NothingCame, or Overloaded for an address that too many are waited for of.
+
+        Meanwhile it takes no place in a room: whoever sends half of a request keeps nobody else out.
+        """
+        address = self._chain.arrivals.begin(rpc.peer())
+        try:
+            async with asyncio.timeout(seconds):
+                request = await rpc.read()
+        except TimeoutError:
+            raise NothingCame from None
+        finally:
+            self._chain.arrivals.end(address)
+        if not isinstance(request, bytes):  # the end of what the caller sends
+            raise NothingCame
+        return request
 
     async def _begin(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
         chain = self._chain
@@ -389,12 +449,11 @@ class _Call:
         self._lacks_audit = isinstance(error, AuditUnavailable)
         if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
-        elif not isinstance(error, TURNED_AWAY):
+        elif type(error) not in TURNED_AWAY:
             shape = self._shape() if log.isEnabledFor(logging.DEBUG) else {}
             log.info("call refused", extra={**self._facts(), "reason": error.reason, **shape})
-        elif self._chain.trail is not None:  # a flood is counted, and neither logged nor recorded call by call
-            cause = "too many requests" if isinstance(error, Overloaded) else "too much metadata"
-            self._chain.trail.count(self._source(rpc) or self._chain.peer, cause)
+        elif self._chain.trail is not None:
+            self._chain.trail.count(self._source(rpc) or self._chain.peer, TURNED_AWAY[type(error)])
         self._code = error.code
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 

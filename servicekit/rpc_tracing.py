@@ -50,7 +50,10 @@ class ClientTracing(grpc.aio.UnaryUnaryClientInterceptor):
 
 
 class ServerTracing(grpc.aio.ServerInterceptor):
-    """Around all that happens to a call of one of `methods`, the judging of its caller included."""
+    """Around all that happens to a call of one of `methods`, the judging of its caller included.
+
+    They take one message each, which the interceptor below receives by itself.
+    """
 
     def __init__(self, methods: Collection[str]) -> None:
         self._methods = methods
@@ -62,7 +65,7 @@ class ServerTracing(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method not in self._methods or handler.request_streaming:
+        if handler is None or method not in self._methods:
             return handler
         carrier = {
             key: value
@@ -71,8 +74,8 @@ class ServerTracing(grpc.aio.ServerInterceptor):
         }
         read, write = handler.request_deserializer, handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method, carrier), read, write)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method, carrier), read, write)
+            return grpc.stream_stream_rpc_method_handler(_stream(handler.stream_stream, method, carrier), read, write)
+        return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary, method, carrier), read, write)
 
 
 def _unary(behavior: Any, method: str, carrier: dict[str, str]) -> Any:

@@ -1436,6 +1436,22 @@ FAULTS = (
         ),
     ),
     Fault(
+        name="half-a-request-waited-for",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old="            async with asyncio.timeout(seconds):\n                request = await rpc.read()\n",
+        new="            async with asyncio.timeout(600 + seconds):\n                request = await rpc.read()\n",
+        tests=(f"{_LISTENERS}::test_half_a_request_is_given_up_at_its_deadline",),
+    ),
+    Fault(
+        name="one-address-takes-all-places",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old="        if self._most and awaited >= self._most:\n",
+        new="        if awaited >= 1_000_000:\n",
+        tests=(f"{_LISTENERS}::test_who_sends_half_of_many_requests_keeps_nobody_else_out",),
+    ),
+    Fault(
         name="fields-without-end",
         property="S25",
         file="servicekit/interceptors.py",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -502,6 +503,16 @@ async def test_reflection_needs_a_token_and_lists_what_is_public() -> None:
         ]
 
 
+async def test_who_follows_health_takes_no_place_of_who_has_a_token() -> None:
+    async with running(reflection=True, limits=CallLimits(calls=1, changes=0)) as platform:
+        stub = health_pb2_grpc.HealthStub(platform.channels["public"])
+        followed = aiter(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+        await anext(followed)
+        another = aiter(stub.Watch(health_pb2.HealthCheckRequest(), timeout=60))
+        assert (await refusal(anext(another))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await reflected(platform, TOKEN)
+
+
 async def test_reflection_is_absent_when_it_is_off(platform: Platform) -> None:
     assert await code_of(reflected(platform, TOKEN)) is UNIMPLEMENTED
 
@@ -746,6 +757,112 @@ async def test_metadata_at_the_limit_is_taken_and_one_byte_more_is_refused(platf
     assert [await is_taken(size) for size in (fits, refused) * 10] == [True, False] * 10
     long = ("x-long", "x" * 2 * grpc_server.LONGEST_METADATA)
     assert await platform.me("gateway", (*platform.assertion(), long), timeout=30) == ADA.name
+
+
+class HalfSender:
+    """A client that opens calls, sends a part of their messages, and stays: HTTP/2 as it is on the wire."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self.writer = writer
+        self._stream = -1
+        self.ended: list[int] = []
+        """Streams that the server has ended."""
+
+    @classmethod
+    @asynccontextmanager
+    async def connected(cls, address: str, *, source: str = "127.0.0.1") -> AsyncIterator[HalfSender]:
+        host, port = address.rsplit(":", 1)
+        sender = cls(*await asyncio.open_connection(host, int(port), local_addr=(source, 0)))
+        sender.writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0))
+        hearing = asyncio.create_task(sender._hear())
+        try:
+            yield sender
+        finally:
+            hearing.cancel()
+            sender.writer.transport.abort()
+
+    def open(self, method: str, *metadata: tuple[str, str], part: bytes = b"") -> None:
+        """Opens a call, and sends a part of its message."""
+        self._stream += 2
+        headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers"}
+        headers |= {"content-type": "application/grpc", **dict(metadata)}
+        block = b"".join(
+            bytes([0, len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in headers.items()
+        )
+        self.writer.write(frame(1, 4, self._stream, block) + (frame(0, 0, self._stream, part) if part else b""))
+
+    async def _hear(self) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await self._reader.readexactly(9)
+                await self._reader.readexactly(int.from_bytes(head[:3], "big"))
+                kind, flags, stream = head[3], head[4], int.from_bytes(head[5:], "big")
+                if kind == 4 and not flags & 1:
+                    self.writer.write(frame(4, 1, 0))
+                if (kind == 1 and flags & 1) or kind == 3:
+                    self.ended.append(stream)
+
+
+def frame(kind: int, flags: int, stream: int, content: bytes = b"") -> bytes:
+    return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+
+
+HALF = b"\0\0\0\0\x64abc"
+"""Of a message of a hundred bytes."""
+
+GET_ME = "/tessera.identity.v1.Scim/GetMe"
+QUERY = "/tessera.serving.v1.ServingEndpoints/Query"
+
+
+@pytest.mark.parametrize("part", [b"", b"\0", HALF])
+async def test_half_a_request_is_given_up_at_its_deadline(
+    platform: Platform, part: bytes, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], str]
+) -> None:
+    monkeypatch.setattr(interceptors, "DEFAULT_DEADLINE", 0.3)
+    monkeypatch.setattr(interceptors, "LONGEST_DEADLINE", 0.5)
+    async with HalfSender.connected(platform.addresses[0]) as sender:
+        for _ in range(10):
+            sender.open(GET_ME, *TOKEN, part=part)
+            sender.open(GET_ME, *TOKEN, ("grpc-timeout", "1H"), part=part)
+            sender.open(QUERY, *TOKEN, part=part)
+        await eventually(lambda: len(set(sender.ended)) == 30, what="every call is ended")
+    assert platform.authority.exchanges == [], "nobody is asked who calls"
+    assert "call refused" not in logged(), "it is counted"
+    monkeypatch.undo()
+    assert await platform.me(timeout=30) == ADA.name
+
+
+async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "MOST_RPCS", 20)
+    monkeypatch.setattr(interceptors, "MOST_AWAITED", 10)
+    async with running(limits=CallLimits(calls=5, changes=0)) as platform, AsyncExitStack() as stack:
+        senders = [
+            await stack.enter_async_context(HalfSender.connected(platform.addresses[0], source="127.0.0.2"))
+            for _ in range(4)
+        ]
+        for _ in range(10):
+            for sender in senders:
+                sender.open(GET_ME, *TOKEN, ("grpc-timeout", "1H"), part=HALF)
+        # Ten are waited for, and the others refused at once.
+        await eventually(lambda: sum(len(set(sender.ended)) for sender in senders) == 30)
+        for _ in range(10):
+            assert await platform.me(timeout=30) == ADA.name
+        assert sum(len(set(sender.ended)) for sender in senders) == 30
+
+
+async def test_half_senders_who_go_leave_nothing(platform: Platform, logged: Callable[[], str]) -> None:
+    assert await platform.me(timeout=30) == ADA.name
+    before = len(asyncio.all_tasks())
+    for _ in range(5):
+        async with HalfSender.connected(platform.addresses[0]) as sender:
+            for _ in range(20):
+                sender.open(GET_ME, *TOKEN, ("grpc-timeout", "1H"), part=HALF)
+            await sender.writer.drain()
+            await eventually(lambda: len(asyncio.all_tasks()) > before + 20)
+    await eventually(lambda: len(asyncio.all_tasks()) <= before, what="no call is left")
+    assert [line for line in logged().splitlines() if json.loads(line)["level"] in ("warning", "error")] == []
 
 
 @pytest.mark.parametrize("where", ["public", "gateway"])
