@@ -161,10 +161,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         try:
             room.check()
             _check_fields(fields)
-        except (
-            Overloaded,
-            TooMuchMetadata,
-        ) as error:  # as a stream, of which nothing is received before somebody reads it
+        except (Overloaded, TooMuchMetadata) as error:
+            # As a stream, of which nothing is received before somebody reads it.
             return grpc.stream_stream_rpc_method_handler(call.refused(error))
         if handler is None:
             return grpc.stream_stream_rpc_method_handler(call.streaming(_no_such_method))
