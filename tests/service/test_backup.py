@@ -32,9 +32,10 @@ from tests.support.builders import an_input
 from tests.support.canaries import Canary, found_in_files
 from tests.support.eventually import eventually
 from tests.support.platform import running_pair
+from tests.support.reference_kms import Keys, Plugin, listening
 from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
 from tests.support.seed import seeded
-from tests.support.serving import TINY, RunningServing, ServingCaller, running_serving
+from tests.support.serving import TINY, RunningServing, ServingCaller, no_replicas, running_serving
 from tests.support.stack import clean_environment
 
 Ready = pb.EndpointState.READY
@@ -342,6 +343,40 @@ async def test_backup_is_restored_with_the_root_key_that_it_was_made_under(direc
         assert await ran(["restore", str(folder), str(directory / "refused"), "--root-key", str(other)]) == 1
         assert not (directory / "refused").exists()
         assert await ran(["restore", str(folder), str(directory / f"of-{folder.name}"), "--root-key", str(key)]) == 0
+
+
+async def test_backup_under_a_key_service_is_verified_and_restored_with_it(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    data, folder, socket = directory / "data", directory / "backup", directory / "kms" / "plugin.sock"
+    source = f"kms:{socket}"
+    keys = Keys(directory / "kms-keys")
+    async with listening(socket, Plugin(keys)):
+        async with (
+            no_replicas(data),
+            running_secrets(data, root_key_source=source) as secrets,
+            running_serving(data, route_ack_seconds=0.3) as serving,
+        ):
+            await secrets.admin.create_scope("shop")
+            await secrets.admin.put("shop", "key", "value")
+            await back_up(Platform(data, secrets, serving, secrets.admin_token), folder)
+            token = secrets.admin_token
+        assert await ran(["verify", str(folder)]) == 0
+        assert "Not looked at without the root key" in capsys.readouterr().out
+        monkeypatch.setenv("TESSERA_ROOT_KEY_SOURCE", source)
+        assert await ran(["verify", str(folder)]) == 0
+        assert "it opens, and all rights and sealed values are whole" in capsys.readouterr().out
+        keys.rotate()  # what was encrypted before still opens
+        assert await ran(["restore", str(folder), str(directory / "restored")]) == 0
+        assert not list((directory / "restored").glob("root.key*")), "the key stays where it is"
+        async with running_secrets(directory / "restored", root_key_source=source) as secrets:
+            assert await secrets.public(token).get("shop", "key") == b"value"
+    for command in (["verify", str(folder)], ["restore", str(folder), str(directory / "refused")]):
+        assert await ran(command) == 1, "the plugin is not there"
+        async with listening(socket, Plugin(Keys(directory / "other-keys"))):
+            assert await ran(command) == 1, "it is that of another key service"
+    assert not (directory / "refused").exists()
+    assert str(socket) in capsys.readouterr().err
 
 
 # --- what is damaged ---
