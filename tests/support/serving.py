@@ -263,10 +263,10 @@ class SecretsSwitch:
 
 
 @asynccontextmanager
-async def no_replicas(directory: Path) -> AsyncIterator[None]:
-    """Ends every replica below a data directory when the test is over."""
+async def no_replicas(directory: Path, **changes: Any) -> AsyncIterator[None]:
+    """Ends every replica of a Serving with these settings when the test is over."""
     try:
         yield
     finally:
-        handles = await a_launcher(serving_settings(directory)).adopt()
+        handles = await a_launcher(serving_settings(directory, **changes)).adopt()
         await asyncio.gather(*(handle.stop(0) for handle in handles.values()))
