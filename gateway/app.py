@@ -153,7 +153,9 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         )
         application = Traced(gateway) if tracing.is_on() else gateway
         tls_context = None if certificate is None else certificate.http_context
-        await stack.enter_async_context(http_server.serving(application, listening, tls_context))
+        await stack.enter_async_context(
+            http_server.serving(application, listening, tls_context, drain_seconds=settings.drain_seconds)
+        )
         stack.callback(gateway.streams.stop)  # before the server waits for what is under way
         await stack.enter_async_context(metrics_at(settings.metrics_listen, metrics))
         yield url

@@ -16,9 +16,6 @@ BACKLOG = 2048
 SILENT_SECONDS = 60
 """How long a connection says nothing before the kernel asks whether the other side is there."""
 
-DRAIN_SECONDS = 5.0
-"""How long requests under way may take to finish when the gateway stops."""
-
 
 def bound(listen: str) -> socket.socket:
     """A socket that listens on `host:port`; raises StartError."""
@@ -46,9 +43,12 @@ def bound(listen: str) -> socket.socket:
 
 @asynccontextmanager
 async def serving(
-    application: Application, listening: socket.socket, context: ssl.SSLContext | None
+    application: Application, listening: socket.socket, context: ssl.SSLContext | None, *, drain_seconds: float
 ) -> AsyncIterator[None]:
-    """Answers requests with `application` while the context lasts; over TLS where there is a `context` for it."""
+    """Answers requests with `application` while the context lasts; over TLS where there is a `context` for it.
+
+    What is under way then may take so many seconds to finish.
+    """
     loop = asyncio.get_running_loop()
     connections: set[Connection] = set()
     server = await loop.create_server(
@@ -64,7 +64,7 @@ async def serving(
         server.close()
         for connection in connections:
             connection.stop()
-        await _over(connections, DRAIN_SECONDS)
+        await _over(connections, drain_seconds)
         for connection in connections:
             connection.abandon()
         await _over(connections)

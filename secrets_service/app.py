@@ -196,6 +196,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
                 jobs=jobs,
                 message_limit=MESSAGE_LIMIT,
                 limits=CallLimits(calls=settings.calls, changes=settings.changes),
+                drain_seconds=settings.drain_seconds,
                 metrics=metrics,
                 trail=trail,
             )

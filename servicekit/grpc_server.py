@@ -37,9 +37,6 @@ from servicekit.tls import Certificate
 
 log = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 5.0
-"""How long calls under way may take to finish when the service stops."""
-
 READINESS_SECONDS = 0.9
 """How often readiness is looked at, and how long a check may take: both together are the 2 s within which it shows."""
 
@@ -131,10 +128,11 @@ async def serving(
     jobs: Mapping[str, Callable[[], Awaitable[None]]] | None = None,
     message_limit: int,
     limits: CallLimits,
+    drain_seconds: float,
     metrics: ServiceMetrics | None = None,
     trail: Trail | None = None,
 ) -> AsyncIterator[list[str]]:
-    """Listens until the context is left, then lets calls under way finish.
+    """Listens until the context is left, then lets calls under way finish, within so many seconds.
 
     `services` pairs descriptors with servicers, `table` is the policy, `readiness` holds a check per dependency of our
     own (it raises when the dependency is not well), `jobs` runs beside the requests, `message_limit` is in bytes,
@@ -152,7 +150,7 @@ async def serving(
         addresses = []
 
         async def stop() -> None:
-            await asyncio.gather(*(server.stop(DRAIN_SECONDS) for server in servers))
+            await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
 
         stack.push_async_callback(stop)
         for listener in listeners:

@@ -334,6 +334,13 @@ class ServiceSettings:
         default="info",
         help="Which events are logged: debug, info, warning or error. Requests that succeed are logged at debug.",
     )
+    drain_seconds: float = setting(
+        "TESSERA_DRAIN_SECONDS",
+        seconds,
+        default=25.0,
+        help="How many seconds calls under way may take to finish when the service is told to end; whoever tells it"
+        " should wait 5 longer before it is killed. `tessera up` gives its services 5.",
+    )
     supervised: bool = setting(
         "TESSERA_SUPERVISED",
         boolean,

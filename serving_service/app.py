@@ -286,6 +286,7 @@ async def running(
                 },
                 message_limit=MESSAGE_LIMIT,
                 limits=CallLimits(calls=settings.calls, changes=settings.changes, longest=LONGEST_FOLLOWED),
+                drain_seconds=settings.drain_seconds,
                 metrics=metrics,
                 trail=trail,
             )

@@ -38,6 +38,7 @@ _ROTATE_SECONDS = 1.0
 
 # An end takes less than ten seconds in all: 8 to end by being asked, then everything that is left is killed.
 _ASKED_SECONDS = 8.0
+_DRAIN_SECONDS = 5.0
 _KILLED_SECONDS = 1.0
 
 
@@ -100,6 +101,7 @@ async def running(config: Config, tell: Tell, *, hurry: asyncio.Event) -> AsyncI
             "GRPC_VERBOSITY": "ERROR",
             "TESSERA_DATA_DIR": str(configured.data_dir),
             "TESSERA_SUPERVISED": "true",
+            "TESSERA_DRAIN_SECONDS": f"{_DRAIN_SECONDS:g}",
             "TESSERA_SUPERVISOR_LOCK": str(up_lock.path),
             "TESSERA_MODEL_REGISTRY": registry,
             "TESSERA_SECRETS_LISTEN": chosen.secrets,

@@ -1476,6 +1476,14 @@ FAULTS = (
         tests=("tests/service/test_health.py::test_a_service_whose_database_is_gone_is_live_and_not_ready",),
     ),
     Fault(
+        name="answers-cut-off-at-the-end",
+        property="R18",
+        file="servicekit/grpc_server.py",
+        old="server.stop(drain_seconds)",
+        new="server.stop(None)",
+        tests=("tests/e2e/test_drain.py::test_what_is_under_way_is_finished_when_a_service_is_told_to_end",),
+    ),
+    Fault(
         name="overdue-work-begun",
         property="R14",
         file="servicekit/interceptors.py",

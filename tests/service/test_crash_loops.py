@@ -12,6 +12,7 @@ import pytest
 
 from servicekit import channels, sockets
 from tessera.serving.v1 import serving_pb2 as pb
+from tests.support import serving_process
 from tests.support.eventually import eventually
 from tests.support.secrets import running_secrets
 from tests.support.serving import TINY, ServingCaller, no_replicas, serving_settings
@@ -41,8 +42,8 @@ class Measured:
 @asynccontextmanager
 async def measured_serving(directory: Path) -> AsyncIterator[Measured]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.support.reaper", sys.executable, "-m", "tests.support.serving_process"),
-        str(directory),
+        *(sys.executable, "-m", "tests.support.reaper", *serving_process.COMMAND),
+        env=serving_process.environment(directory),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from gateway import app as gateway_app
-from gateway import http_server, streams
+from gateway import streams
 from gateway.settings import GatewaySettings
 from servicekit import channels
 from serving_service import followers, outputs
@@ -275,15 +275,14 @@ async def test_who_takes_nothing_at_a_gateway_is_cut_off(
 # --- restarts
 
 
-async def test_stopping_gateway_does_not_wait_for_followers(
-    platform: Platform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_server, "DRAIN_SECONDS", 40.0)
+async def test_stopping_gateway_does_not_wait_for_followers(platform: Platform) -> None:
     await talking(platform, "left-alone")
     await say(platform, "left-alone", "words")
     async with AsyncExitStack() as stack:
         second = await stack.enter_async_context(AsyncExitStack())
-        settings = GatewaySettings(data_dir=platform.secrets.settings.data_dir, listen="127.0.0.1:0")
+        settings = GatewaySettings(
+            data_dir=platform.secrets.settings.data_dir, listen="127.0.0.1:0", drain_seconds=40.0
+        )
         url = await second.enter_async_context(gateway_app.running(settings))
         follower = await stack.enter_async_context(over_rest(platform, "ann", "left-alone", ENTITY, url=url))
         await follower.until("words\n")

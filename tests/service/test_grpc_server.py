@@ -150,6 +150,7 @@ async def running(
     identify: Any = None,
     table: Table = POLICY,
     limits: CallLimits = UNLIMITED,
+    drain_seconds: float = 5.0,
 ) -> AsyncIterator[Platform]:
     """The platform, served by the code under test."""
     platform = Platform()
@@ -181,6 +182,7 @@ async def running(
                 readiness=readiness or {},
                 message_limit=LIMIT,
                 limits=limits,
+                drain_seconds=drain_seconds,
             ) as addresses:
                 platform.addresses = addresses
                 async with (
@@ -1145,7 +1147,13 @@ async def test_a_connection_has_so_many_calls_at_a_time(monkeypatch: pytest.Monk
 
 def nothing_served(listeners: list[Listener]) -> Any:
     return grpc_server.serving(
-        listeners, services=[], table=POLICY, readiness={}, message_limit=LIMIT, limits=UNLIMITED
+        listeners,
+        services=[],
+        table=POLICY,
+        readiness={},
+        message_limit=LIMIT,
+        limits=UNLIMITED,
+        drain_seconds=5.0,
     )
 
 
@@ -1233,15 +1241,14 @@ async def _me(stub: Any) -> str:
     return str(user.user_name)
 
 
-async def test_calls_that_do_not_finish_are_cut_off_on_all_listeners_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_server, "DRAIN_SECONDS", 0.5)
+async def test_calls_that_do_not_finish_are_cut_off_on_all_listeners_at_once() -> None:
     hanging = [Hanging(), Hanging(), Hanging()]
     waiting = iter(hanging)
 
     async def answer(rpc: Any) -> identity_pb.User:
         return await next(waiting)(rpc)
 
-    async with running() as platform:
+    async with running(drain_seconds=0.5) as platform:
         platform.scim.answer = answer
         calls = []
         for where, address in zip(platform.channels, platform.addresses, strict=True):

@@ -101,6 +101,7 @@ async def test_whoever_watches_is_told_that_a_service_is_about_to_end_and_holds_
             readiness={},
             message_limit=1_000,
             limits=CallLimits(calls=0, changes=0),
+            drain_seconds=5.0,
         )
         async with serving as found:
             addresses.put_nowait(found[0])

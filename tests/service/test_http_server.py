@@ -44,10 +44,10 @@ class Caller:
 
 
 @asynccontextmanager
-async def calling(application: Application) -> AsyncIterator[Caller]:
+async def calling(application: Application, *, drain_seconds: float = 5.0) -> AsyncIterator[Caller]:
     """A connection to a server that answers with `application`."""
     listening = http_server.bound("127.0.0.1:0")
-    async with http_server.serving(application, listening, None):
+    async with http_server.serving(application, listening, None, drain_seconds=drain_seconds):
         reader, writer = await asyncio.open_connection(*listening.getsockname()[:2])
         try:
             yield Caller(reader, writer)
@@ -346,7 +346,7 @@ async def test_a_server_that_stops_lets_answers_finish_and_tells_that_they_are_t
         answer.whole(200, [], b"finished")
 
     listening = http_server.bound("127.0.0.1:0")
-    async with http_server.serving(application, listening, None):
+    async with http_server.serving(application, listening, None, drain_seconds=5.0):
         idle, idle_writer = await asyncio.open_connection(*listening.getsockname()[:2])
         busy, writer = await asyncio.open_connection(*listening.getsockname()[:2])
         writer.write(get("/"))
@@ -360,8 +360,7 @@ async def test_a_server_that_stops_lets_answers_finish_and_tells_that_they_are_t
     idle_writer.close()
 
 
-async def test_a_server_that_stops_gives_up_what_does_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "DRAIN_SECONDS", 0.1)
+async def test_a_server_that_stops_gives_up_what_does_not_finish() -> None:
     began, ended = asyncio.Event(), asyncio.Event()
 
     async def application(request: Request, answer: Answer) -> None:
@@ -371,7 +370,7 @@ async def test_a_server_that_stops_gives_up_what_does_not_finish(monkeypatch: py
         finally:
             ended.set()
 
-    async with calling(application) as caller:
+    async with calling(application, drain_seconds=0.1) as caller:
         await caller.says(get("/"))
         await began.wait()
     assert ended.is_set()

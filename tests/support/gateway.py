@@ -30,6 +30,7 @@ from servicekit.sockets import socket_address, socket_directory
 from tessera.identity.v1 import identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.serving.v1 import serving_pb2 as pb
+from tests.support.secrets import DRAIN_SECONDS
 
 WORKSPACE_ID = "1234567890123456"
 OWNER = Principal("11", "owner@example.com", frozenset({"users"}), "t1", None)
@@ -340,6 +341,7 @@ async def neighbours(
                     readiness={},
                     message_limit=1 << 20,
                     limits=grpc_server.CallLimits(calls=0, changes=0),
+                    drain_seconds=DRAIN_SECONDS,
                 )
             )
         yield
@@ -352,7 +354,15 @@ async def platform(**settings: Any) -> AsyncIterator[Platform]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="t-", dir="/tmp")))
         authority, serving, access = ScriptedAuthority(), ScriptedServing(), ScriptedAccess()
         await stack.enter_async_context(neighbours(directory, authority, serving, access))
-        configured = GatewaySettings(**{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, **settings})
+        configured = GatewaySettings(
+            **{
+                "data_dir": directory,
+                "listen": "127.0.0.1:0",
+                "failed_logins": 0,
+                "drain_seconds": DRAIN_SECONDS,
+                **settings,
+            }
+        )
         url = await stack.enter_async_context(app.running(configured))
         await serving.until(lambda: serving.acknowledged > 0)
         await access.until_followed()

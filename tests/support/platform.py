@@ -12,7 +12,7 @@ from gateway import app as gateway_app
 from gateway.settings import GatewaySettings
 from tessera.identity.v1 import identity_pb2
 from tests.support.http import Answer, fetch
-from tests.support.secrets import RunningSecrets, data_directory, running_secrets
+from tests.support.secrets import DRAIN_SECONDS, RunningSecrets, data_directory, running_secrets
 from tests.support.serving import RunningServing, ServingCaller, no_replicas, running_serving
 
 
@@ -67,7 +67,9 @@ async def running_platform(**changes: Any) -> AsyncIterator[Platform]:
         own = await stack.enter_async_context(AsyncExitStack())
         secrets = await own.enter_async_context(running_secrets(directory, **changes))
         serving = await stack.enter_async_context(running_serving(directory))
-        settings = GatewaySettings(data_dir=directory, listen="127.0.0.1:0", failed_logins=0)
+        settings = GatewaySettings(
+            data_dir=directory, listen="127.0.0.1:0", failed_logins=0, drain_seconds=DRAIN_SECONDS
+        )
         url = await stack.enter_async_context(gateway_app.running(settings))
         made = await secrets.admin(secrets.admin.tokens.CreateToken, identity_pb2.CreateTokenRequest(comment="second"))
         # Not the operator's own, which a renewal takes away.

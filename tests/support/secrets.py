@@ -23,6 +23,9 @@ from tessera.identity.v1 import identity_pb2, identity_pb2_grpc, permissions_pb2
 from tessera.secrets.v1 import secrets_pb2, secrets_pb2_grpc
 
 TIMEOUT = 10.0
+DRAIN_SECONDS = 5.0
+"""Nobody waits longer for a call that a test leaves behind."""
+
 STREAM_TIMEOUT = 60.0
 """A stream that a test reads ends in an error after so many seconds, rather than never."""
 
@@ -298,7 +301,14 @@ def data_directory() -> Iterator[Path]:
 def settings_for(directory: Path, **changes: Any) -> SecretsSettings:
     """Settings for a data directory, with a port that the system chooses."""
     return SecretsSettings(
-        **{"data_dir": directory, "listen": "127.0.0.1:0", "failed_logins": 0, "changes": 0, **changes}
+        **{
+            "data_dir": directory,
+            "listen": "127.0.0.1:0",
+            "failed_logins": 0,
+            "changes": 0,
+            "drain_seconds": DRAIN_SECONDS,
+            **changes,
+        }
     )
 
 

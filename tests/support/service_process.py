@@ -52,10 +52,10 @@ class ServiceProcess:
         assert self._process is not None
         return self._process.pid
 
-    async def ended(self) -> None:
-        """Returns when it has ended by itself, or by a signal."""
+    async def ended(self) -> int:
+        """The exit status, when it has ended by itself, or by a signal."""
         assert self._process is not None
-        await asyncio.to_thread(self._process.wait)
+        return await asyncio.to_thread(self._process.wait)
 
     async def _is_ready(self) -> bool:
         with contextlib.suppress(grpc.aio.AioRpcError):

@@ -29,7 +29,7 @@ from tessera.serving.v1 import serving_pb2_grpc as rpc
 from tests.support import model_servers, tiny_runner
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
-from tests.support.secrets import RunningSecrets, running_secrets
+from tests.support.secrets import DRAIN_SECONDS, RunningSecrets, running_secrets
 
 TINY = "tiny"
 """The manner that is quickest to start."""
@@ -148,12 +148,14 @@ class ServingCaller:
         request = pb.GetServedModelLogsRequest(name=name, served_model_name=entity)
         return str((await self(self.stub.GetServedModelLogs, request)).logs)
 
-    async def query(self, name: str, entity: str = "", *, path: bytes = b"{}") -> tuple[pb.QueryHead, bytes]:
+    async def query(
+        self, name: str, entity: str = "", *, path: bytes = b"{}", timeout: float = TIMEOUT
+    ) -> tuple[pb.QueryHead, bytes]:
         """Head and body of the model's answer."""
         request = pb.QueryRequest(name=name, served_entity_name=entity)
         request.body.data = path
         head, body = pb.QueryHead(), b""
-        async for message in self.stub.Query(request, metadata=self._metadata, timeout=TIMEOUT):
+        async for message in self.stub.Query(request, metadata=self._metadata, timeout=timeout):
             if message.extensions:
                 assert message.extensions[0].Unpack(head)
             body += message.data
@@ -216,7 +218,7 @@ async def running_replicas(launcher: LocalLauncher) -> dict[str, int]:
 
 def serving_settings(directory: Path, **changes: Any) -> ServingSettings:
     """Settings for a data directory, with a port that the system chooses."""
-    free = {"failed_logins": 0, "changes": 0, "endpoint_changes": 0}
+    free = {"failed_logins": 0, "changes": 0, "endpoint_changes": 0, "drain_seconds": DRAIN_SECONDS}
     return ServingSettings(**{"data_dir": directory, "listen": "127.0.0.1:0", **free, **changes})
 
 

@@ -4,8 +4,8 @@
 answered with `SAYS`, what the environment gave it to say; one whose body asks for a `stream`, in `PIECES` pieces. With
 `FAILS` it says that it cannot load, for that reason; with `HANGS` it says nothing; with `FORKS` it has a descendant
 that has left its session and ignores TERM. Once there is the file `GATE` it answers queries, and not before; once there
-is the file `DOOM` it crashes. With `LEDGER`, a folder, it takes the first place there that nobody has who runs, and
-leaves a trace of it (`most_at_once`).
+is the file `DOOM` it crashes. Each query that it gets leaves a byte in the file `TALLY`. With `LEDGER`, a folder, it
+takes the first place there that nobody has who runs, and leaves a trace of it (`most_at_once`).
 """
 
 import fcntl
@@ -60,6 +60,13 @@ def _wait_for_gate() -> None:
         time.sleep(_PIECE_SECONDS)
 
 
+def _count() -> None:
+    if "TALLY" in os.environ:
+        tally = os.open(os.environ["TALLY"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.write(tally, b".")
+        os.close(tally)
+
+
 def _crash_at(doom: str) -> None:
     while not os.path.exists(doom):  # noqa: PTH110
         time.sleep(_PIECE_SECONDS)
@@ -77,6 +84,7 @@ def _answer(connection: socket.socket, says: bytes) -> None:
                 is_last = is_last or header.lower() == b"connection: close\r\n"
             body = requests.read(length)
             if line.startswith(b"POST"):  # else it is asked whether it lives
+                _count()
                 _wait_for_gate()
             if b"stream" in body:
                 connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
