@@ -243,9 +243,9 @@ class Endpoint:
             async for answer in stub.Watch(health_pb2.HealthCheckRequest(), timeout=300):
                 self.told.append(answer.status)
 
-    async def is_told(self, *expected: Any) -> None:
-        """Returns when that is what Serving has said."""
-        await eventually(lambda: self.told == list(expected), within=MOST_DRAIN, what=lambda: f"{self.told} goes on")
+    async def is_told(self, status: Any) -> None:
+        """Returns when that is what Serving said last."""
+        await eventually(lambda: self.told[-1:] == [status], within=MOST_DRAIN, what=f"Serving says {status}")
 
 
 async def _serving_ends(restarts: int, *, hold: float = 0) -> None:
@@ -276,7 +276,7 @@ async def _serving_ends_at_once(endpoint: Endpoint) -> None:
     await endpoint.is_told(SERVING)
     await eventually(lambda: endpoint.asked > asked, within=60, what="a query is under way")
     endpoint.process.send(signal.SIGTERM)
-    await endpoint.is_told(SERVING, NOT_SERVING)
+    await endpoint.is_told(NOT_SERVING)
     endpoint.process.send(signal.SIGTERM)
     assert await endpoint.process.ended() == 128 + signal.SIGTERM
     assert not await query
@@ -291,7 +291,7 @@ async def _serving_ends_once(endpoint: Endpoint, hold: float) -> None:
     await endpoint.is_told(SERVING)
     await eventually(lambda: endpoint.asked == asked + AT_A_REPLICA, within=60, what="a replica has all it takes")
     endpoint.process.send(signal.SIGTERM)
-    await endpoint.is_told(SERVING, NOT_SERVING)
+    await endpoint.is_told(NOT_SERVING)
     await asyncio.sleep(hold)  # so much longer the model takes
     endpoint.open()
     answered = sum(await asyncio.gather(*queries))

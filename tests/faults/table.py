@@ -1484,6 +1484,17 @@ FAULTS = (
         tests=("tests/e2e/test_drain.py::test_what_is_under_way_is_finished_when_a_service_is_told_to_end",),
     ),
     Fault(
+        name="ready-without-room",
+        property="R28",
+        file="servicekit/database.py",
+        old="        if found.free < LEAST_FREE:\n",
+        new="        if found.free < 0:\n",
+        tests=(
+            "tests/e2e/test_full_disk.py::test_full_disk_is_told_and_stops_what_needs_room_alone",
+            "tests/service/test_health.py::test_a_service_whose_disk_is_full_is_live_and_not_ready",
+        ),
+    ),
+    Fault(
         name="overdue-work-begun",
         property="R14",
         file="servicekit/interceptors.py",
