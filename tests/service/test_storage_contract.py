@@ -591,6 +591,20 @@ async def test_copy_is_of_one_moment_and_nobody_waits_for_it(place: Place, tmp_p
         assert len(shops(connection)) == 40
 
 
+async def test_what_was_deleted_is_in_no_file_once_it_is_erased(place: Place) -> None:
+    """Of a storage that keeps its files elsewhere this says only that all else is left as it is."""
+
+    def stored() -> bool:
+        return any(b"canary-3f1c" in path.read_bytes() for path in place.directory.rglob("*") if path.is_file())
+
+    async with place.opened() as storage:
+        await storage.write(add_shops, "canary-3f1c", "b")
+        await storage.write(lambda connection: connection.execute("DELETE FROM shops WHERE name > ?", ("c",)))
+        await storage.erase()
+        assert not stored()
+        assert await storage.read(shops) == ["b"]
+
+
 async def test_what_was_acknowledged_outlives_a_killed_process_and_nothing_is_half(place: Place, name: str) -> None:
     async with another_process(name, place.directory, place.migrations) as process:
         assert process.stdin is not None
