@@ -133,6 +133,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         backups = SecretsBackups(base, file, exporter)
         ages = KeyAges(store=settings.store_key_days, scope=settings.scope_key_days)
         rotation = KeyRotation(base, opened, ages, now, renewed=lambda: trail.open(audit_key(base.keyring, SECRETS)))
+        stack.push_async_callback(rotation.close)
         jobs = {
             "access feed": feed.run,
             "key rotation": rotation.run,

@@ -45,7 +45,8 @@ CHECK_SECONDS = 3600.0
 
 MOST_USES = 2**32
 """How often one key seals before it is renewed. Of a scope's key its puts are counted, of a store key what it has
-sealed since the service was started."""
+sealed; that is written down every `CHECK_SECONDS` and at the end, so a process that is killed takes its last count
+along."""
 
 _DAY_MS = 24 * 3600 * 1000
 
@@ -76,6 +77,7 @@ class KeyRotation:
         self._ages = ages
         self._now = now
         self._renewed = renewed
+        self._counted_before: dict[int, int] = {}
         self._one_at_a_time = asyncio.Lock()
         self._has_work = asyncio.Event()
         self._has_work.set()  # that a process before this one may have left
@@ -115,6 +117,11 @@ class KeyRotation:
         log.info("scope keys rotated", extra={"scopes": count})
         self._has_work.set()
         return await self.status()
+
+    async def close(self) -> None:
+        """Records what was counted, when nothing is sealed any more."""
+        with contextlib.suppress(StorageError):
+            await self._count_uses()
 
     async def run(self) -> None:
         """Renews keys that are due, and brings everything under the newest ones, until cancelled."""
@@ -193,10 +200,22 @@ class KeyRotation:
 
     # --- in the background ---
 
+    async def _count_uses(self) -> int:
+        """Records how often the store key in use has sealed: the number, over all processes."""
+        keyring = self._base.keyring
+        version = keyring.current
+        if version not in self._counted_before:
+            before = await self._database.read(rotation_store.counted_uses, version)
+            self._counted_before = {version: before}
+        uses = self._counted_before[version] + keyring.uses
+        if keyring.uses:
+            await self._database.write(rotation_store.count_uses, version, uses)
+        return uses
+
     async def _renew_due(self) -> None:
         made_ms = max(self._base.keyring.store_keys().values())
         is_old = 0 < self._ages.store * _DAY_MS <= self._now_ms() - made_ms
-        if is_old or self._base.keyring.uses >= MOST_USES:
+        if await self._count_uses() >= MOST_USES or is_old:
             await self._to_its_end(self._rotate_store())
         made_before_ms = self._now_ms() - self._ages.scope * _DAY_MS if self._ages.scope else -1
 

@@ -43,6 +43,21 @@ def due_scopes(connection: Connection, *, made_before_ms: int, uses: int) -> lis
     return [Scope(*row) for row in rows]
 
 
+def counted_uses(connection: Connection, version: int) -> int:
+    """How often a store key had sealed when that was last recorded."""
+    row = connection.execute("SELECT uses FROM store_key_uses WHERE version = ?", (version,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def count_uses(connection: Connection, version: int, uses: int) -> None:
+    """Records how often a store key has sealed."""
+    connection.execute(
+        "INSERT INTO store_key_uses (version, uses) VALUES (?, ?)"
+        " ON CONFLICT (version) DO UPDATE SET uses = excluded.uses",
+        (version, uses),
+    )
+
+
 def rewrap_scope_keys(connection: Connection, keyring: Keyring, after: Place) -> Place | None:
     """Seals some keys of scopes under the store key that is in use: where to go on, None at the end.
 

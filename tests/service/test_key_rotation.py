@@ -493,6 +493,22 @@ async def test_keys_are_renewed_when_they_were_used_very_often(monkeypatch: pyte
         assert await service.admin.get("busy", "1") == b"19"
 
 
+async def test_uses_of_a_store_key_are_counted_over_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "MOST_USES", 30)
+    with data_directory() as directory:
+        for life in range(2):
+            async with running_secrets(directory) as service:
+                for number in range(20):
+                    await service.admin.create_scope(f"{life}-{number}")
+                assert await keys_of(service) == ([1] * 20 * (life + 1), [1])
+        async with running_secrets(directory) as service:  # which looks at its start, and every hour
+
+            async def is_renewed() -> bool:
+                return (await keys_of(service))[1][-1] == 2
+
+            await eventually(is_renewed)
+
+
 # --- as an operator does it ---
 
 

@@ -64,6 +64,7 @@ NOT_AUTHORITY = {
     "keys": "which version is read; versions open at their own place",
     "scope_keys": "sealed under a store key",
     "signing_keys": "sealed, each at its own place",
+    "store_key_uses": "when a store key is renewed at the latest, which a yearly renewal does, too",
     "versions": "sealed, each at its own place",
 }
 """All other tables, and why nobody gains a right by them."""
