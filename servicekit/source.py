@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -57,7 +58,7 @@ def source(
     `forwarded_for` and `forwarded_proto` are the values of these headers in the order in which they came, `trusted` the
     proxies that are believed.
     """
-    address = _parsed(peer)
+    address = _peer(peer)
     if address is None or not _is_in(address, trusted):
         return Source("unknown" if address is None else str(address), scheme)
     # Each proxy adds its own peer on the right, so what is further left was there before and may be made up.
@@ -98,6 +99,10 @@ def _parsed(text: str) -> Address | None:
     # How a listener for both families names a caller of the older one.
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+# Of the other end of a connection, which is short and asked for with each of its requests; not of headers.
+_peer = lru_cache(maxsize=1_024)(_parsed)
 
 
 def _is_in(address: Address, trusted: Sequence[Network]) -> bool:
