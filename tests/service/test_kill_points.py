@@ -234,6 +234,15 @@ async def _prepared(platform: Platform, change: Change) -> None:
     platform.gate.unlink(missing_ok=True)
     for step in change.before:
         await step(platform, await platform.caller(uuid.uuid4().hex))
+    if change.before:
+        await eventually(lambda: _is_stored(platform), what="all that launches did is stored")
+
+
+async def _is_stored(platform: Platform) -> bool:
+    """Whether the launches so far have left nothing to be written, which would look like a step of what follows."""
+    caller = await platform.caller()
+    told = [each for name in await caller.names() for each in await caller.events(name)]
+    return len([each for each in told if each.outcome != pb.LaunchEvent.RUNNING]) == platform.rows().get("events", 0)
 
 
 async def _recovered(platform: Platform) -> None:
@@ -319,6 +328,8 @@ async def points_of(platform: Platform, change: Change) -> tuple[list[str], dict
     await change.then(platform, await platform.caller())
     await _cleared(platform)
     points = [point for point in points if not point.endswith(BY_THE_CLOCK)]
+    while points and points[0].startswith("after"):  # the end of a step that was under way before
+        del points[0]
     is_new = [not (one.startswith("after") and next_.startswith("before")) for one, next_ in pairwise(points)]
     return list(dict.fromkeys(compress(points, [True, *is_new]))), end
 
