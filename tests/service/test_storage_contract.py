@@ -19,6 +19,7 @@ import pytest
 
 from servicekit.errors import StartError
 from servicekit.storage import Connection, ConstraintBroken, Storage, StorageError
+from tests.support.half_way import HalfWay
 from tests.support.storages import STORAGES, Kind, another_process, backwards
 
 WAIT = 60.0
@@ -189,18 +190,17 @@ async def test_statements_of_one_read_see_one_state_and_writes_do_not_wait_for_i
 
 
 async def test_what_is_not_committed_is_not_read(storage: Storage) -> None:
-    half_way, go_on = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
         add_shop(connection, "a")
-        half_way.set()
-        assert go_on.wait(WAIT)
+        half_way.stay()
         add_shop(connection, "b")
 
     writing = asyncio.create_task(storage.write(slow))
-    assert await asyncio.to_thread(half_way.wait, WAIT)
+    await half_way.reached()
     assert await storage.read(shops) == []
-    go_on.set()
+    half_way.go_on()
     await writing
     assert await storage.read(shops) == ["a", "b"]
 
@@ -214,22 +214,21 @@ async def test_reads_cannot_write(storage: Storage) -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 async def test_transaction_whose_caller_is_gone_comes_to_its_end(storage: Storage, fails: bool) -> None:
-    half_way, go_on = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
         add_shop(connection, "a")
-        half_way.set()
-        assert go_on.wait(WAIT)
+        half_way.stay()
         if fails:
             raise Refused
         add_shop(connection, "b")
 
     writing = asyncio.create_task(storage.write(slow))
-    assert await asyncio.to_thread(half_way.wait, WAIT)
+    await half_way.reached()
     writing.cancel()
     await asyncio.wait([writing])
     assert writing.cancelled()
-    go_on.set()
+    half_way.go_on()
     await storage.write(add_shop, "c")
     assert await storage.read(shops) == (["c"] if fails else ["a", "b", "c"])
 
@@ -573,18 +572,17 @@ async def test_copy_is_of_one_moment_and_nobody_waits_for_it(place: Place, tmp_p
     async with place.opened() as storage:
         for number in range(20):
             await storage.write(add_shops, f"{number}a", f"{number}b")
-        half_way, go_on = threading.Event(), threading.Event()
+        half_way = HalfWay()
 
         def slow(connection: Connection) -> None:
             add_shop(connection, "xa")
-            half_way.set()
-            assert go_on.wait(WAIT)
+            half_way.stay()
             add_shop(connection, "xb")
 
         writing = asyncio.create_task(storage.write(slow))
-        assert await asyncio.to_thread(half_way.wait, WAIT)
+        await half_way.reached()
         await storage.copy(tmp_path / "copy")
-        go_on.set()
+        half_way.go_on()
         await writing
         assert len(await storage.read(shops)) == 42
     with place.kind.looked_at(tmp_path / "copy") as connection:

@@ -18,6 +18,7 @@ from servicekit import database
 from servicekit.storage import Connection
 from tests.support.answers import plain_answers
 from tests.support.eventually import eventually
+from tests.support.half_way import HalfWay
 
 SCRIPTS = """
 CREATE TABLE t (name TEXT PRIMARY KEY, value INTEGER) STRICT;
@@ -95,23 +96,22 @@ async def test_read_that_a_write_overtook_is_not_remembered(opened: RememberingD
 
 
 async def test_nothing_is_taken_from_memory_during_a_write(opened: RememberingDatabase) -> None:
-    has_begun, may_end = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
         put(connection, 2)
-        has_begun.set()
-        assert may_end.wait(10)
+        half_way.stay()
 
     reading, late = Reading(), Reading()
     await opened.remembered(reading, "a")
     writing = asyncio.create_task(opened.write(slow))
-    assert await asyncio.to_thread(has_begun.wait, 10)
+    await half_way.reached()
     assert [await opened.remembered(reading, "a") for _ in range(2)] == [1, 1]
     assert reading.times == 3
     late.may_return.clear()
     under_way = asyncio.create_task(opened.remembered(late, "a"))
     assert await asyncio.to_thread(late.has_read.wait, 10)
-    may_end.set()
+    half_way.go_on()
     await writing
     assert await opened.read(reading, "a") == 2
     late.may_return.set()
@@ -135,40 +135,38 @@ async def test_what_was_read_together_is_remembered_apart_unless_a_write_came_be
 
 
 async def test_nothing_that_is_read_during_a_write_is_of_one_state(opened: RememberingDatabase) -> None:
-    has_begun, may_end = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
-        has_begun.set()
-        assert may_end.wait(10)
+        half_way.stay()
 
     before = opened.mark()
     writing = asyncio.create_task(opened.write(slow))
-    assert await asyncio.to_thread(has_begun.wait, 10)
+    await half_way.reached()
     during = opened.mark()
     assert not opened.is_unchanged(before)
     assert not opened.is_unchanged(during)
-    may_end.set()
+    half_way.go_on()
     await writing
     assert not opened.is_unchanged(during)
     assert opened.is_unchanged(opened.mark())
 
 
 async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDatabase) -> None:
-    has_begun, may_end = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
-        has_begun.set()
-        assert may_end.wait(10)
+        half_way.stay()
         put(connection, 2)
 
     reading = Reading()
     writing = asyncio.create_task(opened.write(slow))
-    assert await asyncio.to_thread(has_begun.wait, 10)
+    await half_way.reached()
     writing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await writing
     assert await opened.remembered(reading, "a") == 1
-    may_end.set()
+    half_way.go_on()
 
     async def is_written() -> bool:
         return await opened.read(Reading(), "a") == 2
@@ -180,7 +178,7 @@ async def test_write_whose_caller_is_gone_still_counts(opened: RememberingDataba
 async def test_change_of_a_right_is_told_also_when_nobody_waits_for_it_any_more(
     opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    has_begun, may_end = threading.Event(), threading.Event()
+    half_way = HalfWay()
     told: list[AccessChange] = []
 
     def publish(feed: AccessFeed, change: AccessChange) -> int:
@@ -190,16 +188,15 @@ async def test_change_of_a_right_is_told_also_when_nobody_waits_for_it_any_more(
     monkeypatch.setattr(AccessFeed, "publish", publish)
 
     def slow(connection: Connection) -> None:
-        has_begun.set()
-        may_end.wait(10)
+        half_way.stay()
         connection.execute("INSERT INTO access_changes VALUES ('token', 't1'), ('token', 't1')")
 
     writing = asyncio.create_task(opened.write(slow))
-    assert await asyncio.to_thread(has_begun.wait, 10)
+    await half_way.reached()
     writing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await writing
-    may_end.set()
+    half_way.go_on()
     await eventually(lambda: told == [AccessChange(tokens=frozenset({"t1"}))])
     await opened.write(put, 3)
     assert len(told) == 1  # it is told once
@@ -221,7 +218,7 @@ async def test_write_that_leaves_rights_alone_has_values_forgotten_and_nothing_e
     opened: RememberingDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right, value = Reading(), Reading()
-    monkeypatch.setattr(memory, "VALUES", {value})
+    monkeypatch.setattr(memory, "RIGHTS", {right})
     await opened.remembered(right, "a")
     await opened.remembered(value, "a")
     since = opened.mark()
@@ -241,20 +238,19 @@ async def test_write_that_leaves_rights_alone_has_values_forgotten_and_nothing_e
 async def test_rights_are_not_used_in_a_transaction_behind_one_that_may_change_them(
     opened: RememberingDatabase,
 ) -> None:
-    has_begun, may_end = threading.Event(), threading.Event()
+    half_way = HalfWay()
 
     def slow(connection: Connection) -> None:
-        has_begun.set()
-        assert may_end.wait(10)
+        half_way.stay()
 
     since = opened.mark()
     changing = asyncio.create_task(opened.write(slow))
-    assert await asyncio.to_thread(has_begun.wait, 10)
+    await half_way.reached()
     behind = asyncio.create_task(
         opened.destroy(lambda connection: (opened.has_same_rights(since), 0), leaves_rights=True)
     )
     await asyncio.sleep(0)
-    may_end.set()
+    half_way.go_on()
     await changing
     assert not await behind
 
