@@ -56,6 +56,9 @@ MOST_ELEMENTS = 10_000
 MOST_METADATA = 100
 """How many fields the metadata of a call may have; gRPC itself bounds their bytes."""
 
+MOST_AWAITED = 200
+"""Of how many calls of one address the message may be on its way at a time; of most it is there with the call."""
+
 SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
 
@@ -68,10 +71,6 @@ class TooManyChanges(TooManyRequests):
             f"Too many changes in a short time by the same caller. Try again in {retry_after} s.",
             retry_after=retry_after,
         )
-
-
-MOST_AWAITED = 200
-"""Of how many calls of one address the message may be on its way at a time; of most it is there with the call."""
 
 
 class TooMuchMetadata(InvalidParameter):
@@ -252,7 +251,7 @@ class Arrivals:
         self._awaited: dict[str, int] = {}
 
     def begin(self, peer: str) -> str:
-        """One more is waited for, until `end` is said of the answer; of gRPC's name for a peer. Raises Overloaded."""
+        """One more is waited for of a peer, by gRPC's name for it: its address, for `end`. Raises Overloaded."""
         address = peer.rpartition(":")[0]
         awaited = self._awaited.get(address, 0)
         if self._most and awaited >= self._most:
