@@ -24,7 +24,7 @@ from servicekit import audit, identity
 from servicekit.context import Principal
 from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
 from servicekit.policy import Row
-from servicekit.storage import Connection, StorageError
+from servicekit.storage import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Authority:
         if presented is None:
             raise InvalidToken
         candidates = self._macs.candidates(presented)
-        stored = await self._database.remembered(_find_right, presented.id, candidates, if_kept=_exists)
+        stored = await self._database.remembered(store.find_presented, presented.id, candidates, if_kept=_exists)
         if stored is None or stored.kind is not kind or not self._is_good(stored):
             raise InvalidToken
         if stored.mac_version != self._macs.current:
@@ -207,13 +207,6 @@ def by_confirmed_assertion(authority: Authority) -> Identify:
         return found
 
     return identify
-
-
-def _find_right(connection: Connection, token_id: str, candidates: tuple[TokenMac, ...]) -> StoredToken | None:
-    """The token of that id, if its MAC is one of these. Nothing but the MAC is read before it was compared."""
-    if not tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)):
-        return None
-    return store.find_token(connection, token_id)
 
 
 def _exists(found: StoredToken | User | None) -> bool:

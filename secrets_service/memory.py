@@ -4,10 +4,10 @@ One process owns the database, so what it read stays true until it writes itself
 a write began is used once it has begun, and nothing is remembered while one is under way. A write is under way until
 its transaction has ended, also when whoever asked for it is gone.
 
-Values and what decides about rights are remembered apart. A write that says that it leaves rights alone has only values
-forgotten: else each put of a secret would have every caller's token looked up anew. And since transactions are made in
-the order in which they are asked for, such a write may rely on rights that were remembered, as long as no write that
-may change them has begun.
+What decides about rights is remembered apart. A write that says that it leaves rights alone has only the rest
+forgotten, which is values: else each put of a secret would have every caller's token looked up anew. And since
+transactions are made in the order in which they are asked for, such a write may rely on rights that were remembered, as
+long as no write that may change them has begun.
 """
 
 from __future__ import annotations
@@ -35,8 +35,16 @@ CAPACITY = 10_000
 MOST_TOGETHER = 64
 """How many reads are made in one trip to the database's thread."""
 
-VALUES = frozenset[Callable[..., Any]]({store.find_secret})
-"""The reads whose results are values. Of all others rights depend."""
+RIGHTS = frozenset[Callable[..., Any]](
+    {
+        store.find_presented,
+        store.find_scope_and_standing,
+        store.find_token,
+        store.find_user,
+        store.find_user_named,
+    }
+)
+"""The reads that decide about rights and about nothing else. What is not among them is forgotten with every write."""
 
 
 class Mark(NamedTuple):
@@ -216,7 +224,7 @@ class RememberingDatabase:
         return self._rights.are_unchanged(since.rights)
 
     def _kind(self, function: Callable[..., Any]) -> _Reads:
-        return self._values if function in VALUES else self._rights
+        return self._rights if function in RIGHTS else self._values
 
     def _read_on(self) -> None:
         batch, self._wanted = self._wanted[:MOST_TOGETHER], self._wanted[MOST_TOGETHER:]

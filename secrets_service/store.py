@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from secrets_service import integrity
+from secrets_service import integrity, tokens
 from secrets_service.errors import RightsDamaged
 from secrets_service.model import (
     ClientSecret,
@@ -336,6 +336,13 @@ def find_token(connection: Connection, token_id: str) -> StoredToken | None:
         return None
     owner = find_user(connection, row[4])
     return StoredToken(TokenInfo(*row[:4]), owner, TokenKind(row[6]), row[7]) if owner else None
+
+
+def find_presented(connection: Connection, token_id: str, candidates: tuple[TokenMac, ...]) -> StoredToken | None:
+    """The token of that id, if its MAC is one of these. Nothing but the MAC is read before it was compared."""
+    if not tokens.is_one_of(candidates, find_token_mac(connection, token_id)):
+        return None
+    return find_token(connection, token_id)
 
 
 def renew_token_mac(connection: Connection, token_id: str, before: int, mac: TokenMac) -> None:

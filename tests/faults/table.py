@@ -345,13 +345,13 @@ FAULTS = (
     Fault(
         name="known-token-id-shows",
         property="S10",
-        file="secrets_service/authority.py",
-        old="""    if not tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)):
+        file="secrets_service/store.py",
+        old="""    if not tokens.is_one_of(candidates, find_token_mac(connection, token_id)):
         return None
-    return store.find_token(connection, token_id)
+    return find_token(connection, token_id)
 """,
-        new="""    found = store.find_token(connection, token_id)
-    return found if tokens.is_one_of(candidates, store.find_token_mac(connection, token_id)) else None
+        new="""    found = find_token(connection, token_id)
+    return found if tokens.is_one_of(candidates, find_token_mac(connection, token_id)) else None
 """,
         tests=(
             "tests/unit/secrets_service/test_authority.py"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from secrets_service import memory, scopes, store
+from secrets_service import memory, store
 from secrets_service.memory import RememberingDatabase
 from tessera.secrets.v1 import secrets_pb2 as pb
 from tests.support.secrets import running_secrets
@@ -68,13 +68,14 @@ async def test_what_leaves_rights_alone_writes_nothing_that_rights_are_read_from
             return find_standing(connection, *args)
 
     def looked_up(function: Callable[..., Any], args: tuple[Any, ...], connection: Any) -> Any:
-        if function in memory.VALUES or function is scopes._find_readable:
+        if function not in memory.RIGHTS:
             return applied(function, args, connection)
         with tables_of(connection, (sqlite3.SQLITE_READ,), read[function.__name__]):
             return applied(function, args, connection)
 
     monkeypatch.setattr(RememberingDatabase, "destroy", watched)
     monkeypatch.setattr(store, "find_scope_and_standing", standing)
+    monkeypatch.setattr(memory, "RIGHTS", {*memory.RIGHTS, standing})
     monkeypatch.setattr(memory, "_applied", looked_up)
     async with running_secrets() as service:
         alice = await service.user("alice")
@@ -90,5 +91,5 @@ async def test_what_leaves_rights_alone_writes_nothing_that_rights_are_read_from
         await alice(alice.secrets.DeleteScope, pb.DeleteScopeRequest(scope="team"))
     assert changes == 6
     assert written == {"keys", "versions", "holds"}
-    assert read.keys() >= {"_find_right", "find_token", "find_scope_and_standing"}
+    assert read.keys() >= {"find_presented", "find_token", "find_scope_and_standing"}
     assert all(tables and not tables & written for tables in read.values()), read
