@@ -297,14 +297,7 @@ class _Call:
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
         async def handle(_: object, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
             try:
-                request = await self._received(rpc, _time_left(rpc))
-                with self._room:
-                    _time_left(rpc)
-                    await self._begin(rpc)
-                    seconds = _time_left(rpc)
-                    message = self._decoded(request, read)
-                    once.enter(self._method, message)
-                    answer = await _within_deadline(self._answered(behavior(message, rpc), write), seconds)
+                answer = await self._served(rpc, behavior, read, write)
             except once.Answered as first:  # which was decided about at the time
                 self._code = grpc.StatusCode.OK
                 log.info("first answer given again", extra=self._facts())
@@ -322,14 +315,16 @@ class _Call:
                 _pass_warnings(rpc, request_context.warnings if request_context else ())
                 return answer
             finally:
-                self._ended(time.perf_counter() - self._started)
+                # Told in a moment, when the answer is on its way: nobody waits for it with what is told about it.
+                seconds = time.perf_counter() - self._started
+                asyncio.get_running_loop().call_soon(self._ended, seconds)
 
         return handle
 
     def streaming(self, behavior: Any, read: Any = None) -> Any:
         async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
-                request = requests if read is None else await self._received(rpc, LONGEST_DEADLINE)
+                request = requests if read is None else await self._received_in_time(rpc)
                 with self._room:
                     await self._begin(rpc)
                     answers = behavior(request if read is None else self._decoded(request, read), rpc)
@@ -355,17 +350,42 @@ class _Call:
 
         return handle
 
-    async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any], seconds: float) -> bytes:
+    async def _served(self, rpc: grpc.aio.ServicerContext[Any, Any], behavior: Any, read: Any, write: Any) -> bytes:
+        """The answer to a request, when all of it comes in time."""
+        request = None
+        try:
+            async with asyncio.timeout(_time_left(rpc)) as limit:
+                request = await self._received(rpc)
+                with self._room:
+                    _time_left(rpc)
+                    await self._begin(rpc)
+                    _time_left(rpc)
+                    message = self._decoded(request, read)
+                    once.enter(self._method, message)
+                    return await self._answered(behavior(message, rpc), write)
+        except TimeoutError:
+            if not limit.expired():  # a time-out inside the handler, which should have dealt with it
+                raise
+            if request is None:
+                raise NothingCame from None
+            raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
+
+    async def _received_in_time(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+        """As `_received`, for a call that lasts as long as somebody follows it; raises NothingCame."""
+        try:
+            async with asyncio.timeout(LONGEST_DEADLINE):
+                return await self._received(rpc)
+        except TimeoutError:
+            raise NothingCame from None
+
+    async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         """The one message of a call; raises NothingCame, or Overloaded for an address that too many are waited for of.
 
         Meanwhile it takes no place in a room: whoever sends half of a request keeps nobody else out.
         """
         address = self._chain.arrivals.begin(rpc.peer())
         try:
-            async with asyncio.timeout(seconds):
-                request = await rpc.read()
-        except TimeoutError:
-            raise NothingCame from None
+            request = await rpc.read()
         finally:
             self._chain.arrivals.end(address)
         if not isinstance(request, bytes):  # the end of what the caller sends
@@ -508,17 +528,6 @@ def _time_left(rpc: grpc.aio.ServicerContext[Any, Any]) -> float:
     if remaining <= 0:
         raise DeadlineExceeded("The deadline passed before the request was looked at.")
     return min(remaining, LONGEST_DEADLINE)
-
-
-async def _within_deadline(answer: Awaitable[Any], seconds: float) -> Any:
-    """The answer, when it comes in time."""
-    try:
-        async with asyncio.timeout(seconds) as limit:
-            return await answer
-    except TimeoutError:
-        if not limit.expired():  # a time-out inside the handler, which should have dealt with it
-            raise
-        raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
 
 
 def _pass_warnings(rpc: grpc.aio.ServicerContext[Any, Any], warnings: Sequence[str]) -> None:

@@ -1439,8 +1439,8 @@ FAULTS = (
         name="half-a-request-waited-for",
         property="S25",
         file="servicekit/interceptors.py",
-        old="            async with asyncio.timeout(seconds):\n                request = await rpc.read()\n",
-        new="            async with asyncio.timeout(600 + seconds):\n                request = await rpc.read()\n",
+        old="async with asyncio.timeout(_time_left(rpc)) as limit:",
+        new="async with asyncio.timeout(600 + _time_left(rpc)) as limit:",
         tests=(f"{_LISTENERS}::test_half_a_request_is_given_up_at_its_deadline",),
     ),
     Fault(
