@@ -336,7 +336,7 @@ class Trail:
         for facts in entries:
             text, head = line(self.key, head, facts, at=self._now())
             lines.append(text)
-        audit_store.append(connection, lines, before, head)
+        audit_store.append(connection, lines, before)
 
     def _flush_soon(self) -> None:
         if self._flushing is None and self.key is not None and self._waiting:

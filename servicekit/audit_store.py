@@ -13,12 +13,15 @@
     INSERT INTO audit_state (one, seq, mac, exported)
       VALUES (1, 0, '0000000000000000000000000000000000000000000000000000000000000000', 0);
 
-and by another, in which `forwarded` was added:
+and by others, in which `forwarded` was added, and the head became what it is only when no record is left:
 
     ALTER TABLE audit_state ADD COLUMN forwarded INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE audit_state RENAME COLUMN seq TO dropped_seq;
+    ALTER TABLE audit_state RENAME COLUMN mac TO dropped_mac;
 
-`seq` and `mac` are the head of the chain. Records up to `exported` are in the files, and those up to `forwarded` were
-taken over by whoever gets them besides; what is needed for neither is no longer here.
+Records up to `exported` are in the files, and those up to `forwarded` were taken over by whoever gets them besides; what
+is needed for neither is no longer here. The head of the chain is the last record or, where none is left, what it was
+when records were last dropped: so a record is one row, and a commit as few pages as can be.
 """
 
 from __future__ import annotations
@@ -27,40 +30,40 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from servicekit.audit_records import Head
+from servicekit.audit_records import Head, mac_of
 from servicekit.storage import Connection
 
 
 def head(connection: Connection) -> Head:
     """The end of the chain."""
-    return Head(*connection.execute("SELECT seq, mac FROM audit_state").fetchone())
+    if last := connection.execute("SELECT seq, line FROM audit_records ORDER BY seq DESC LIMIT 1").fetchone():
+        return Head(last[0], mac_of(last[1]))
+    return Head(*connection.execute("SELECT dropped_seq, dropped_mac FROM audit_state").fetchone())
 
 
-def append(connection: Connection, lines: Sequence[str], before: Head, after: Head) -> None:
-    """Adds the records between two heads."""
+def append(connection: Connection, lines: Sequence[str], before: Head) -> None:
+    """Adds the records behind a head."""
     if len(lines) == 1:
-        connection.execute("INSERT INTO audit_records (seq, line) VALUES (?, ?)", (after.seq, lines[0]))
+        connection.execute("INSERT INTO audit_records (seq, line) VALUES (?, ?)", (before.seq + 1, lines[0]))
     else:
         # As one statement: each lets go of the interpreter's lock, and waits for it longer than it works.
         connection.execute(
             "INSERT INTO audit_records (seq, line) SELECT ?1 + key, value FROM json_each(?2) ORDER BY key",
             (before.seq + 1, json.dumps(lines)),
         )
-    connection.execute("UPDATE audit_state SET seq = ?, mac = ?", (after.seq, after.mac))
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """Up to which record there are some, and have them who is to have them."""
 
-    seq: int
     exported: int
     forwarded: int
 
 
 def progress(connection: Connection) -> Progress:
     """How far the log and its copies are."""
-    return Progress(*connection.execute("SELECT seq, exported, forwarded FROM audit_state").fetchone())
+    return Progress(*connection.execute("SELECT exported, forwarded FROM audit_state").fetchone())
 
 
 def after(connection: Connection, seq: int, count: int) -> list[tuple[int, str]]:
@@ -90,4 +93,6 @@ def is_forwarded(connection: Connection, seq: int) -> None:
 
 def drop(connection: Connection, seq: int) -> None:
     """Drops the records up to one."""
+    end = head(connection)
+    connection.execute("UPDATE audit_state SET dropped_seq = ?, dropped_mac = ?", (end.seq, end.mac))
     connection.execute("DELETE FROM audit_records WHERE seq <= ?", (seq,))
