@@ -120,15 +120,14 @@ class Authority:
         return self._keys.public
 
     async def _presented(self, text: str, kind: TokenKind) -> StoredToken:
-        presented = tokens.parse(text, kind)
-        if presented is None:
+        sought = self._macs.sought(text, kind)
+        if sought is None:
             raise InvalidToken
-        candidates = self._macs.candidates(presented)
-        stored = await self._database.remembered(store.find_presented, presented.id, candidates, if_kept=_exists)
+        stored = await self._database.remembered(store.find_presented, sought.id, sought.candidates, if_kept=_exists)
         if stored is None or stored.kind is not kind or not self._is_good(stored):
             raise InvalidToken
         if stored.mac_version != self._macs.current:
-            await self._renew(stored, candidates)
+            await self._renew(stored, sought.candidates)
         return stored
 
     async def _renew(self, stored: StoredToken, candidates: tuple[TokenMac, ...]) -> None:

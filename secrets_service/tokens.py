@@ -13,8 +13,10 @@ import hashlib
 import hmac
 import secrets
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from secrets_service.model import SecretBytes, TokenKind, TokenMac
 
@@ -26,6 +28,10 @@ _ID_LENGTH = 12
 _SECRET_LENGTH = 43
 _CHECK_LENGTH = 6
 _SECRET_BYTES = 32
+_LENGTH = _PREFIX_LENGTH + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH
+
+REMEMBERED = 10_000
+"""How many texts are known again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +49,46 @@ class Presented:
         return body + _check_sum(body)
 
 
+class Sought(NamedTuple):
+    """What is looked for in the store when a token is presented."""
+
+    id: str
+    candidates: tuple[TokenMac, ...]
+
+
 class TokenMacs:
     """The MACs under which tokens are stored; `keys` are the versions of their key, of which the highest is in use."""
 
     def __init__(self, keys: Mapping[int, SecretBytes]) -> None:
         self._macs = _begun(keys)
+        self._sought: OrderedDict[tuple[TokenKind, bytes], Sought] = OrderedDict()
         self.current = max(keys)
         """The version of the key that is in use."""
 
     def use(self, keys: Mapping[int, SecretBytes]) -> None:
         """Goes over to other keys, the ones before included."""
         self._macs = _begun(keys)
+        self._sought.clear()
         self.current = max(keys)
+
+    def sought(self, text: str, kind: TokenKind) -> Sought | None:
+        """What to look for when a text is presented as a token of that kind; None when it is no well-formed one.
+
+        A text that was asked about before, whether or not it is anybody's token, is known again by its digest.
+        """
+        if len(text) != _LENGTH or not text.isascii():
+            return None
+        asked = kind, hashlib.sha256(text.encode()).digest()
+        if (known := self._sought.get(asked)) is not None:
+            self._sought.move_to_end(asked)
+            return known
+        presented = parse(text, kind)
+        if presented is None:
+            return None
+        found = self._sought[asked] = Sought(presented.id, self.candidates(presented))
+        if len(self._sought) > REMEMBERED:
+            self._sought.popitem(last=False)
+        return found
 
     def of(self, token: Presented) -> TokenMac:
         """What is stored of a token."""
@@ -95,8 +129,7 @@ def make(kind: TokenKind = TokenKind.PERSONAL) -> Presented:
 
 def parse(text: str, kind: TokenKind = TokenKind.PERSONAL) -> Presented | None:
     """The parts of a token, or of a client secret; None when it is not a well-formed one of that kind."""
-    length = _PREFIX_LENGTH + _ID_LENGTH + _SECRET_LENGTH + _CHECK_LENGTH
-    if len(text) != length or not text.startswith(PREFIXES[kind]):
+    if len(text) != _LENGTH or not text.startswith(PREFIXES[kind]):
         return None
     body, check_sum = text[:-_CHECK_LENGTH], text[-_CHECK_LENGTH:]
     if not set(text) <= _DIGITS.keys() or _check_sum(body) != check_sum:

@@ -98,3 +98,30 @@ def test_repr_hides_the_secret() -> None:
     assert token.text not in repr(token)
     assert token.text[16:] not in repr(token)
     assert repr(token.secret) == "SecretBytes(***)"
+
+
+def test_what_is_known_again_is_what_was_found_at_first_until_the_keys_change() -> None:
+    macs = TokenMacs({1: SecretBytes(b"o" * 32)})
+    token, other = tokens.make(), tokens.make()
+    for _ in range(2):
+        assert macs.sought(token.text, TokenKind.PERSONAL) == (token.id, macs.candidates(token))
+        assert macs.sought(other.text, TokenKind.PERSONAL) == (other.id, macs.candidates(other))
+        assert macs.sought(token.text, TokenKind.CLIENT_SECRET) is None
+    macs.use({1: SecretBytes(b"o" * 32), 2: SecretBytes(b"m" * 32)})
+    assert macs.sought(token.text, TokenKind.PERSONAL) == (token.id, MACS.candidates(token))
+
+
+def test_only_so_many_texts_are_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "REMEMBERED", 3)
+    macs = TokenMacs({1: SecretBytes(b"o" * 32)})
+    made = [tokens.make() for _ in range(10)]
+    for token in made:
+        macs.sought(token.text, TokenKind.PERSONAL)
+        assert macs.sought(made[0].text, TokenKind.PERSONAL) == (made[0].id, macs.candidates(made[0]))
+    assert len(macs._sought) == 3
+
+
+@pytest.mark.parametrize("text", ["", "dapi" + "0" * 61, "dapi" + "é" * 61, "dapi" + "\ud800" * 61, "x" * 65])
+def test_nothing_is_sought_for_what_is_no_token(text: str) -> None:
+    for _ in range(2):
+        assert MACS.sought(text, TokenKind.PERSONAL) is None
