@@ -103,4 +103,4 @@ def stated_version(record: bytes) -> int:
 
 def joined(*parts: bytes) -> bytes:
     """The parts, each behind its length, so that no two lists of parts look alike."""
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return b"".join([len(part).to_bytes(4, "big") + part for part in parts])

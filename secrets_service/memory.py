@@ -47,6 +47,10 @@ RIGHTS = frozenset[Callable[..., Any]](
 """The reads that decide about rights and about nothing else. What is not among them is forgotten with every write."""
 
 
+_NOTHING: Any = object()
+"""Stands for what is not remembered; what was read may be None."""
+
+
 class Mark(NamedTuple):
     """Stands for a moment."""
 
@@ -191,9 +195,9 @@ class RememberingDatabase:
         reads a few rows: others may wait for it.
         """
         reads, key = self._kind(function), (function, args)
-        if key in reads.results:
+        found: T = reads.results.get(key, _NOTHING)
+        if found is not _NOTHING:
             reads.results.move_to_end(key)
-            found: T = reads.results[key]
             return found
         since = reads.mark()
         result: T = await self.read_together(function, *args)

@@ -20,8 +20,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from servicekit import audit_store
@@ -428,15 +430,21 @@ def refused(reason: str) -> None:
 
 def about(message: Message) -> str:
     """What a request is about: the fields of OBJECT_FIELDS that it has, as `name=value`."""
-    found = []
-    fields = message.DESCRIPTOR.fields_by_name
-    for name in OBJECT_FIELDS:
-        if name not in fields or fields[name].is_repeated or fields[name].message_type is not None:
-            continue
-        given = getattr(message, name)
-        if given:
-            found.append(f"{name}={_shown(name, given)}")
-    return " ".join(found)
+    return " ".join(
+        f"{name}={_shown(name, given)}"
+        for name in _object_fields(message.DESCRIPTOR)
+        if (given := getattr(message, name))
+    )
+
+
+@cache
+def _object_fields(kind: Descriptor) -> list[str]:
+    fields = kind.fields_by_name
+    return [
+        name
+        for name in OBJECT_FIELDS
+        if name in fields and not fields[name].is_repeated and fields[name].message_type is None
+    ]
 
 
 def _shown(name: str, given: Any) -> str:

@@ -19,9 +19,9 @@ and by others, in which `forwarded` was added, and the head became what it is on
     ALTER TABLE audit_state RENAME COLUMN seq TO dropped_seq;
     ALTER TABLE audit_state RENAME COLUMN mac TO dropped_mac;
 
-Records up to `exported` are in the files, and those up to `forwarded` were taken over by whoever gets them besides; what
-is needed for neither is no longer here. The head of the chain is the last record or, where none is left, what it was
-when records were last dropped: so a record is one row, and a commit as few pages as can be.
+Records up to `exported` are in the files, and those up to `forwarded` were taken over by whoever gets them besides;
+what is needed for neither is no longer here. The head of the chain is the last record or, where none is left, what it
+was when records were last dropped: so a record is one row, and a commit as few pages as can be.
 """
 
 from __future__ import annotations

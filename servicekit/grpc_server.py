@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import grpc
@@ -32,7 +33,7 @@ from servicekit.pace import Pace
 from servicekit.policy import Row
 from servicekit.rpc_tracing import ServerTracing
 from servicekit.shedding import Lag, Room
-from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, source
+from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, grpc_peer, is_trusted, source
 from servicekit.tls import Certificate
 
 log = logging.getLogger(__name__)
@@ -239,7 +240,8 @@ def _server(
         for method in service.methods
         if (name := policy.rpc_name(method)) in table
     }
-    handlers = []
+    # All generic: for each method that is registered by itself, grpc.aio awaits the next call anew with every call.
+    handlers = [_generic(HEALTH, health, known)]
     names = []
     for service, servicer in services:
         methods = {}
@@ -289,10 +291,10 @@ def _server(
             ("grpc.max_connection_age_grace_ms", round(longest_call * 1000)),
         ],
     )
-    server.add_generic_rpc_handlers(handlers)
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
     if listener.reflection:
-        reflection.enable_server_reflection([*names, HEALTH.full_name, reflection.SERVICE_NAME], server)
+        reflecting = reflection.aio.ReflectionServicer([*names, HEALTH.full_name, REFLECTION.full_name])
+        handlers.append(_generic(REFLECTION, reflecting, known))
+    server.add_generic_rpc_handlers(handlers)
     return server, _listen(server, listener.address, listener.certificate)
 
 
@@ -316,10 +318,18 @@ def _listen(server: grpc.aio.Server, address: str, certificate: Certificate | No
 def _source_on(listener: Listener) -> SourceOf:
     scheme = "http" if listener.certificate is None else "https"
 
+    @lru_cache(maxsize=1_024)
+    def immediate(peer: str) -> Source | None:
+        """Where the calls of a connection come from, by gRPC's name for its other end; None where a proxy may say."""
+        address = grpc_peer(peer)
+        return None if is_trusted(address, listener.trusted_proxies) else source(address, scheme)
+
     def of(rpc: grpc.aio.ServicerContext[Any, Any]) -> Source:
+        if (known := immediate(peer := rpc.peer())) is not None:
+            return known
         metadata = [(key, value) for key, value in rpc.invocation_metadata() or () if isinstance(value, str)]
         return source(
-            grpc_peer(rpc.peer()),
+            grpc_peer(peer),
             scheme,
             forwarded_for=[value for key, value in metadata if key == FORWARDED_FOR],
             forwarded_proto=[value for key, value in metadata if key == FORWARDED_PROTO],
@@ -327,6 +337,15 @@ def _source_on(listener: Listener) -> SourceOf:
         )
 
     return of
+
+
+def _generic(service: ServiceDescriptor, servicer: object, known: Mapping[str, Method]) -> grpc.GenericRpcHandler:
+    methods = {
+        method.name: _handler(method, getattr(servicer, method.name))
+        for method in service.methods
+        if f"/{policy.rpc_name(method)}" in known
+    }
+    return grpc.method_handlers_generic_handler(service.full_name, methods)
 
 
 def _handler(method: MethodDescriptor, behavior: Any) -> grpc.RpcMethodHandler[Any, Any]:

@@ -51,7 +51,12 @@ def networks(text: str) -> tuple[Network, ...]:
 
 
 def source(
-    peer: str, scheme: str, *, forwarded_for: Sequence[str], forwarded_proto: Sequence[str], trusted: Sequence[Network]
+    peer: str,
+    scheme: str,
+    *,
+    forwarded_for: Sequence[str] = (),
+    forwarded_proto: Sequence[str] = (),
+    trusted: Sequence[Network] = (),
 ) -> Source:
     """The source of a request that `peer`, an IP address, sent over `scheme`.
 
@@ -70,6 +75,12 @@ def source(
         address = before
     told = ",".join(forwarded_proto).rpartition(",")[2].strip().lower()
     return Source(str(address), told if told in ("http", "https") else scheme)
+
+
+def is_trusted(peer: str, trusted: Sequence[Network]) -> bool:
+    """Whether a peer, an IP address, is a proxy that is believed."""
+    address = _peer(peer)
+    return address is not None and _is_in(address, trusted)
 
 
 def is_address(text: str) -> bool:
