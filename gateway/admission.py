@@ -58,7 +58,7 @@ class Place(Turn):
     def __init__(
         self, table: RoutingTable, endpoint: Endpoint, entity_name: str | None, measured: Invocation, *, seconds: float
     ) -> None:
-        super().__init__(self._find, seconds=seconds)
+        super().__init__(seconds=seconds)
         self._table = table
         self._endpoint = endpoint
         self._entity_name = entity_name
@@ -81,7 +81,8 @@ class Place(Turn):
         self._measured.sent()
         return replica
 
-    def _find(self, avoided: Collection[Server]) -> Queue:
+    def choose(self, avoided: Collection[Server]) -> Queue:
+        """As the table is now; raises EndpointNotFound, BadRequest or Unavailable."""
         endpoint, name = self._table.endpoint(self._endpoint.name), self._entity_name
         if endpoint is None or endpoint.id != self._endpoint.id:
             raise EndpointNotFound

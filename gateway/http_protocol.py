@@ -170,9 +170,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._task is None or self._task.done():
-            self._all.discard(self)
+            self._over()
         else:  # a change is made, also when nobody waits for the answer any more
-            self._task.add_done_callback(lambda _: self._all.discard(self))
+            self._task.add_done_callback(lambda _: self._over())
         self.closed.set_result(None)
         self._writable.set()
         if self._timer is not None:
@@ -182,6 +182,10 @@ class Connection(asyncio.Protocol):
         if self._answering is not None:
             self._answering.lost()
         self._answering = self._receiving = self._current = None  # which know of us
+
+    def _over(self) -> None:
+        self._all.discard(self)
+        self._task = None  # which knows of us
 
     def pause_writing(self) -> None:
         self._writable.clear()
@@ -298,6 +302,10 @@ class Connection(asyncio.Protocol):
             pass  # nobody is left to be answered
         except Exception as error:  # the application renders those that it knows: this one is a bug of ours
             log.error("request failed", exc_info=(type(error), error, error.__traceback__))
+        finally:
+            # Its context leads to the request. What leads to itself is left to the garbage collector, and with every
+            # request that would be so much that all others wait for it.
+            request.task = None
         if self._answering is request:  # not answered, or not to its end
             self._transport.abort()
 

@@ -8,8 +8,9 @@ telling others: the most at a time since they were told, so that nothing is miss
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -247,15 +248,11 @@ class Queues:
         return {key: load for key, load in loads.items() if any(load)}
 
 
-class Turn:
+class Turn(ABC):
     """One request's way to a server: `async with turn as server`, again after `avoid` when that one was no good."""
 
-    def __init__(self, choose: Callable[[Collection[Server]], Queue], *, seconds: float) -> None:
-        """`choose` says where to queue, given the servers to avoid; what it raises is raised to whoever enters.
-
-        `seconds` is how long the request waits, all in all, from the first time that it has to.
-        """
-        self._choose = choose
+    def __init__(self, *, seconds: float) -> None:
+        """`seconds` is how long the request waits, all in all, from the first time that it has to."""
         self._seconds = seconds
         self._until: float | None = None
         self._avoided: set[Server] = set()
@@ -264,10 +261,14 @@ class Turn:
         self.has_waited = False
         """Whether some time passed before the server was found: what was decided before may not hold any more."""
 
+    @abstractmethod
+    def choose(self, avoided: Collection[Server]) -> Queue:
+        """Where to queue, given the servers to avoid; what it raises is raised to whoever enters."""
+
     async def __aenter__(self) -> Server:
         """Raises QueueFull, TimeoutError."""
         while self._server is None:
-            self.queue = self._choose(self._avoided)
+            self.queue = self.choose(self._avoided)
             self._server = self.queue.take(self._avoided)
             if self._server is None:
                 self.has_waited = True

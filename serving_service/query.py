@@ -154,7 +154,7 @@ class _Place(Turn):
         until: float,
         seconds: float,
     ) -> None:
-        super().__init__(self._find, seconds=seconds)
+        super().__init__(seconds=seconds)
         self._deadline = until
         self._leaving: asyncio.TimerHandle | None = None
         self._table = table
@@ -179,7 +179,8 @@ class _Place(Turn):
             self._leaving.cancel()
         super().leave()
 
-    def _find(self, avoided: Collection[Server]) -> Queue:
+    def choose(self, avoided: Collection[Server]) -> Queue:
+        """As the routes are now; raises NotDeployed, Stopped or NotReady."""
         routes = self._table.now(self._endpoint_id)
         if routes is None:
             raise NotDeployed

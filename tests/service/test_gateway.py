@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import gc
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -371,6 +373,28 @@ async def test_the_body_reaches_the_model_and_its_answer_the_caller(stack: Platf
     assert answer.headers["content-type"] == "application/json"
     assert answer.json()["body"] == '{"inputs":[1]}'
     assert answer.json()["path"] == "/invocations"
+
+
+async def test_requests_leave_nothing_to_the_garbage_collector(stack: Platform) -> None:
+    await serve(stack, "ep", Echo())
+    paths = ("/serving-endpoints/ep/invocations", "/serving-endpoints/gone/invocations", "/nowhere")
+    async with asyncio.timeout(30):
+        reader, writer = await asyncio.open_connection(*stack.url.removeprefix("http://").split(":"))
+        for is_counted in (False, True):  # the first ones make what is kept
+            gc.collect()
+            gc.disable()
+            try:
+                for path in paths * 50:
+                    head = f"POST {path} HTTP/1.1\r\nhost: t\r\nauthorization: Bearer owner-token\r\ncontent-length: 2"
+                    writer.write(f"{head}\r\ncontent-type: application/json\r\n\r\n{{}}".encode())
+                    answer = await reader.readuntil(b"\r\n\r\n")
+                    (length,) = re.findall(rb"content-length: (\d+)", answer)
+                    await reader.readexactly(int(length))
+                if is_counted:
+                    assert gc.collect() < 50, "what leads to itself has all others wait, some time later"
+            finally:
+                gc.enable()
+        writer.close()
 
 
 async def test_the_model_never_sees_the_callers_credentials(stack: Platform) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 
 import pytest
 
@@ -29,6 +29,17 @@ def one_queue(*limits: int, length: int = 10, is_awaited: bool = False) -> Queue
 
 def waiting(queue: Queue, *, seconds: float = LONG) -> asyncio.Task[Server | None]:
     return asyncio.create_task(queue.wait(asyncio.get_running_loop().time() + seconds))
+
+
+class TurnBy(Turn):
+    """A turn at the queue that a function says."""
+
+    def __init__(self, choice: Callable[[Collection[Server]], Queue], *, seconds: float) -> None:
+        super().__init__(seconds=seconds)
+        self._choice = choice
+
+    def choose(self, avoided: Collection[Server]) -> Queue:
+        return self._choice(avoided)
 
 
 async def settle() -> None:
@@ -175,12 +186,12 @@ async def test_a_turn_looks_again_until_there_is_a_server_and_avoids_the_bad_one
             raise LookupError
         return queue
 
-    turn = Turn(choose, seconds=LONG)
+    turn = TurnBy(choose, seconds=LONG)
     async with turn as first:
         turn.avoid(first)
     async with turn as second:
         assert second is not first
-        blocked = asyncio.create_task(turn_of(Turn(choose, seconds=LONG), avoiding=first))
+        blocked = asyncio.create_task(turn_of(TurnBy(choose, seconds=LONG), avoiding=first))
         await settle()
         assert not blocked.done(), "the free server is one to avoid"
         turn.avoid(second)
@@ -240,7 +251,7 @@ async def test_whatever_comes_and_goes_no_limit_is_passed_and_no_place_is_lost()
     @contextlib.asynccontextmanager
     async def counted() -> AsyncIterator[None]:
         nonlocal most
-        async with Turn(lambda _: queue, seconds=chance.choice((0.001, LONG))) as server:
+        async with TurnBy(lambda _: queue, seconds=chance.choice((0.001, LONG))) as server:
             most = max(most, sum(each.busy for each in queue.servers))
             assert server.busy <= server.limit
             yield
