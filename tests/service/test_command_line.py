@@ -116,18 +116,19 @@ async def test_an_audit_log_is_followed_over_its_files_until_ctrl_c() -> None:
             stderr=asyncio.subprocess.PIPE,
         )
         assert program.stdout is not None
+        folder = platform.secrets.settings.data_dir / "audit"
         async with asyncio.timeout(60):
             shown = [json.loads(await program.stdout.readline())]
             for name in ("first", "second"):
                 await platform.introduce(name)
                 while name not in json.dumps(shown[-1]):
                     shown.append(json.loads(await program.stdout.readline()))
+                last = shown[-1]["seq"]  # what comes now is in another file
+                await eventually(lambda last=last: last in [each["seq"] for each in of_files(folder)])
             program.send_signal(signal.SIGINT)
             _, complained = await program.communicate()
         assert (program.returncode, complained) == (130, b"")
-        folder = platform.secrets.settings.data_dir / "audit"
         begin, end = shown[0]["seq"], shown[-1]["seq"]
-        await eventually(lambda: end in [each["seq"] for each in of_files(folder)])
         # Everything once and in order, but for what the follower asked itself, which is in the log.
         between = [each for each in of_files(folder) if begin < each["seq"] <= end]
         asked = [each for each in between if each["request_id"].startswith("follow-")]
