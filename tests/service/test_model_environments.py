@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import os
+import select
 import shutil
 import signal
 import socket
@@ -113,12 +114,27 @@ def processes_below(folder: Path) -> list[psutil.Process]:
     return found
 
 
-@contextlib.contextmanager
-def silent_index() -> Iterator[dict[str, str]]:
+@dataclass
+class SilentIndex:
     """An index that takes every request and never answers; whoever waits for it does so for longer than any test."""
+
+    listener: socket.socket
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What leads to it."""
+        address = f"http://user:{PASSWORD}@127.0.0.1:{self.listener.getsockname()[1]}/simple"
+        return {"UV_DEFAULT_INDEX": address, "UV_HTTP_TIMEOUT": "3600"}
+
+    def is_asked(self) -> bool:
+        """Whether somebody waits for an answer."""
+        return bool(select.select([self.listener], [], [], 0)[0])
+
+
+@contextlib.contextmanager
+def silent_index() -> Iterator[SilentIndex]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = f"http://user:{PASSWORD}@127.0.0.1:{listener.getsockname()[1]}/simple"
-        yield {"UV_DEFAULT_INDEX": address, "UV_HTTP_TIMEOUT": "3600"}
+        yield SilentIndex(listener)
 
 
 # --- which environment ----------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ async def test_five_launches_at_a_time_build_once_and_a_later_one_needs_no_index
         # A newer one does not matter either: the same needs lead to the same packages.
         make_wheel(workshop.wheels, "tiny", "2.0")
     with silent_index() as nowhere:
-        async with workshop.environments(nowhere) as environments, asyncio.timeout(SECONDS):
+        async with workshop.environments(nowhere.variables) as environments, asyncio.timeout(SECONDS):
             later = EnvironmentLog()
             assert await environments.of(models[0], later) == found[0]
     assert "was built before" in later.text()
@@ -290,9 +306,9 @@ async def test_a_full_disk_is_the_cause_and_nothing_is_left(workshop: Workshop) 
 async def test_a_build_ends_whole_when_the_last_who_waits_gives_up(workshop: Workshop) -> None:
     model = workshop.model("m", "tiny")
     with silent_index() as nowhere:
-        async with workshop.environments(nowhere) as environments:
+        async with workshop.environments(nowhere.variables) as environments:
             first, second = (asyncio.create_task(environments.of(model, EnvironmentLog())) for _ in range(2))
-            await eventually(lambda: bool(processes_below(workshop.folder)))
+            await eventually(nowhere.is_asked)
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
             assert processes_below(workshop.folder)
@@ -306,7 +322,7 @@ async def test_a_build_ends_whole_when_the_last_who_waits_gives_up(workshop: Wor
 async def test_a_build_ends_with_its_service_and_its_log_can_be_read_meanwhile(workshop: Workshop) -> None:
     said = EnvironmentLog()
     with silent_index() as nowhere:
-        async with workshop.environments(nowhere) as environments:
+        async with workshop.environments(nowhere.variables) as environments:
             waiting = asyncio.create_task(environments.of(workshop.model("m", "tiny"), said))
             await eventually(lambda: "Resolving" in said.text() and bool(processes_below(workshop.folder)))
         await asyncio.gather(waiting, return_exceptions=True)
@@ -323,7 +339,7 @@ from serving_service.model_environments import EnvironmentLog
 async def main():
     workshop = Workshop(Path(sys.argv[1]))
     with silent_index() as nowhere:
-        async with workshop.environments(nowhere) as environments:
+        async with workshop.environments(nowhere.variables) as environments:
             await environments.of(Path(sys.argv[2]), EnvironmentLog())
 
 asyncio.run(main())
