@@ -55,7 +55,7 @@ def append(connection: Connection, lines: Sequence[str], before: Head) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Up to which record there are some, and have them who is to have them."""
+    """Up to which record those have them who are to have them."""
 
     exported: int
     forwarded: int
