@@ -273,12 +273,14 @@ class EndpointController:
             if not self._replicas:
                 await self._doors.database.write(store.purge, endpoint.id)
                 return False
-        desired = self._desired(endpoint)
+        # One moment for all: what is due by the end of the plan was not due for it, and has to be looked at again.
+        now = time.monotonic()
+        desired = self._desired(endpoint, now)
         if not endpoint.is_deleted:
             self.publish(endpoint, endpoint.active)
-        for action in reconcile.plan(desired, self._observed(), time.monotonic()):
+        for action in reconcile.plan(desired, self._observed(), now):
             await self._carry_out(endpoint, action)
-        self._next_look = self._look_after(desired, time.monotonic())
+        self._next_look = self._look_after(desired, now)
         return True
 
     def _look_after(self, desired: reconcile.Desired, now: float) -> float | None:
@@ -294,7 +296,7 @@ class EndpointController:
         self._is_deleted = True  # a pass that began before must not publish any more
         self._doors.routes.remove(self.endpoint_id)
 
-    def _desired(self, endpoint: Endpoint) -> reconcile.Desired:
+    def _desired(self, endpoint: Endpoint, now: float) -> reconcile.Desired:
         wanted = {config.version: config for config in (endpoint.active, endpoint.pending) if config is not None}
         self._versions = {
             (config.version, each.name): each.model.version for config in wanted.values() for each in config.entities
@@ -305,23 +307,22 @@ class EndpointController:
             # Timed on the clock that nobody can set; what passed before this process started is taken from the record.
             left = endpoint.pending.created_at / 1000 + self._doors.deploy_deadline - time.time()
             left = min(max(left, 0), self._doors.deploy_deadline)
-            self._deadlines = {endpoint.pending.version: time.monotonic() + left}
+            self._deadlines = {endpoint.pending.version: now + left}
         return reconcile.Desired(
             is_deleted=endpoint.is_deleted,
             is_updating=endpoint.is_updating,
-            active=self._wanted(endpoint),
+            active=self._wanted(endpoint, now),
             pending=_first(endpoint.pending) if endpoint.pending else None,
             is_stopped=endpoint.is_stopped,
             deadline=self._deadlines[endpoint.pending.version] if endpoint.pending is not None else 0.0,
         )
 
-    def _wanted(self, endpoint: Endpoint) -> reconcile.Wanted | None:
+    def _wanted(self, endpoint: Endpoint, now: float) -> reconcile.Wanted | None:
         """What is to run of the active version, as the load asks for just now."""
         config = endpoint.active
         if config is None or endpoint.is_deleted:
             return None
         self._follow(config)
-        now = time.monotonic()
         self._hear_loads(now)
         self._counts = self._needed(now)
         return reconcile.Wanted(config.version, self._counts)

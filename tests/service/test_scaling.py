@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -239,6 +241,24 @@ async def test_who_waits_for_a_launch_that_fails_hears_why_and_the_next_caller_h
 
     await eventually(is_tried_again)
     assert len(await launches(platform) - before) == 2
+    await at_zero(platform)
+
+
+async def test_what_is_not_needed_any_more_by_the_end_of_a_plan_goes_with_the_next_one(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, ahead = reconcile.plan, 0.0
+
+    def slow(*args: Any) -> list[reconcile.Action]:
+        nonlocal ahead
+        ahead += SHORT
+        return plan(*args)
+
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + ahead)
+    monkeypatch.setattr("serving_service.controller.time", clock)
+    monkeypatch.setattr(reconcile, "plan", slow)
+    await platform.start(idle_seconds=SHORT)
+    await deploy(platform, an_input("tiny", **SLEEPY))
     await at_zero(platform)
 
 
