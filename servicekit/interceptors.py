@@ -315,7 +315,9 @@ class _Call:
                 _pass_warnings(rpc, request_context.warnings if request_context else ())
                 return answer
             finally:
-                self._ended(time.perf_counter() - self._started)
+                # Told in a moment, when the answer is on its way: nobody waits for it with what is told about it.
+                seconds = time.perf_counter() - self._started
+                asyncio.get_running_loop().call_soon(self._ended, seconds)
 
         return handle
 
