@@ -114,6 +114,7 @@ class RememberingDatabase:
         self._wanted: list[_Wanted] = []
         self._is_reading = False
         self._reading_on: asyncio.Task[None] | None = None
+        self._writing_on: set[asyncio.Future[None]] = set()
 
     async def read(self, function: Callable[Concatenate[Connection, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """As `Storage.read`."""
@@ -158,7 +159,10 @@ class RememberingDatabase:
 
         async def destroy() -> tuple[T, int]:
             try:
-                written = await self._published(change)
+                if leaves_rights:
+                    written = await self._database.write(self._answers.once, change), 0
+                else:
+                    written = await self._published(change)
             except Answered:  # perhaps between the first call's transaction and its end
                 await self._database.erase()
                 raise
@@ -263,9 +267,12 @@ class RememberingDatabase:
     async def _writing(self, work: Coroutine[Any, Any, T], *concerned: _Reads) -> T:
         for reads in concerned:
             reads.write_begins()
-        writing = asyncio.ensure_future(work)
-        writing.add_done_callback(partial(_written, concerned))
-        return await asyncio.shield(writing)
+        # Rather than by `shield`, which takes one more turn of the loop.
+        outcome: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        writing = asyncio.ensure_future(_written(work, concerned, outcome))
+        self._writing_on.add(writing)
+        writing.add_done_callback(self._writing_on.discard)
+        return await outcome
 
 
 def _applied(function: Callable[..., T], args: tuple[Hashable, ...], connection: Connection) -> T:
@@ -282,8 +289,18 @@ def _each(connection: Connection, batch: Sequence[_Wanted]) -> list[Any]:
     return [wanted.read(connection) for wanted in batch]
 
 
-def _written(concerned: Sequence[_Reads], writing: asyncio.Future[Any]) -> None:
-    for reads in concerned:
-        reads.write_ended()
-    if not writing.cancelled():
-        writing.exception()  # whoever waited has it; nobody need hear of it when the caller is gone
+async def _written(work: Coroutine[Any, Any, T], concerned: Sequence[_Reads], outcome: asyncio.Future[T]) -> None:
+    try:
+        result = await work
+    except asyncio.CancelledError:
+        outcome.cancel()
+        raise
+    except Exception as error:
+        if not outcome.done():  # else whoever asked is gone
+            outcome.set_exception(error)
+    else:
+        if not outcome.done():
+            outcome.set_result(result)
+    finally:
+        for reads in concerned:
+            reads.write_ended()
