@@ -550,28 +550,29 @@ def secrets(connection: Connection, scope: Scope) -> list[SecretInfo]:
     return [SecretInfo(*row) for row in rows]
 
 
-def has_secrets(connection: Connection, scope: Scope, count: int) -> bool:
-    """Whether a scope holds so many secrets."""
-    # What was deleted leaves its row, but only a scope with so many rows needs to be counted: that an index tells.
+def spare_secrets(connection: Connection, scope: Scope, most: int) -> int:
+    """How many more secrets a scope takes, or fewer: what was deleted leaves its row, which counts while there is room.
+
+    It looks at each row in an index, so that it takes longer than all else of a put where there are many.
+    """
     (rows,) = connection.execute("SELECT count(*) FROM keys WHERE scope_id = ?", (scope.id,)).fetchone()
-    if rows < count:
-        return False
-    (held,) = connection.execute(
-        "SELECT count(*) FROM keys WHERE scope_id = ? AND last_version >= first_version", (scope.id,)
-    ).fetchone()
-    return bool(held >= count)
+    if rows >= most:
+        (rows,) = connection.execute(
+            "SELECT count(*) FROM keys WHERE scope_id = ? AND last_version >= first_version", (scope.id,)
+        ).fetchone()
+    return max(most - int(rows), 0)
 
 
-def next_version(connection: Connection, scope: Scope, name: str, *, folded: str) -> tuple[int, int]:
-    """Counts a put: the key's id and the new version. A key that exists keeps its spelling."""
+def next_version(connection: Connection, scope: Scope, name: str, *, folded: str) -> Key:
+    """Counts a put: the key as it is then. One that exists keeps its spelling."""
     row = connection.execute(
         "INSERT INTO keys (scope_id, key, folded, first_version, last_version) VALUES (?, ?, ?, 1, 1)"
         " ON CONFLICT (scope_id, folded) DO UPDATE SET last_version = keys.last_version + 1,"
         " key = CASE WHEN keys.last_version >= keys.first_version THEN keys.key ELSE excluded.key END"
-        " RETURNING id, last_version",
+        " RETURNING id, key, first_version, last_version",
         (scope.id, name, folded),
     ).fetchone()
-    return row[0], row[1]
+    return Key(*row)
 
 
 def insert_version(connection: Connection, secret: SealedSecret, *, created_ms: int) -> None:

@@ -38,7 +38,7 @@ class SecretValues:
     def add(self, connection: Connection, scope: Scope, key: str, value: SecretBytes) -> tuple[int, int]:
         """Makes a new version; its number, and how many older ones were destroyed."""
         folded = names.folded(key)
-        key_id, version = store.next_version(connection, scope, key, folded=folded)
+        made = store.next_version(connection, scope, key, folded=folded)
         wrapped = store.newest_scope_key(connection, scope)
         if wrapped is None:
             raise ScopeDamaged(scope.name)
@@ -47,10 +47,11 @@ class SecretValues:
         except Damaged:
             log.error("key of a scope is damaged", extra={"scope": scope.name})
             raise ScopeDamaged(scope.name) from None
-        record = cipher.seal(value, places.secret(scope, folded, version))
-        sealed = SealedSecret(key_id, key, version, record, wrapped)
+        record = cipher.seal(value, places.secret(scope, folded, made.last_version))
+        sealed = SealedSecret(made.id, made.name, made.last_version, record, wrapped)
         store.insert_version(connection, sealed, created_ms=self._now_ms())
-        return version, store.drop_versions(connection, key_id, keep=self._keep)
+        has_older = made.last_version > self._keep or made.first_version > 1
+        return made.last_version, store.drop_versions(connection, made.id, keep=self._keep) if has_older else 0
 
     def open(self, scope: Scope, sealed: SealedSecret) -> SecretBytes:
         """The value of a version; raises SecretDamaged."""
