@@ -288,7 +288,7 @@ class Gateway:
         answer.headers.append((b"x-tessera-request-id", request.id.encode()))
         # Secrets records which credentials were refused: of which request, and where that came from.
         context.enter(RequestContext(request.id))
-        context.came_from(partial(self._address, request))
+        context.came_from(self._address(request))
         self._name_workspace(answer)
         began = time.perf_counter()
         try:

@@ -86,18 +86,17 @@ class RequestContext:
 _current: ContextVar[RequestContext | None] = ContextVar("request", default=None)
 
 
-_source: ContextVar[Callable[[], str] | None] = ContextVar("source", default=None)
+_source: ContextVar[str] = ContextVar("source", default="")
 
 
-def came_from(source: Callable[[], str]) -> None:
-    """Says where the request being served comes from: `source` tells its address when somebody asks."""
-    _source.set(source)
+def came_from(address: str) -> None:
+    """Says where the request being served comes from."""
+    _source.set(address)
 
 
 def source() -> str:
     """The address that the request being served comes from; empty when nobody knows."""
-    found = _source.get()
-    return "" if found is None else found()
+    return _source.get()
 
 
 def current() -> RequestContext | None:

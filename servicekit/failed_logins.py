@@ -6,7 +6,6 @@ and that the log hears no more of it. Whoever has a good one at the same address
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 import time
@@ -14,12 +13,9 @@ from collections.abc import Callable
 
 from servicekit.errors import ServiceError, TooManyRequests, Unauthenticated
 from servicekit.pace import MOST_KEPT, Pace
-from servicekit.source import Source
+from servicekit.source import Source, owner
 
 log = logging.getLogger(__name__)
-
-IPV6_NETWORK = 64
-"""Bits of an address of version 6 that tell who it belongs to; the others are its owner's to choose."""
 
 
 class TooManyFailures(TooManyRequests):
@@ -49,7 +45,7 @@ class FailedLogins:
 
         The log is told, with `facts`, as long as there are not too many.
         """
-        address = _owner(source.address)
+        address = owner(source.address)
         wait = 0.0 if self._pace is None else self._pace.wait(address)
         if not wait:
             self._throttled.discard(address)
@@ -62,14 +58,3 @@ class FailedLogins:
             log.warning("too many credentials refused, no more of this address are logged", extra=source.fields())
         # To send none at all is no guess, and clients look for that answer.
         return error if isinstance(error, Unauthenticated) else TooManyFailures(math.ceil(wait))
-
-
-def _owner(address: str) -> str:
-    """The part of an address that its owner cannot choose."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if parsed.version == 4:
-        return address
-    return str(ipaddress.ip_network((parsed, IPV6_NETWORK), strict=False))

@@ -1,9 +1,10 @@
-"""What happens around every RPC, in this order: request context, access log, errors, room, audit, identity, pace, first
-answer, deadline, record.
+"""What happens around every RPC, in this order: request context, access log, errors, deadline, room, audit, identity,
+pace, arrival of the message, first answer, record.
 
 The log comes first so that refused calls are seen too; errors wrap identity because a refusal is an error like any
-other. For a call without room nothing else is done, and one whose deadline has passed is not begun. Whatever a handler
-raises that is no ServiceError reaches the caller as a fixed text and a request id.
+other. For a call without room nothing else is done, and one whose deadline has passed is not begun. Of whoever is not
+known no message is received: it would be kept while it arrives. Whatever a handler raises that is no ServiceError
+reaches the caller as a fixed text and a request id.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from servicekit import audit, channels, context, once
+from servicekit.arrivals import Arrivals
 from servicekit.audit import AuditUnavailable, Entry, Trail
 from servicekit.errors import (
     DeadlineExceeded,
@@ -38,7 +40,7 @@ from servicekit.pace import Pace
 from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.safe_repr import safe_repr
 from servicekit.shedding import Overloaded, Room
-from servicekit.source import Source, is_address
+from servicekit.source import Source, grpc_peer, is_address, owner
 
 log = logging.getLogger("servicekit.access")
 
@@ -58,6 +60,9 @@ MOST_METADATA = 100
 
 MOST_AWAITED = 200
 """Of how many calls of one address the message may be on its way at a time; of most it is there with the call."""
+
+GOOD_SECONDS = 1.0
+"""For how long it is known who calls while the message is on its way; then that is found out anew."""
 
 SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
@@ -92,7 +97,7 @@ TURNED_AWAY = {
     TooMuchMetadata: "too much metadata",
     NothingCame: "no request",
 }
-"""What a call is refused with before anybody asks who calls, and how that is counted: a flood fills no log."""
+"""What a call is refused with before it is whole, and how that is counted: a flood fills no log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,28 +248,6 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return row is not None and not row.peers
 
 
-class Arrivals:
-    """How many requests are waited for of each address: at most `most`, 0: any number."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._awaited: dict[str, int] = {}
-
-    def begin(self, peer: str) -> str:
-        """One more is waited for of a peer, by gRPC's name for it: its address, for `end`. Raises Overloaded."""
-        address = peer.rpartition(":")[0]
-        awaited = self._awaited.get(address, 0)
-        if self._most and awaited >= self._most:
-            raise Overloaded
-        self._awaited[address] = awaited + 1
-        return address
-
-    def end(self, address: str) -> None:
-        """It came, or is not waited for any more."""
-        if awaited := self._awaited.pop(address) - 1:
-            self._awaited[address] = awaited
-
-
 class _Call:
     """One RPC under way."""
 
@@ -276,6 +259,8 @@ class _Call:
         self._decision: Decision | None = None
         self._entry: Entry | None = None
         self._message: Message | None = None
+        self._sender = ""
+        self._source: Source | None = None
         self._reason = ""
         self._lacks_audit = False
         self._is_credential = False
@@ -287,6 +272,7 @@ class _Call:
 
     def refused(self, error: ServiceError) -> Any:
         async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+            self._meet(rpc)
             try:
                 await self._refuse(rpc, error)
             finally:
@@ -296,6 +282,7 @@ class _Call:
 
     def unary(self, behavior: Any, read: Any, write: Any) -> Any:
         async def handle(_: object, rpc: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            self._meet(rpc)
             try:
                 answer = await self._served(rpc, behavior, read, write)
             except once.Answered as first:  # which was decided about at the time
@@ -323,10 +310,12 @@ class _Call:
 
     def streaming(self, behavior: Any, read: Any = None) -> Any:
         async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            self._meet(rpc)
             try:
+                with self._room:
+                    await self._begin()
                 request = requests if read is None else await self._received_in_time(rpc)
                 with self._room:
-                    await self._begin(rpc)
                     answers = behavior(request if read is None else self._decoded(request, read), rpc)
                     if hasattr(answers, "__aiter__"):
                         async for answer in answers:
@@ -352,13 +341,15 @@ class _Call:
 
     async def _served(self, rpc: grpc.aio.ServicerContext[Any, Any], behavior: Any, read: Any, write: Any) -> bytes:
         """The answer to a request, when all of it comes in time."""
-        request = None
+        is_arriving = False
         try:
             async with asyncio.timeout(_time_left(rpc)) as limit:
-                request = await self._received(rpc)
                 with self._room:
-                    _time_left(rpc)
-                    await self._begin(rpc)
+                    await self._begin()
+                is_arriving = True
+                request = await self._received(rpc)
+                is_arriving = False
+                with self._room:
                     _time_left(rpc)
                     message = self._decoded(request, read)
                     once.enter(self._method, message)
@@ -366,7 +357,7 @@ class _Call:
         except TimeoutError:
             if not limit.expired():  # a time-out inside the handler, which should have dealt with it
                 raise
-            if request is None:
+            if is_arriving:
                 raise NothingCame from None
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
 
@@ -379,30 +370,39 @@ class _Call:
             raise NothingCame from None
 
     async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> bytes:
-        """The one message of a call; raises NothingCame, or Overloaded for an address that too many are waited for of.
+        """The one message of a call; raises NothingCame, or Overloaded for a sender whom too many are waited for of.
 
-        Meanwhile it takes no place in a room: whoever sends half of a request keeps nobody else out.
+        Meanwhile it takes no place in a room: whoever sends half of a request keeps nobody else out. What does not come
+        is counted and has no record.
         """
-        address = self._chain.arrivals.begin(rpc.peer())
-        try:
+        entry, self._entry = self._entry, None
+        began = time.perf_counter()
+        with self._chain.arrivals.of(self._sender):
             request = await rpc.read()
-        finally:
-            self._chain.arrivals.end(address)
         if not isinstance(request, bytes):  # the end of what the caller sends
             raise NothingCame
+        self._entry = entry
+        if time.perf_counter() - began > GOOD_SECONDS:
+            await self._authenticate()
         return request
 
-    async def _begin(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def _meet(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Takes down where the call comes from. Of one that is over gRPC must not be asked: that ends the process."""
+        self._sender = _sender(rpc.peer())
+        if self._chain.source is not None:
+            self._source = self._chain.source(rpc)
+
+    async def _begin(self) -> None:
         chain = self._chain
         context.enter(context.RequestContext(self._request_id))
-        context.came_from(partial(self._source, rpc))
+        context.came_from(self._address())
         row = chain.row(self._method)
         if chain.trail is not None and (row is None or row.is_audited):
             self._entry = chain.trail.begin(
                 self._method.removeprefix("/"),
                 row,
                 request_id=self._request_id,
-                source=self._source(rpc),
+                source=self._address(),
                 via=chain.peer,
             )
             await chain.trail.ready()
@@ -425,10 +425,10 @@ class _Call:
         row = None if self._decision is None else self._decision.row
         return self._chain.source is not None and row is not None and bool(row.subject) and not row.is_inference
 
-    def _source(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> str:
+    def _address(self) -> str:
         """The address that the call comes from; on a peer's socket, the one that the peer says."""
-        if self._chain.source is not None:
-            return self._chain.source(rpc).address
+        if self._source is not None:
+            return self._source.address
         given = self._metadata.get(channels.SOURCE, "")
         return given if is_address(given) else ""
 
@@ -464,13 +464,13 @@ class _Call:
         self._reason = error.reason
         self._is_credential = isinstance(error, CREDENTIAL_REFUSED)
         self._lacks_audit = isinstance(error, AuditUnavailable)
-        if self._chain.source is not None and isinstance(error, CREDENTIAL_REFUSED):
-            error = self._chain.failed_logins.refusal(error, self._chain.source(rpc), self._facts())
+        if self._source is not None and isinstance(error, CREDENTIAL_REFUSED):
+            error = self._chain.failed_logins.refusal(error, self._source, self._facts())
         elif type(error) not in TURNED_AWAY:
             shape = self._shape() if log.isEnabledFor(logging.DEBUG) else {}
             log.info("call refused", extra={**self._facts(), "reason": error.reason, **shape})
         elif self._chain.trail is not None:
-            self._chain.trail.count(self._source(rpc) or self._chain.peer, TURNED_AWAY[type(error)])
+            self._chain.trail.count(self._address() or self._chain.peer, TURNED_AWAY[type(error)])
         self._code = error.code
         await rpc.abort_with_status(to_status(error, longest=self._chain.longest_message))
 
@@ -502,6 +502,16 @@ class _Call:
     def _shape(self) -> dict[str, str]:
         """What the request is made of, when it was read."""
         return {} if self._message is None else {"request": safe_repr(self._message)}
+
+
+def _sender(peer: str) -> str:
+    """Whom a call comes from, by gRPC's name for the other end: without the port, which is each connection's own."""
+    return _owner_of(peer.rpartition(":")[0])
+
+
+@lru_cache(maxsize=1_024)
+def _owner_of(peer: str) -> str:
+    return owner(grpc_peer(peer))
 
 
 def _check_fields(metadata: Sequence[object]) -> None:

@@ -19,6 +19,10 @@ FORWARDED_FOR = "x-forwarded-for"
 FORWARDED_PROTO = "x-forwarded-proto"
 
 
+IPV6_NETWORK = 64
+"""Bits of an address of version 6 that tell who it belongs to; the others are its owner's to choose."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a request comes from."""
@@ -89,6 +93,15 @@ def is_address(text: str) -> bool:
         return text == "unknown" or str(ipaddress.ip_address(text)) == text
     except ValueError:
         return False
+
+
+@lru_cache(maxsize=1_024)
+def owner(address: str) -> str:
+    """The part of an address that its owner cannot choose; a text that is none as it is."""
+    parsed = _parsed(address)
+    if isinstance(parsed, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((parsed, IPV6_NETWORK), strict=False))
+    return address if parsed is None else str(parsed)
 
 
 def grpc_peer(peer: str) -> str:

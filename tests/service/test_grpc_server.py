@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from servicekit import channels, context, errors, grpc_server, interceptors
 from servicekit.errors import NotFound, StartError, from_rpc_error
 from servicekit.grpc_server import CallLimits, Listener
-from servicekit.identity import Identity, TokenExchange, by_assertion, by_token
+from servicekit.identity import Identity, InvalidToken, TokenExchange, by_assertion, by_token
 from servicekit.policy import AUTHENTICATED, OPEN, Row, Table, on_behalf, permission
 from servicekit.sockets import socket_address
 from tessera.identity.v1 import identity_pb2 as identity_pb
@@ -784,8 +784,8 @@ class HalfSender:
             hearing.cancel()
             sender.writer.transport.abort()
 
-    def open(self, method: str, *metadata: tuple[str, str], part: bytes = b"") -> None:
-        """Opens a call, and sends a part of its message."""
+    def open(self, method: str, *metadata: tuple[str, str], part: bytes = b"") -> int:
+        """Opens a call, and sends a part of its message; the stream's number."""
         self._stream += 2
         headers = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x", "te": "trailers"}
         headers |= {"content-type": "application/grpc", **dict(metadata)}
@@ -794,6 +794,11 @@ class HalfSender:
             for name, value in headers.items()
         )
         self.writer.write(frame(1, 4, self._stream, block) + (frame(0, 0, self._stream, part) if part else b""))
+        return self._stream
+
+    def go_on(self, stream: int, rest: bytes) -> None:
+        """Sends the rest of a call's message, and the end of the stream."""
+        self.writer.write(frame(0, 1, stream, rest))
 
     async def _hear(self) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -830,10 +835,68 @@ async def test_half_a_request_is_given_up_at_its_deadline(
             sender.open(GET_ME, *TOKEN, ("grpc-timeout", "1H"), part=part)
             sender.open(QUERY, *TOKEN, part=part)
         await eventually(lambda: len(set(sender.ended)) == 30, what="every call is ended")
-    assert platform.authority.exchanges == [], "nobody is asked who calls"
     assert "call refused" not in logged(), "it is counted"
     monkeypatch.undo()
     assert await platform.me(timeout=30) == ADA.name
+
+
+@pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer of-nobody"),)])
+async def test_of_whom_nobody_knows_no_message_is_waited_for(platform: Platform, metadata: Any) -> None:
+    async with HalfSender.connected(platform.addresses[0]) as sender:
+        for _ in range(10):
+            sender.open(GET_ME, *metadata, ("grpc-timeout", "1H"), part=HALF)
+            sender.open(QUERY, *metadata, ("grpc-timeout", "1H"), part=HALF)
+        await eventually(lambda: len(set(sender.ended)) == 20, what="every call is refused")
+
+
+async def test_whose_credential_ends_while_a_message_is_on_its_way_is_not_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(interceptors, "GOOD_SECONDS", 0.0)
+    asked = asyncio.Event()
+    served: list[Any] = []
+    is_good = True
+
+    async def identify(metadata: Any, row: Row | None) -> Identity:
+        asked.set()
+        if not is_good:
+            raise InvalidToken
+        return Identity(ADA)
+
+    async def answer(rpc: Any) -> identity_pb.User:
+        served.append(rpc)
+        return await whoever_calls(rpc)
+
+    async with running(identify=identify) as platform:
+        platform.scim.answer = answer
+        async with HalfSender.connected(platform.addresses[0]) as sender:
+            stream = sender.open(GET_ME, *TOKEN, part=b"\0")
+            await asked.wait()
+            is_good = False
+            sender.go_on(stream, b"\0\0\0\0")
+            await eventually(lambda: stream in sender.ended, what="the call is refused")
+    assert served == []
+
+
+async def test_where_a_call_came_from_is_known_when_it_is_over() -> None:
+    """Tasks that it began may still call others; gRPC itself ends the process when it is asked then."""
+    is_over = asyncio.Event()
+    sources: list[str] = []
+
+    async def later() -> None:
+        await is_over.wait()
+        sources.append(context.source())
+
+    async def identify(metadata: Any, row: Row | None) -> Identity:
+        tasks.append(asyncio.create_task(later()))
+        return Identity(ADA)
+
+    tasks: list[asyncio.Task[None]] = []
+    async with running(identify=identify) as platform:
+        await platform.me()
+        is_over.set()
+        await asyncio.gather(*tasks)
+    assert sources == ["127.0.0.1"]
 
 
 async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
