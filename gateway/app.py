@@ -17,7 +17,7 @@ from google.protobuf.descriptor import MethodDescriptor
 
 from gateway import errors, http_server
 from gateway.admission import Admission
-from gateway.http import Answer, ClientGone, Request, read_body
+from gateway.http import MOST_AWAITED, Answer, ClientGone, Request, read_body
 from gateway.http_rules import RouteTable, bindings
 from gateway.http_tracing import Traced, routed
 from gateway.invocations import Invocations
@@ -31,6 +31,7 @@ from gateway.streams import Streams
 from gateway.transcoding import Transcoder
 from servicekit import background, channels, context, peers, policy, relay, tls, tracing
 from servicekit.access import AccessTable
+from servicekit.arrivals import Arrivals
 from servicekit.context import Principal, RequestContext
 from servicekit.errors import ServiceError
 from servicekit.exposure import is_read
@@ -69,6 +70,12 @@ AT_ANY_TIME = ("GET /health", "GET /.well-known/databricks-config")
 """Routes that are answered however much there is to do: a supervisor asks for the one, and clients that are refused the
 other do not begin."""
 
+AWAITS_BODY = ("POST /oidc/v1/token", "POST /telemetry-ext")
+"""Routes that are no messages, and whose body we read ourselves: what has not arrived keeps no place."""
+
+MOST_BODY_BYTES = 64 * 1024 * 1024
+"""Of control-plane bodies that are on their way, in all."""
+
 NO_ROUTE, GONE = "(none)", "(none)"
 """What requests are counted under that no route takes, and that nobody was answered."""
 
@@ -106,6 +113,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
         )
         metrics = ServiceMetrics()
         lag = Lag()
+        room = Room("callers", settings.calls, lag)
         measures = Measures(gone=ClientGone)
         exchange = TokenExchange(open_channel["secrets"], stale_seconds=settings.stale_identity_seconds)
         access = AccessTable(forget=exchange.forget, stale_seconds=settings.stale_identity_seconds)
@@ -129,12 +137,12 @@ async def running(settings: GatewaySettings) -> AsyncIterator[str]:
                 deadline=settings.inference_deadline,
                 body_limit=settings.inference_body_limit,
             ),
-            oauth=OAuth(open_channel["secrets"], public_url),
+            oauth=OAuth(open_channel["secrets"], public_url, room),
             document=Document(rules, public_url),
             public_url=public_url,
             trusted_proxies=settings.trusted_proxies,
             failed_logins=FailedLogins(settings.failed_logins),
-            room=Room("callers", settings.calls, lag),
+            room=room,
             calls=Calls(metrics.registry, "tessera_http_requests", "Requests over HTTP", kind="route", ending="status"),
         )
         metrics.watch("tessera_endpoints", "Endpoints that this gateway knows.", table.count)
@@ -204,6 +212,8 @@ class _Special:
     path: re.Pattern[str]
     row: Row
     room: Room
+    """For finding out who calls, and for the answer, too, unless that has to wait for a body."""
+    awaits_body: bool
     handle: _Handle
 
 
@@ -214,7 +224,8 @@ def _special(name: str, row: Row, room: Room, handle: _Handle) -> _Special:
     """
     method, _, template = name.partition(" ")
     path = _VARIABLE.sub(r"(?P<\1>[^/]+)", re.escape(template))
-    return _Special(method, template, re.compile(f"{path}/?" if row.needs_caller else path), row, room, handle)
+    pattern = re.compile(f"{path}/?" if row.needs_caller else path)
+    return _Special(method, template, pattern, row, room, name in AWAITS_BODY, handle)
 
 
 class Gateway:
@@ -245,6 +256,7 @@ class Gateway:
         self._trusted_proxies = trusted_proxies
         self._failed_logins = failed_logins
         self._room = room
+        self._bodies = Arrivals(MOST_AWAITED, most_bytes=MOST_BODY_BYTES)
         self._calls = calls
         self._workspace: tuple[bytes, bytes] | None = None
         self.streams = Streams(exchange)
@@ -358,20 +370,26 @@ class Gateway:
     async def _route(self, request: Request, answer: Answer) -> None:
         for special in self._special:
             if special.method == request.method and (match := special.path.fullmatch(request.path)):
-                with special.room:
-                    await self._answer_special(special, request, answer, match)
+                await self._answer_special(special, request, answer, match)
                 return
+        # Callers that we do not know learn nothing about which paths there are.
         with self._room:
-            pieces, caller = await self._answer_message(request, answer)
-        if pieces is not None:  # which goes on for as long as somebody reads, and keeps no place
-            await self.streams.pass_on(request, answer, caller, pieces)
+            identity = await self._identify(request, answer)
+        # What has not arrived keeps no place: whoever is slow keeps nobody else out.
+        body = await self._body(request, identity.principal)
+        with self._room:
+            pieces = await self._answer_message(request, answer, identity, body)
+        if pieces is not None:  # which goes on for as long as somebody reads, and keeps no place either
+            await self.streams.pass_on(request, answer, identity.principal, pieces)
+
+    async def _body(self, request: Request, caller: Principal) -> bytes:
+        with self._bodies.of(caller.id) as arriving:
+            return await read_body(request, CONTROL_BODY_LIMIT, arriving)
 
     async def _answer_message(
-        self, request: Request, answer: Answer
-    ) -> tuple[AsyncGenerator[HttpBody, None] | None, Principal]:
+        self, request: Request, answer: Answer, identity: Identity, body: bytes
+    ) -> AsyncGenerator[HttpBody, None] | None:
         """Answers with a message; or returns the pieces of what is to be answered, where that is a stream."""
-        # Callers that we do not know learn nothing about which paths there are.
-        identity = await self._identify(request, answer)
         found = self._rules.match(request.method, request.path)
         if found is None:
             raise errors.no_such_route(request.method, request.path)
@@ -385,20 +403,18 @@ class Gateway:
         if (chosen := request.header(b"x-tessera-request-id")) is not None:
             channels.check_request_id(chosen)
             metadata.append((channels.CHOSEN, "true"))
-        body = await read_body(request, CONTROL_BODY_LIMIT)
         if binding.is_stream:
             request.is_stream = True
-            pieces = self._transcoder.stream(
+            return self._transcoder.stream(
                 binding, parameters, request.query_string, metadata, longest_silence=CONTROL_DEADLINE
             )
-            return pieces, identity.principal
         transcoded = await self._transcoder.handle(
             binding, parameters, request.query_string, body, metadata, CONTROL_DEADLINE
         )
         warnings = [(channels.WARNING.encode(), text.encode("ascii")) for text in transcoded.warnings]
         content_type = (b"content-type", transcoded.content_type.encode("ascii"))
         answer.whole(binding.success_status, [*warnings, content_type], transcoded.body)
-        return None, identity.principal
+        return None
 
     async def _answer_special(self, special: _Special, request: Request, answer: Answer, match: re.Match[str]) -> None:
         """Answers as the route's row in the policy says; what the row leaves to decide, the handler has to."""
@@ -412,8 +428,14 @@ class Gateway:
             async def again() -> Principal:
                 return (await self._identify(request, answer, for_inference=special.row.is_inference)).principal
 
-            context.enter(RequestContext(request.id, await again(), again=again, decision=decision))
-        await special.handle(request, answer, match)
+            with special.room:
+                caller = await again()
+            context.enter(RequestContext(request.id, caller, again=again, decision=decision))
+        if special.awaits_body:
+            await special.handle(request, answer, match)
+        else:
+            with special.room:
+                await special.handle(request, answer, match)
 
     async def _invoke(self, request: Request, answer: Answer, match: re.Match[str]) -> None:
         named = match.groupdict()
@@ -437,7 +459,7 @@ class Gateway:
         answer.whole(200, [_JSON], self._document.text)
 
     async def _telemetry(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
-        body = await read_body(request, CONTROL_BODY_LIMIT)
+        body = await self._body(request, context.current_caller())
         try:
             logs = [] if is_crowded(body) else orjson.loads(body).get("protoLogs", [])
         except (orjson.JSONDecodeError, AttributeError):

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from google.protobuf.descriptor import ServiceDescriptor
 
+from servicekit.arrivals import Arriving
 from servicekit.errors import InvalidParameter, ServiceError
 from servicekit.policy import Decision, Undecided
 
@@ -27,6 +28,9 @@ MOST_BUFFERED = 64 * 1024
 
 BODY_SECONDS = 60.0
 """How long a body that we read ourselves may take to arrive."""
+
+MOST_AWAITED = 200
+"""How many bodies that we read ourselves may be on their way of one sender."""
 
 _UNSENDABLE = re.compile(rb"[\0-\x08\x0a-\x1f\x7f]")
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode("ascii") for status in HTTPStatus}
@@ -270,16 +274,21 @@ class Answer:
         return b"".join((line, _date(), *lines, b"\r\n"))
 
 
-async def read_body(request: Request, limit: int, error: Callable[[str], ServiceError] = InvalidParameter) -> bytes:
-    """The whole body; raises `error` for one of more than `limit` bytes or that takes too long, and ClientGone."""
+async def read_body(
+    request: Request, limit: int, arriving: Arriving, error: Callable[[str], ServiceError] = InvalidParameter
+) -> bytes:
+    """The whole body, which `arriving` keeps account of.
+
+    Raises `error` for one of more than `limit` bytes or that takes too long, Overloaded, and ClientGone.
+    """
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await _read_body(request, limit, error)
+            return await _read_body(request, limit, arriving, error)
     except TimeoutError:
         raise error(f"The body was not complete after {BODY_SECONDS:g} s. Send it at once.") from None
 
 
-async def _read_body(request: Request, limit: int, error: Callable[[str], ServiceError]) -> bytes:
+async def _read_body(request: Request, limit: int, arriving: Arriving, error: Callable[[str], ServiceError]) -> bytes:
     if (request.declared_length() or 0) > limit:
         raise error(too_large(limit))
     pieces: list[bytes] = []
@@ -288,6 +297,7 @@ async def _read_body(request: Request, limit: int, error: Callable[[str], Servic
         size += len(piece)
         if size > limit:
             raise error(too_large(limit))
+        arriving.keep(len(piece))
         pieces.append(piece)
     return b"".join(pieces)
 

@@ -1,13 +1,15 @@
 """Inference: from a request to a replica and back, without any other service on the way.
 
 The body is passed on as it comes, in both directions, and not looked at (the OpenAI-style paths excepted, where the
-endpoint's name stands in it). What a model sees of a request's headers is a short list: never the caller's token.
+endpoint's name stands in it). A replica's place is taken when the first part of it is there, which mostly is the whole.
+What a model sees of a request's headers is a short list: never the caller's token.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
 
 import grpc
@@ -19,6 +21,7 @@ from gateway.json_codec import MOST_CONTAINERS, is_crowded
 from gateway.routes import Endpoint, RoutingTable
 from servicekit import tracing
 from servicekit.access import AccessTable
+from servicekit.arrivals import Arrivals, Arriving
 from servicekit.context import Principal, caller_again, current_decision
 from servicekit.errors import HTTP_STATUS, BadRequest, DeadlineExceeded, ServiceError, Unavailable
 from servicekit.http_client import ConnectFailed, HttpError, HttpPool, HttpResponse, HttpTimeout, ProtocolError
@@ -38,8 +41,17 @@ FROM_MODEL = frozenset((b"content-type", b"content-encoding", b"content-length",
 SPAN = "invocation"
 """What the way to a model is called in a trace."""
 
+FIRST_BYTES = 1024 * 1024
+"""So much of a body, or the whole, is waited for before a place of a replica's is taken: who is slow keeps none."""
+
+MOST_KEPT = 16
+"""So many of the longest bodies are kept in all, of requests that wait for the rest, a place, or their answer."""
+
 PIECE_SECONDS = 30.0
 """How long the body of a request may pause once it has begun to arrive."""
+
+REST_SECONDS = 120.0
+"""How long all of it may take that comes when the place is taken."""
 
 FIRST_TABLE_SECONDS = 5.0
 """How long a request waits for the first table of a gateway that has just started."""
@@ -84,6 +96,7 @@ class Invocations:
         self._measures = measures
         self._deadline = deadline
         self._body_limit = body_limit
+        self._bodies = Arrivals(most_bytes=MOST_KEPT * body_limit)
 
     async def invoke(
         self, request: Request, answer: Answer, caller: Principal, name: str, entity_name: str | None
@@ -93,9 +106,13 @@ class Invocations:
         Raises the ServiceErrors of contract 6.7 as long as nothing was answered, and ClientGone.
         """
         endpoint = await self._permitted(name, caller)
-        with self._began(endpoint, caller) as measured, tracing.within(SPAN):
+        with (
+            self._began(endpoint, caller) as measured,
+            tracing.within(SPAN),
+            self._bodies.of(caller.id) as arriving,
+        ):
             charge = self._ledger.admit(endpoint.limits, caller)
-            body = await self._body(request)
+            body = await self._body(request, arriving)
             # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
             endpoint = await self._permitted(name, caller)
             await self._forward(request, answer, endpoint, entity_name, body, charge, measured)
@@ -103,20 +120,22 @@ class Invocations:
     def _began(self, endpoint: Endpoint, caller: Principal) -> Invocation:
         return self._measures.began(endpoint.id, tracked=caller if endpoint.is_usage_tracked else None)
 
-    async def _body(self, request: Request) -> bytes | AsyncIterator[bytes]:
-        """What there is of a body: the whole where it came at once, else piece by piece."""
+    async def _body(self, request: Request, arriving: Arriving) -> bytes | AsyncIterator[bytes]:
+        """The whole body or, of a long one, its first part and then piece by piece what follows."""
         if (request.declared_length() or 0) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
-        first = await self._first(request)
-        if not request.is_complete:
-            return self._rest(request, first)
-        if len(first) > self._body_limit:
+        body = await self._first(request, arriving)
+        if len(body) > self._body_limit:
             raise BadRequest(too_large(self._body_limit))
-        return first
+        return body if request.is_complete else self._rest(request, body)
 
     async def invoke_named_in_body(self, request: Request, answer: Answer, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
-        body = await read_body(request, self._body_limit, BadRequest)
+        with self._bodies.of(caller.id) as arriving:
+            body = await read_body(request, self._body_limit, arriving, BadRequest)
+            await self._invoke_named_in(body, request, answer, caller)
+
+    async def _invoke_named_in(self, body: bytes, request: Request, answer: Answer, caller: Principal) -> None:
         if is_crowded(body):
             raise BadRequest(f"The body has more than {MOST_CONTAINERS} objects and lists.")
         try:
@@ -151,20 +170,21 @@ class Invocations:
                 "This gateway has just started and knows no endpoint yet. Try again in a moment.", retry_after=1
             ) from None
 
-    async def _first(self, request: Request) -> bytes:
-        """What comes first of a body. The rest has the time that the model has."""
+    async def _first(self, request: Request, arriving: Arriving) -> bytes:
+        """What is waited for before a place is taken. The rest has the time that the model has."""
         if request.is_complete:
             return await request.more()  # it is here already
         try:
             async with asyncio.timeout(self._deadline):
-                return await request.more()
+                return await _first_part(request, arriving)
         except TimeoutError:
             raise BodyOverdue(self._deadline) from None
 
     async def _rest(self, request: Request, first: bytes) -> AsyncIterator[bytes]:
         size = len(first)
+        until = asyncio.get_running_loop().time() + REST_SECONDS
         yield first
-        while piece := await _more(request):
+        while piece := await _more(request, until):
             size += len(piece)
             if size > self._body_limit:
                 raise BadRequest(too_large(self._body_limit))
@@ -230,12 +250,30 @@ class Invocations:
                 raise ModelServerFailed(place.entity.name) from None
 
 
-async def _more(request: Request) -> bytes:
-    """The next piece of a body; raises BadRequest when it does not go on, for it keeps a place of a model server's."""
+async def _first_part(request: Request, arriving: Arriving) -> bytes:
+    """The whole body, or the first of a long one."""
+    pieces: list[bytes] = []
+    size = 0
+    piece = await request.more()  # which may be long in coming
+    while piece:
+        pieces.append(piece)
+        size += len(piece)
+        arriving.keep(len(piece))
+        if size >= FIRST_BYTES and not request.is_complete:
+            break
+        piece = await _more(request)
+    return b"".join(pieces)
+
+
+async def _more(request: Request, until: float = math.inf) -> bytes:
+    """The next piece of a body; raises BadRequest when none comes, and BodyOverdue at `until`, on the loop's clock."""
+    left = until - asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(PIECE_SECONDS):
+        async with asyncio.timeout(min(left, PIECE_SECONDS)):
             return await request.more()
     except TimeoutError:
+        if left < PIECE_SECONDS:
+            raise BodyOverdue(REST_SECONDS) from None
         raise BadRequest(f"Nothing of the body came for {PIECE_SECONDS:g} s. Send it at once.") from None
 
 

@@ -15,10 +15,13 @@ import grpc
 import orjson
 
 from gateway.errors import OAuthError
-from gateway.http import Answer, Request, read_body
+from gateway.http import MOST_AWAITED, Answer, Request, read_body
 from servicekit import channels, context
+from servicekit.arrivals import Arrivals
 from servicekit.errors import ServiceError
 from servicekit.identity import authorization_details
+from servicekit.shedding import Room
+from servicekit.source import owner
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.identity.v1 import identity_pb2_grpc as rpc
 
@@ -30,6 +33,9 @@ FORM_LIMIT = 64 * 1024
 """Bytes of a form."""
 
 MOST_FIELDS = 20
+
+MOST_FORM_BYTES = 32 * 1024 * 1024
+"""Of forms that are on their way, in all: whoever sends them is not known yet."""
 
 ISSUE_SECONDS = 10.0
 """Seconds that Secrets has for issuing a token: an external issuer may have to be asked for its keys."""
@@ -54,10 +60,12 @@ class CredentialRefused(OAuthError):
 
 
 class OAuth:
-    """Discovery and tokens. `secrets` is the channel to Secrets."""
+    """Discovery and tokens. `secrets` is the channel to Secrets; an exchange takes a place in `room`."""
 
-    def __init__(self, secrets: grpc.aio.Channel, public_url: str) -> None:
+    def __init__(self, secrets: grpc.aio.Channel, public_url: str, room: Room) -> None:
         self._channel = secrets
+        self._room = room
+        self._forms = Arrivals(MOST_AWAITED, most_bytes=MOST_FORM_BYTES)
         self._authority = rpc.AuthorityStub(secrets)
         root = f"{public_url}/oidc"
         self._metadata = orjson.dumps(
@@ -88,7 +96,10 @@ class OAuth:
     async def token(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
         """Answers with a token; raises OAuthError."""
         answer.headers.append(_NO_STORE)  # on every answer, whoever gives it
-        form = _parsed(request, await read_body(request, FORM_LIMIT, _invalid_request))
+        self._room.check()
+        with self._forms.of(owner(context.source())) as arriving:
+            body = await read_body(request, FORM_LIMIT, arriving, _invalid_request)
+        form = _parsed(request, body)
         grant = _required(form, "grant_type")
         if grant not in (CLIENT_CREDENTIALS, JWT_BEARER):
             raise OAuthError(
@@ -105,7 +116,8 @@ class OAuth:
         else:
             message = pb.IssueTokenRequest(assertion=_required(form, "assertion"), endpoint_id=endpoint_id)
         context.enter(context.RequestContext(request.id))
-        issued = await self._issued(message, grant)
+        with self._room:
+            issued = await self._issued(message, grant)
         document = {"access_token": issued.access_token, "token_type": "Bearer", "expires_in": issued.expires_in}
         if is_bound:
             document["authorization_details"] = [authorization_details(endpoint_id)]

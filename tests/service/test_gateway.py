@@ -578,11 +578,11 @@ async def serve_one_at_a_time(stack: Platform) -> Whole:
 
 @asynccontextmanager
 async def half_sent(stack: Platform, half: bytes) -> AsyncIterator[asyncio.StreamReader]:
-    """A connection on which a body of ten bytes does not come whole."""
+    """A connection on which a body does not come whole."""
     host, _, port = stack.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     head = b"POST /serving-endpoints/ep/invocations HTTP/1.1\r\nauthorization: Bearer owner-token\r\n"
-    writer.write(head + b"content-length: 10\r\n\r\n" + half)
+    writer.write(head + b"content-length: %d\r\n\r\n" % (len(half) + 6) + half)
     try:
         yield reader
     finally:
@@ -593,13 +593,32 @@ async def test_who_hangs_up_in_the_middle_of_a_body_leaves_its_place_and_nothing
     stack: Platform,
 ) -> None:
     whole = await serve_one_at_a_time(stack)
-    async with half_sent(stack, b"half"):
+    async with half_sent(stack, bytes(invocations.FIRST_BYTES)):
         await whole.begun.wait()
     assert (await invoke(stack, "ep", body=b"whole")).status == 200
     assert whole.bodies == [b"whole"]
 
 
-@pytest.mark.parametrize("half", [b"", b"half"], ids=["nothing", "half"])
+async def test_who_sends_half_of_a_short_body_takes_no_place(stack: Platform) -> None:
+    whole = await serve_one_at_a_time(stack)
+    async with half_sent(stack, b"half"), half_sent(stack, b"half"):
+        assert (await invoke(stack, "ep", body=b"whole")).status == 200
+    assert whole.bodies == [b"whole"]
+
+
+async def test_a_long_body_that_is_slow_gives_its_place_back(stack: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(invocations, "REST_SECONDS", 0.3)
+    whole = await serve_one_at_a_time(stack)
+    async with half_sent(stack, bytes(invocations.FIRST_BYTES)) as reader:
+        await whole.begun.wait()
+        async with asyncio.timeout(30):
+            answer = await reader.readuntil(b"}")
+        assert answer.startswith(b"HTTP/1.1 504 ")
+        assert (await invoke(stack, "ep", body=b"whole")).status == 200
+    assert whole.bodies == [b"whole"]
+
+
+@pytest.mark.parametrize("half", [b"", b"half", bytes(invocations.FIRST_BYTES)], ids=["nothing", "half", "much"])
 async def test_a_body_that_does_not_come_whole_in_time_is_a_504_that_says_so_and_leaves_its_place(half: bytes) -> None:
     async with platform(inference_deadline=0.3) as quick:
         whole = await serve_one_at_a_time(quick)

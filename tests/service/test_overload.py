@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import pytest
 
+from gateway import app as gateway_app
+from gateway import invocations, oauth
+from servicekit import arrivals
 from servicekit.shedding import ALWAYS_TAKEN, LATE_LOOKS, Lag
 from tests.service.test_gateway import Echo
 from tests.support.eventually import eventually
@@ -15,18 +18,6 @@ from tests.support.http import Answer, fetch
 from tests.support.platform import running_platform
 
 ENDPOINTS = "/api/2.0/serving-endpoints"
-
-
-class Body:
-    """A body that does not go on before it is let."""
-
-    def __init__(self) -> None:
-        self.go_on = asyncio.Event()
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield b'{"name": '
-        await self.go_on.wait()
-        yield b'"x"}'
 
 
 def refused(answer: Answer) -> bool:
@@ -53,12 +44,12 @@ async def answer_to_half_a_request(gateway: Platform) -> bytes:
 async def test_more_requests_than_there_is_room_for_are_refused_and_queries_of_models_are_not() -> None:
     async with platform(calls=2) as gateway:
         await gateway.publish(routes("churn", ("m-1", 100, [("r1", await gateway.add_replica(Echo()))])))
-        body = Body()
+        gateway.serving.gate.clear()
         slow = [
-            asyncio.create_task(fetch(gateway.url, "POST", ENDPOINTS, token=token, body=aiter(body)))
+            asyncio.create_task(fetch(gateway.url, "GET", ENDPOINTS, token=token))
             for token in ("owner-token", "stranger-token")
         ]
-        await eventually(lambda: gateway.authority.exchanges == 2, within=30)
+        await eventually(lambda: len(gateway.serving.seen) == 2, within=30)
         # Nobody is asked who calls, and the body is not waited for.
         assert refused(await fetch(gateway.url, "GET", ENDPOINTS, token="of-nobody"))
         assert refused(await fetch(gateway.url, "POST", "/oidc/v1/token"))
@@ -68,10 +59,65 @@ async def test_more_requests_than_there_is_room_for_are_refused_and_queries_of_m
             assert (await fetch(gateway.url, "GET", path)).status == 200
         query = "/serving-endpoints/churn/invocations"
         assert (await fetch(gateway.url, "POST", query, token="owner-token", body=b"{}")).status == 200
-        body.go_on.set()
+        gateway.serving.gate.set()
         assert {answer.status for answer in await asyncio.gather(*slow)} == {501}
         answer = await fetch(gateway.url, "GET", ENDPOINTS, token="owner-token")
         assert answer.status == 501, "what Serving says here of everything"
+
+
+HALVES = {
+    "of anybody": b"POST /oidc/v1/token HTTP/1.1\r\ncontent-length: 100\r\n\r\ng",
+    "of a message": b"POST %b HTTP/1.1\r\nauthorization: Bearer owner-token\r\ncontent-length: 100\r\n\r\n{"
+    % ENDPOINTS.encode(),
+    "of telemetry": b"POST /telemetry-ext HTTP/1.1\r\nauthorization: Bearer owner-token\r\ncontent-length: 9\r\n\r\n{",
+}
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(
+    half: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_app, "MOST_AWAITED", 10)
+    monkeypatch.setattr(oauth, "MOST_AWAITED", 10)
+    async with platform(calls=2) as gateway, AsyncExitStack() as stack:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        readers = []
+        for _ in range(20):
+            reader, writer = await asyncio.open_connection(host, int(port))
+            stack.callback(writer.close)
+            writer.write(half)
+            readers.append(asyncio.create_task(reader.readline()))
+        # Ten are waited for, and the others refused at once.
+        await eventually(lambda: sum(task.done() for task in readers) == 10, within=30)
+        assert {task.result() for task in readers if task.done()} == {b"HTTP/1.1 429 Too Many Requests\r\n"}
+        for _ in range(5):
+            assert (await fetch(gateway.url, "GET", ENDPOINTS, token="stranger-token")).status == 501
+        for task in readers:
+            task.cancel()
+
+
+async def test_who_sends_half_of_long_bodies_has_a_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        platform(inference_body_limit=100_000, stale_identity_seconds=0) as gateway,
+        AsyncExitStack() as stack,
+    ):
+        await gateway.publish(routes("churn", ("m-1", 100, [("r1", await gateway.add_replica(Echo()))])))
+        host, port = gateway.url.removeprefix("http://").split(":")
+        lines = []
+        most = invocations.MOST_KEPT // arrivals.PARTS
+        for path in ("/serving-endpoints/chat/completions", "/serving-endpoints/churn/invocations"):
+            for _ in range(most):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                stack.callback(writer.close)
+                head = f"POST {path} HTTP/1.1\r\nauthorization: Bearer owner-token\r\ncontent-length: 100000\r\n\r\n"
+                writer.write(head.encode() + b" " * 99_999)
+                lines.append(asyncio.create_task(reader.readline()))
+        await eventually(lambda: sum(task.done() for task in lines) >= most, within=30)
+        assert {task.result() for task in lines if task.done()} == {b"HTTP/1.1 429 Too Many Requests\r\n"}
+        query = "/serving-endpoints/churn/invocations"
+        assert (await fetch(gateway.url, "POST", query, token="owner-token", body=b"{}")).status == 200
+        for task in lines:
+            task.cancel()
 
 
 async def test_requests_are_refused_while_the_event_loop_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,20 +130,21 @@ async def test_requests_are_refused_while_the_event_loop_is_late(monkeypatch: py
     monkeypatch.setattr(Lag, "run", look)
     async with platform() as gateway:
         gateway.authority.tokens |= {f"token-{number}": OWNER for number in range(ALWAYS_TAKEN)}
-        body = Body()
+        gateway.serving.gate.clear()
         slow = [
-            asyncio.create_task(fetch(gateway.url, "POST", ENDPOINTS, token=f"token-{number}", body=aiter(body)))
+            asyncio.create_task(fetch(gateway.url, "GET", ENDPOINTS, token=f"token-{number}"))
             for number in range(ALWAYS_TAKEN)
         ]
-        await eventually(lambda: gateway.authority.exchanges == ALWAYS_TAKEN, within=30)
-        assert (await fetch(gateway.url, "GET", ENDPOINTS, token="owner-token")).status == 501
+        await eventually(lambda: len(gateway.serving.seen) == ALWAYS_TAKEN, within=30)
+        one_more = asyncio.create_task(fetch(gateway.url, "GET", ENDPOINTS, token="owner-token"))
+        await eventually(lambda: len(gateway.serving.seen) == ALWAYS_TAKEN + 1, within=30)
         for _ in range(LATE_LOOKS):
             lags[-1].looked(1.0)
         assert refused(await fetch(gateway.url, "GET", ENDPOINTS, token="owner-token"))
         lags[-1].looked(0.0)
+        gateway.serving.gate.set()
         assert (await fetch(gateway.url, "GET", ENDPOINTS, token="owner-token")).status == 501
-        body.go_on.set()
-        await asyncio.gather(*slow)
+        assert {answer.status for answer in await asyncio.gather(*slow, one_more)} == {501}
 
 
 async def test_changes_over_rest_are_refused_beyond_the_pace_and_made_when_it_is_kept() -> None:

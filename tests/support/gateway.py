@@ -88,7 +88,7 @@ class ScriptedAuthority:
 
 
 class ScriptedServing:
-    """Sends the tables it is given, and keeps what the gateway reports."""
+    """Sends the tables it is given, and keeps what the gateway reports; `gate` holds other answers back while clear."""
 
     def __init__(self) -> None:
         self.endpoints: dict[str, pb.EndpointRoutes] = {}
@@ -99,6 +99,8 @@ class ScriptedServing:
         self.measures: list[pb.MeasuresReport] = []
         self.seen: list[tuple[str, str | None]] = []
         self.chosen_ids: list[str | None] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
         self._streams: set[asyncio.Queue[pb.RouteTable | None]] = set()
 
     async def Watch(self, requests: Any, context: Any) -> AsyncIterator[pb.RouteTable]:
@@ -131,6 +133,7 @@ class ScriptedServing:
             assert request_context is not None
             self.seen.append((name, request_context.caller.name if request_context.caller else None))
             self.chosen_ids.append(request_context.request_id if request_context.may_be_repeated else None)
+            await self.gate.wait()
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "canary text of a foreign server")
 
         return refuse
