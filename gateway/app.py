@@ -46,7 +46,7 @@ from servicekit.rate_limits import Ledger
 from servicekit.relay import Way
 from servicekit.shedding import Lag, Room
 from servicekit.sockets import socket_address, socket_path
-from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, source
+from servicekit.source import FORWARDED_FOR, FORWARDED_PROTO, Network, Source, owner, source
 from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.policy import POLICY
 from tessera.secrets.v1 import secrets_pb2
@@ -382,8 +382,8 @@ class Gateway:
         if pieces is not None:  # which goes on for as long as somebody reads, and keeps no place either
             await self.streams.pass_on(request, answer, identity.principal, pieces)
 
-    async def _body(self, request: Request, caller: Principal) -> bytes:
-        with self._bodies.of(caller.id) as arriving:
+    async def _body(self, request: Request, caller: Principal | None) -> bytes:
+        with self._bodies.of(owner(context.source()) if caller is None else caller.id) as arriving:
             return await read_body(request, CONTROL_BODY_LIMIT, arriving)
 
     async def _answer_message(
@@ -459,7 +459,8 @@ class Gateway:
         answer.whole(200, [_JSON], self._document.text)
 
     async def _telemetry(self, request: Request, answer: Answer, _: re.Match[str]) -> None:
-        body = await self._body(request, context.current_caller())
+        request_context = context.current()
+        body = await self._body(request, request_context.caller if request_context else None)
         try:
             logs = [] if is_crowded(body) else orjson.loads(body).get("protoLogs", [])
         except (orjson.JSONDecodeError, AttributeError):

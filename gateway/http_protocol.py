@@ -48,10 +48,48 @@ MOST_QUEUED = 16
 Application = Callable[[Request, Answer], Awaitable[None]]
 
 
+class Connections:
+    """All connections of a server: at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self.all: set[Connection] = set()
+        self._most = most
+        self._idle: dict[Connection, None] = {}
+        """Those without a request, the longest first."""
+        self._is_stopping = False
+
+    def joins(self, connection: Connection) -> None:
+        """There is one more, for which another one may have to go, or it itself."""
+        self.all.add(connection)
+        self._idle[connection] = None
+        if self._is_stopping:  # it was accepted before
+            connection.stop()
+        elif len(self.all) > self._most:
+            next(iter(self._idle)).abandon()
+
+    def is_busy(self, connection: Connection) -> None:
+        """It has a request."""
+        self._idle.pop(connection, None)
+
+    def is_idle(self, connection: Connection) -> None:
+        """It has none any more."""
+        self._idle[connection] = None
+
+    def leaves(self, connection: Connection) -> None:
+        """Its caller is gone; it is among all until its work is done."""
+        self._idle.pop(connection, None)
+
+    def stop(self) -> None:
+        """Closes all, and those that are still to come, after the answers under way."""
+        self._is_stopping = True
+        for connection in self.all:
+            connection.stop()
+
+
 class Connection(asyncio.Protocol):
     """Refuses what is beyond the bounds with the documented error, and closes the connection then."""
 
-    def __init__(self, application: Application, all: set[Connection], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, application: Application, all: Connections, loop: asyncio.AbstractEventLoop) -> None:
         self.is_stopping = False
         self.closed: asyncio.Future[None] = loop.create_future()
         self._application = application
@@ -146,8 +184,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._all.add(self)
         self._expect(HEAD_SECONDS)
+        self._all.joins(self)
 
     def data_received(self, data: bytes) -> None:
         if self._is_deaf or self._parser is None:
@@ -169,6 +207,7 @@ class Connection(asyncio.Protocol):
             self._expect(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._all.leaves(self)
         if self._task is None or self._task.done():
             self._over()
         else:  # a change is made, also when nobody waits for the answer any more
@@ -184,7 +223,7 @@ class Connection(asyncio.Protocol):
         self._answering = self._receiving = self._current = None  # which know of us
 
     def _over(self) -> None:
-        self._all.discard(self)
+        self._all.all.discard(self)
         self._task = None  # which knows of us
 
     def pause_writing(self) -> None:
@@ -269,6 +308,7 @@ class Connection(asyncio.Protocol):
         if self._waiting:
             self._start(*self._waiting.popleft())
             return
+        self._all.is_idle(self)
         self.taken()
         if not self._is_in_head:
             self._expect(IDLE_SECONDS)
@@ -291,6 +331,7 @@ class Connection(asyncio.Protocol):
             self._expect(LINGER_SECONDS)
 
     def _start(self, request: Request, answer: Answer) -> None:
+        self._all.is_busy(self)
         self._answering, self._current = request, answer
         self._expects_continue = request.headers.get(b"expect", b"").lower() == b"100-continue"
         self._task = request.task = self._loop.create_task(self._answer(request, answer))

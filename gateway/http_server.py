@@ -1,20 +1,35 @@
-"""The HTTP server: takes connections until it is told to stop, and lets what is under way finish then."""
+"""The HTTP server: takes connections until it is told to stop, and lets what is under way finish then.
+
+A connection costs its caller nothing, and us a descriptor, of which replicas need some, too. So there are at most so
+many connections, and beyond them the one that has been idle for longest gives way.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from gateway.http_protocol import HEAD_SECONDS, Application, Connection
+from gateway.http_protocol import HEAD_SECONDS, Application, Connection, Connections
 from servicekit.errors import StartError
 
 BACKLOG = 2048
 
 SILENT_SECONDS = 60
 """How long a connection says nothing before the kernel asks whether the other side is there."""
+
+
+KEPT_DESCRIPTORS = 4
+"""This part of the files that the process may have open is not for connections from outside."""
+
+
+def most_connections() -> int:
+    """How many connections there may be, by the files that this process may have open."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return files - files // KEPT_DESCRIPTORS
 
 
 def bound(listen: str) -> socket.socket:
@@ -50,7 +65,7 @@ async def serving(
     What is under way then may take so many seconds to finish.
     """
     loop = asyncio.get_running_loop()
-    connections: set[Connection] = set()
+    connections = Connections(most_connections())
     server = await loop.create_server(
         lambda: Connection(application, connections, loop),
         sock=listening,
@@ -62,14 +77,13 @@ async def serving(
         yield
     finally:
         server.close()
-        for connection in connections:
-            connection.stop()
+        connections.stop()
         await _over(connections, drain_seconds)
-        for connection in connections:
+        for connection in connections.all:
             connection.abandon()
         await _over(connections)
 
 
-async def _over(connections: set[Connection], timeout: float | None = None) -> None:
-    if pending := [each for connection in connections for each in connection.pending()]:
+async def _over(connections: Connections, timeout: float | None = None) -> None:
+    if pending := [each for connection in connections.all for each in connection.pending()]:
         await asyncio.wait(pending, timeout=timeout)

@@ -34,6 +34,9 @@ STATUS_FAILED = 1
 COLLECT_AFTER = 10_000
 """How many objects more there have to be before the garbage collector looks at the new ones."""
 
+MOST_FILES = 65_536
+"""How many files a service may have open; each connection is one."""
+
 DEBUGGING = {
     "GRPC_TRACE": "writes what callers send to the log, assertions too",
     "GRPC_VERBOSITY": "is at a level at which the library writes down what it works on",
@@ -82,6 +85,7 @@ def run(
         return STATUS_BAD_SETTINGS
     os.umask(0o077)
     _leave_no_core()
+    _open_more_files()
     logs.configure(name, configured.log_level)
     if dropped:
         log.warning("variables are ignored", extra={"variables": dropped})
@@ -126,6 +130,13 @@ def _leave_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, *map(ctypes.c_ulong, (0, 0, 0, 0)))
+
+
+def _open_more_files() -> None:
+    """Lets this process have as many files open as its user may: what many systems begin with is for tools."""
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < (wanted := min(most, MOST_FILES)):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _collect_less_often() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import pytest
 
 from gateway import http_protocol, http_server
 from gateway.http import Answer, ClientGone, Request, WhileWanted
-from gateway.http_protocol import Application
+from gateway.http_protocol import Application, Connection, Connections
+from tests.support.eventually import eventually
 
 PIECE = 256 * 1024
 
@@ -72,6 +74,66 @@ async def stream(request: Request, answer: Answer) -> None:
 
 def get(path: str, *headers: bytes, method: str = "GET", version: str = "1.1") -> bytes:
     return f"{method} {path} HTTP/{version}\r\n".encode() + b"".join(one + b"\r\n" for one in headers) + b"\r\n"
+
+
+async def test_of_too_many_connections_the_one_that_is_idle_for_longest_gives_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http_server, "most_connections", lambda: 3)
+    may_end = asyncio.Event()
+    slow = 0
+
+    async def application(request: Request, answer: Answer) -> None:
+        nonlocal slow
+        if request.path == "/slow":
+            slow += 1
+            await may_end.wait()
+        answer.whole(200, [], b"done")
+
+    listening = http_server.bound("127.0.0.1:0")
+    callers: list[Caller] = []
+
+    async def call() -> Caller:
+        callers.append(Caller(*await asyncio.open_connection(*listening.getsockname()[:2])))
+        return callers[-1]
+
+    async with http_server.serving(application, listening, None, drain_seconds=5.0):
+        busy = await call()
+        await busy.says(get("/slow"))
+        await eventually(lambda: slow == 1)
+        silent = await call()
+        kept = await call()
+        await silent.says(b"GET / HT")
+        await kept.says(get("/"))
+        await kept.hears(b"done")
+        fresh = await call()
+        assert await silent.hears_all() == b"", "it has been without a request for longest"
+        for caller in (kept, fresh):
+            await caller.says(get("/"))
+            await caller.hears(b"done")
+        for caller in (kept, fresh):
+            await caller.says(get("/slow"))
+        await eventually(lambda: slow == 3)
+        one_more = await call()
+        assert await one_more.hears_all() == b"", "all others are busy"
+        may_end.set()
+        for caller in (busy, kept, fresh):
+            await caller.hears(b"done")
+    for caller in callers:
+        caller.writer.close()
+
+
+async def test_a_connection_that_was_accepted_before_a_stop_and_comes_after_it_is_closed() -> None:
+    """As one does whose TLS handshake ends then."""
+    loop = asyncio.get_running_loop()
+    connections = Connections(10)
+    connections.stop()
+    ours, theirs = socket.socketpair()
+    reader, writer = await asyncio.open_connection(sock=theirs)
+    await loop.connect_accepted_socket(lambda: Connection(echo, connections, loop), ours)
+    assert await Caller(reader, writer).hears_all() == b""
+    writer.close()
+    await eventually(lambda: not connections.all)
 
 
 async def test_requests_that_come_together_are_answered_in_their_order() -> None:

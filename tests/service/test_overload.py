@@ -80,6 +80,7 @@ async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(
     monkeypatch.setattr(gateway_app, "MOST_AWAITED", 10)
     monkeypatch.setattr(oauth, "MOST_AWAITED", 10)
     async with platform(calls=2) as gateway, AsyncExitStack() as stack:
+        assert (await fetch(gateway.url, "GET", ENDPOINTS, token="owner-token")).status == 501  # who is known by then
         host, port = gateway.url.removeprefix("http://").split(":")
         readers = []
         for _ in range(20):
