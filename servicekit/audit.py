@@ -93,7 +93,12 @@ class AuditUnavailable(Unavailable):
 
 @dataclass(slots=True, kw_only=True)
 class Entry:
-    """One call, as it will be recorded."""
+    """One call, as it will be recorded.
+
+    Two threads know of it, and neither waits for the other: the database's adds what a use case says, in the
+    transaction, while the loop's tells how the call ended, which may be before that. So what came of the use case and
+    what the caller was told are apart, and what a record says is put together when it is known that there is one.
+    """
 
     trail: Trail
     method: str
@@ -104,37 +109,41 @@ class Entry:
     object: str = ""
     caller: Principal | None = None
     outcome: str = OK
+    """What came of the use case."""
     reason: str = ""
+    told: str = ""
+    """What the caller was told, where that is an error."""
+    told_reason: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     values: list[dict[str, Any]] = field(default_factory=list)
     must_be_durable: bool = False
     """Whether the answer has to wait for the record."""
     is_appended: bool = False
-    """Whether the record is part of a transaction of the call's own."""
+    """Whether the record is part of a transaction of the call's own, or is about to be."""
     is_recorded: bool = False
     """Whether there is a record, or will be, without that."""
 
-    def facts(self) -> dict[str, Any]:
-        """What the record says."""
-        caller = self.caller
+    def facts(self, outcome: str, reason: str) -> dict[str, Any]:
+        """What the record says, as of now."""
+        caller, notes = self.caller, self.notes
         facts: dict[str, Any] = {
             "service": self.trail.service,
             "request_id": self.request_id,
             "actor": caller.name if caller else f"service:{self.via}" if self.via else "",
             "actor_id": caller.id if caller else "",
             "credential": caller.token_id if caller else "",
-            "on_behalf_of": self.notes.get("on_behalf_of", ""),
+            "on_behalf_of": notes.get("on_behalf_of", ""),
             "source": self.source,
             "via": self.via,
             "method": self.method,
             "object": self.object,
             "permission": self.permission,
-            "outcome": self.outcome,
-            "reason": self.reason,
+            "outcome": outcome,
+            "reason": reason,
         }
-        facts |= {name: told for name, told in self.notes.items() if name not in facts}
-        if self.values:
-            facts["values"] = self.values
+        facts |= {name: told for name, told in notes.items() if name not in facts}
+        if values := list(self.values):
+            facts["values"] = values
         return facts
 
     async def allowed(self) -> None:
@@ -149,10 +158,11 @@ class Entry:
         """
         if self.is_recorded:
             return
+        if outcome != OK:
+            # Before it is looked whether there is a record: see Trail.append.
+            self.told, self.told_reason = outcome, reason
         if self.is_appended and (outcome == OK or outcome in _LATE):
             return  # a change that outlives its caller has its record
-        if outcome != OK:
-            self.outcome, self.reason = outcome, reason
         if is_lack_of_audit:
             self.trail.count(self.source or self.via, "no audit")
         elif is_credential and self.trail.is_flooded(self.source or self.via):
@@ -177,7 +187,7 @@ class Trail:
         self._key_due = time.monotonic() + KEY_SECONDS
         if key is not None:
             self._has_key.set()
-        self._waiting: list[tuple[Entry, asyncio.Future[None] | None]] = []
+        self._waiting: list[tuple[dict[str, Any], asyncio.Future[None] | None]] = []
         self._flushing: asyncio.Task[None] | None = None
         self._problems: dict[str, str] = {}
         self._counts: Counter[tuple[int, str, str]] = Counter()
@@ -237,10 +247,17 @@ class Trail:
         entry = _current.get()
         if entry is None or entry.is_appended:
             return
-        if entry.is_recorded:  # its caller was told something else, or was gone, before the change was made
-            entry.notes["told"], entry.outcome, entry.reason = entry.outcome, OK, ""
-        self._append(connection, [entry.facts()])
+        # Before it is looked what the caller was told: who tells it at this moment sees that there is a record, or has
+        # told it early enough to stand in it.
         entry.is_appended = True
+        facts = entry.facts(entry.outcome, entry.reason)
+        if told := entry.told:  # its caller was told something else, or was gone, before the change was made
+            facts["told"] = told
+        try:
+            self._append(connection, [facts])
+        except BaseException:
+            entry.is_appended = False
+            raise
 
     async def record(self, entry: Entry) -> None:
         """Returns when the record is on stable storage; raises AuditUnavailable."""
@@ -249,7 +266,7 @@ class Trail:
             raise AuditUnavailable("too many records wait")
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         entry.is_recorded = True
-        self._waiting.append((entry, waiter))
+        self._waiting.append((entry.facts(entry.outcome, entry.reason), waiter))
         self._flush_soon()
         try:
             await waiter
@@ -263,7 +280,8 @@ class Trail:
         if len(self._waiting) >= MOST_WAITING or BACKLOG in self._problems:
             self.count(entry.source or entry.via, "no audit")
             return
-        self._waiting.append((entry, None))
+        outcome, reason = (entry.told, entry.told_reason) if entry.told else (entry.outcome, entry.reason)
+        self._waiting.append((entry.facts(outcome, reason), None))
         self._flush_soon()
 
     async def event(self, method: str, **facts: Any) -> None:
@@ -357,15 +375,15 @@ class Trail:
         finally:
             self._flushing = None
 
-    async def _commit(self, batch: Sequence[tuple[Entry, asyncio.Future[None] | None]]) -> None:
+    async def _commit(self, batch: Sequence[tuple[dict[str, Any], asyncio.Future[None] | None]]) -> None:
         try:
-            await self._database.write(self._append, [entry.facts() for entry, _ in batch])
+            await self._database.write(self._append, [facts for facts, _ in batch])
         except Exception as error:
             cause = "its database cannot be written"
             log.exception("audit records are not stored", exc_info=(type(error), error, error.__traceback__))
-            for entry, waiter in batch:
+            for facts, waiter in batch:
                 if waiter is None:
-                    self.count(entry.source or entry.via, "no audit")
+                    self.count(facts["source"] or facts["via"], "no audit")
                 elif not waiter.done():
                     waiter.set_exception(AuditUnavailable(cause))
         else:
@@ -418,7 +436,8 @@ def note(**facts: str | int | bool) -> None:
     """Adds to the record of the call that is being served what only its use case knows; never a value."""
     entry = _current.get()
     if entry is not None:
-        entry.notes |= {name: _short(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
+        told = {name: _short(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
+        entry.notes = entry.notes | told  # another one, since the loop's thread may be going through these
 
 
 def refused(reason: str) -> None:

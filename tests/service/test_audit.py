@@ -424,6 +424,100 @@ def with_tables(directory: Path) -> Path:
     return directory
 
 
+@contextlib.asynccontextmanager
+async def a_trail(directory: Path) -> AsyncIterator[audit.Trail]:
+    """An audit trail by itself, in a database of its own; what follows waits for `records_of`."""
+    async with database.opened(directory / "a.db", with_tables(directory / "m")) as opened:
+        trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(trail, "_flush_soon", lambda: None)
+            yield trail
+
+
+async def records_of(trail: audit.Trail) -> list[dict[str, Any]]:
+    audit.Trail._flush_soon(trail)
+    await trail.close()
+    return [json.loads(text) for _, text in await trail._database.read(audit_store.after, 0, 100)]
+
+
+async def told_of(trail: audit.Trail) -> list[tuple[str, str, str]]:
+    """Outcome, reason, and what the caller was told, of each record."""
+    return [(each["outcome"], each["reason"], each.get("told", "")) for each in await records_of(trail)]
+
+
+def a_call(trail: audit.Trail) -> audit.Entry:
+    return trail.begin("m", None, request_id="r", source="", via="gateway")
+
+
+def is_gone(call: audit.Entry, code: str = "CANCELLED") -> None:
+    """The caller does not wait for the answer any more."""
+    call.ended(code, "", is_lack_of_audit=False, is_credential=False)
+
+
+async def test_a_refusal_whose_caller_was_gone_before_is_recorded_as_one(tmp_path: Path) -> None:
+    async with a_trail(tmp_path) as trail:
+        call = a_call(trail)
+
+        def refuse(connection: Any) -> None:
+            is_gone(call, "DEADLINE_EXCEEDED")
+            audit.refused("CREATOR_INACTIVE")
+            trail.append(connection)
+
+        await trail._database.write(refuse)
+        assert await told_of(trail) == [
+            ("REFUSED", "CREATOR_INACTIVE", "DEADLINE_EXCEEDED"),
+            ("DEADLINE_EXCEEDED", "", ""),
+        ]
+
+
+@pytest.mark.parametrize("place", ["facts", "_append"])
+async def test_a_change_is_recorded_as_made_when_its_caller_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    async with a_trail(tmp_path) as trail:
+        call = a_call(trail)
+        owner = audit.Entry if place == "facts" else audit.Trail
+        whole = getattr(owner, place)
+
+        def switched(*args: Any) -> Any:
+            monkeypatch.setattr(owner, place, whole)
+            is_gone(call)
+            return whole(*args)
+
+        monkeypatch.setattr(owner, place, switched)
+        await trail._database.write(trail.append)
+        assert await told_of(trail) == [("OK", "", "CANCELLED" if place == "facts" else "")]
+
+
+async def test_what_a_use_case_adds_while_a_call_ends_is_in_the_record_of_the_change_alone(tmp_path: Path) -> None:
+    async with a_trail(tmp_path) as trail:
+        call = a_call(trail)
+        audit.value("s/a", 1, b"a")
+        is_gone(call)
+        audit.value("s/b", 1, b"b")
+        audit.note(is_admin_read=True)
+        await trail._database.write(trail.append)
+        made, ended = await records_of(trail)
+        assert (made["outcome"], made["told"], made["is_admin_read"]) == ("OK", "CANCELLED", True)
+        assert [each["secret"] for each in made["values"]] == ["s/a", "s/b"]
+        assert (ended["outcome"], "told" in ended, "is_admin_read" in ended) == ("CANCELLED", False, False)
+        assert [each["secret"] for each in ended["values"]] == ["s/a"]
+
+
+async def test_a_record_that_could_not_be_appended_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise audit.AuditUnavailable("for a test")
+
+    async with a_trail(tmp_path) as trail:
+        call = a_call(trail)
+        monkeypatch.setattr(audit_store, "append", failing)
+        with pytest.raises(audit.AuditUnavailable):
+            await trail._database.write(trail.append)
+        monkeypatch.undo()
+        is_gone(call)
+        assert await told_of(trail) == [("CANCELLED", "", "")]
+
+
 async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
     key = AuditKey(bytes(32))
     async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
