@@ -15,7 +15,7 @@ import hashlib
 import hmac
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -93,6 +93,8 @@ def mac_of(text: str) -> str:
 class Verdict:
     """What a log turned out to be."""
 
+    service: str = ""
+    """Whose log it is."""
     first: int = 0
     head: Head = Head()
     records: int = 0
@@ -105,14 +107,17 @@ class Verdict:
         return not self.problems
 
 
-def verify(lines: Iterable[bytes], keys: Mapping[str, AuditKey], anchors: Iterable[Head] = ()) -> Verdict:
+def verify(lines: Iterable[bytes], keys: Mapping[str, Sequence[AuditKey]], anchors: Iterable[Head] = ()) -> Verdict:
     """Looks whether a log is whole; `lines` are all of it, in its order, without line breaks.
 
-    `keys` are the audit keys by their ids. `anchors` are heads that were published: the log must hold each that is not
-    older than its beginning. A log that begins later than its first record must say in its chain that what was before
-    was removed. Stops at the first break, since nothing after it can be told from an invention.
+    `keys` are the audit keys of each service, the oldest first: a log is of one service, and goes on with a newer key
+    and never with an older one again. `anchors` are heads that were published: the log must hold each that is not older
+    than its beginning. A log that begins later than its first record must say in its chain that what was before was
+    removed. Stops at the first break, since nothing after it can be told from an invention.
     """
     verdict = Verdict()
+    known = {(service, key.id): (age, key) for service, of in keys.items() for age, key in enumerate(of)}
+    newest = 0
     wanted: dict[int, set[str]] = {}
     for anchor in anchors:
         if anchor.seq > 0:
@@ -120,22 +125,31 @@ def verify(lines: Iterable[bytes], keys: Mapping[str, AuditKey], anchors: Iterab
     recent: OrderedDict[int, str] = OrderedDict()
     removed = 0
     for number, raw in enumerate(lines, start=1):
-        problem, record = _opened(raw, keys)
+        problem, record = _opened(raw, known)
         if record is None:
             verdict.problems.append(f"line {number}: {problem}")
             break
-        seq, mac = record["seq"], record["mac"]
+        seq, mac, service = record["seq"], record["mac"], record["service"]
+        age, _ = known[service, record["key"]]
         if recent.get(seq) == mac:
             verdict.repeated += 1
             continue
         if verdict.records == 0:
-            verdict.first = seq
+            verdict.first, verdict.service = seq, service
+        elif service != verdict.service:
+            # Whoever has the key of one log must not go on with the other.
+            verdict.problems.append(f"line {number}: record {seq} is of the log of {service}, not {verdict.service}")
+            break
         elif (seq, record["prev"]) != (verdict.head.seq + 1, verdict.head.mac):
             verdict.problems.append(f"line {number}: record {seq} does not follow record {verdict.head.seq}")
             break
         if seq == 1 and record["prev"] != FIRST_PREV:
             verdict.problems.append(f"line {number}: the first record follows another one")
             break
+        if age < newest:
+            verdict.problems.append(f"line {number}: record {seq} was made with a key from before the last one")
+            break
+        newest = age
         if record.get("method") == EXPIRED:
             removed = max(removed, int(record["through"]))
         if wanted.pop(seq, {mac}) != {mac}:
@@ -155,21 +169,22 @@ def verify(lines: Iterable[bytes], keys: Mapping[str, AuditKey], anchors: Iterab
     return verdict
 
 
-def _opened(raw: bytes, keys: Mapping[str, AuditKey]) -> tuple[str, dict[str, Any] | None]:
-    """The record of a line whose MAC is right, or what is wrong with it."""
+def _opened(raw: bytes, known: Mapping[tuple[str, str], tuple[int, AuditKey]]) -> tuple[str, dict[str, Any] | None]:
+    """The record of a line whose MAC is right by a key of the service that it names, or what is wrong with it."""
     try:
         text = raw.decode("ascii")
         record = json.loads(text)
         seq, mac = record["seq"], record["mac"]
         is_record = isinstance(seq, int) and isinstance(mac, str) and text[-_END:] == f'{_MAC_START}{mac}"}}'
-        key = keys.get(str(record["key"]))
+        _, key = known.get((record["service"], record["key"]), (0, None))
     except (ValueError, KeyError, TypeError, RecursionError):
         is_record, key = False, None
         record = None
     if not is_record or record is None:
         return "this is no record", None
     if key is None:
-        return f"record {record['seq']} was made with the key {record['key']!s:.32}, which is not at hand", None
+        made = f"record {record['seq']} was made with the key {record['key']!s:.32}"
+        return f"{made}, which is none at hand of the service that it names", None
     if not hmac.compare_digest(key.of_line(text[:-_END]), record["mac"]):
         return f"record {record['seq']} was changed", None
     return "", record

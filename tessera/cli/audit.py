@@ -161,9 +161,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     """Prints what the log holds, or what is wrong with it."""
     try:
         told = json.loads(arguments.keys.read_text())
-        keys = {key.id: key for key in (AuditKey(bytes.fromhex(each["key"])) for each in told)}
+        keys: dict[str, list[AuditKey]] = {}
+        for each in told:
+            keys.setdefault(each["service"], []).append(AuditKey(bytes.fromhex(each["key"])))
     except (OSError, ValueError, TypeError, KeyError):
         raise StartError(f"{arguments.keys} cannot be read, or is not what `tessera audit keys` wrote.") from None
+    # One service must not put a log of its own in the place of the other's.
+    if named := {log for log in _LOGS for path in arguments.files if path.name.startswith(log)}:
+        keys = {log: keys.get(log, []) for log in named}
     try:
         verdict = verify(_lines(sorted(arguments.files, key=lambda path: path.name)), keys, _heads(arguments.heads))
     except OSError as error:
@@ -171,7 +176,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     for problem in verdict.problems:
         print(f"NOT WHOLE: {problem}")
     if verdict.is_whole:
-        print(f"whole: {verdict.records} records, {verdict.first} to {verdict.head.seq}, head {verdict.head.mac}")
+        records = f"{verdict.records} records of {verdict.service}" if verdict.records else "0 records"
+        print(f"whole: {records}, {verdict.first} to {verdict.head.seq}, head {verdict.head.mac}")
     return 0 if verdict.is_whole else 1
 
 

@@ -126,7 +126,7 @@ def token(data: bytes) -> None:
 def audit(data: bytes) -> None:
     """An audit log: whatever was done to it, the records that are believed are those that were written (S27)."""
     lines = data.split(b"\n")
-    verdict = audit_records.verify(lines, {_AUDIT_KEY.id: _AUDIT_KEY})
+    verdict = audit_records.verify(lines, {"secrets": [_AUDIT_KEY]})
     if not set(lines[: verdict.records + verdict.repeated]) <= set(_records()):
         raise Wrong("a record was made without the key")
 
@@ -146,7 +146,8 @@ def _routes() -> RouteTable:
 def _records() -> tuple[bytes, ...]:
     lines, head = [], Head()
     for number in range(3):
-        line, head = audit_records.line(_AUDIT_KEY, head, {"method": "M", "object": f"key=k{number}"}, at=0.0)
+        facts = {"service": "secrets", "method": "M", "object": f"key=k{number}"}
+        line, head = audit_records.line(_AUDIT_KEY, head, facts, at=0.0)
         lines.append(line.encode())
     return tuple(lines)
 

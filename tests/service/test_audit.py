@@ -55,11 +55,10 @@ async def recorded(service: RunningSecrets, name: str, count: int) -> list[dict[
     return found()
 
 
-async def keys_of(service: RunningSecrets, log: str = "secrets") -> dict[str, AuditKey]:
+async def keys_of(service: RunningSecrets, log: str = "secrets") -> dict[str, list[AuditKey]]:
     channel = service.peer_channels["operator"]
     answer = await audit_rpc.AuditKeysStub(channel).ListKeys(audit_pb2.ListAuditKeysRequest(), timeout=10)
-    keys = [AuditKey(each.key) for each in answer.keys if each.service == log]
-    return {key.id: key for key in keys}
+    return {log: [AuditKey(each.key) for each in answer.keys if each.service == log]}
 
 
 async def test_each_call_has_one_record_allowed_or_refused(service: RunningSecrets) -> None:
@@ -530,13 +529,13 @@ async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
                 await exporter.move()
         files = sink.files()
         lines = b"".join(path.read_bytes() for path in files).splitlines()
-        verdict = verify(lines, {key.id: key}, [await opened.read(audit_store.head)])
+        verdict = verify(lines, {"secrets": [key]}, [await opened.read(audit_store.head)])
         assert verdict.problems == []
         assert len(files) > 2
         assert verdict.first > 1
-        assert not verify(b"".join(path.read_bytes() for path in files[1:]).splitlines(), {key.id: key}).is_whole
+        assert not verify(b"".join(path.read_bytes() for path in files[1:]).splitlines(), {"secrets": [key]}).is_whole
         without_one = [path for path in files if path != files[1]]
-        assert not verify(b"".join(p.read_bytes() for p in without_one).splitlines(), {key.id: key}).is_whole
+        assert not verify(b"".join(p.read_bytes() for p in without_one).splitlines(), {"secrets": [key]}).is_whole
 
 
 async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: Path) -> None:
@@ -557,7 +556,7 @@ async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: P
             assert [seq for seq, _ in await tail.after(after, 7)] == numbers[:7]
             assert [seq for seq, _ in await tail.newest(60 - after)] == numbers
         lines = [text.encode() for _, text in await tail.after(0, 1_000)]
-        assert verify(lines, {trail.key.id: trail.key} if trail.key else {}).problems == []
+        assert verify(lines, {"secrets": [trail.key] if trail.key else []}).problems == []
         await trail.event("test", object="x" * audit_tail.MOST_BYTES)
         assert [seq for seq, _ in await tail.after(58, 1_000)] == [59, 60]
         assert [seq for seq, _ in await tail.after(60, 1_000)] == [61]

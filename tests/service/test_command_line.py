@@ -97,7 +97,14 @@ async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, t
     assert len(lines) >= newest[-1]["seq"]
     assert (keys.stat().st_mode | exported.stat().st_mode) & 0o777 == 0o600
     verify = ("audit", "verify", str(exported), "--keys", str(keys))
-    assert (await run(platform, *verify)).startswith(f"whole: {len(lines)} records, 1 to {len(lines)}, head ")
+    assert (await run(platform, *verify)).startswith(f"whole: {len(lines)} records of {log}, 1 to {len(lines)}, head ")
+    for name in ("secrets", "serving"):  # a log in the place of the other is none
+        exported.replace(tmp_path / f"{name}-000000000001.jsonl")
+        exported = tmp_path / f"{name}-000000000001.jsonl"
+        found = await tessera({}, "audit", "verify", str(exported), "--keys", str(keys))
+        assert found.status == (0 if name == log else 1)
+        assert name == log or "which is none at hand of the service that it names" in found.said
+    exported = exported.replace(tmp_path / "log")
     exported.write_text("\n".join(lines[:4] + lines[5:]) + "\n")
     found = await tessera({}, *verify)
     assert (found.status, found.said) == (1, "NOT WHOLE: line 5: record 6 does not follow record 4\n")

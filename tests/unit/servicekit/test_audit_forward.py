@@ -21,7 +21,7 @@ PATIENCE = 30.0
 def records(count: int, *, after: Head | None = None) -> tuple[list[tuple[int, str]], Head]:
     head, made = after or Head(), []
     for _ in range(count):
-        text, head = line(KEY, head, {"method": "a", "object": "ö\n"}, at=1_800_000_000)
+        text, head = line(KEY, head, {"service": "secrets", "object": "ö\n"}, at=1_800_000_000)
         made.append((head.seq, text))
     return made, head
 
@@ -88,7 +88,7 @@ def test_records_are_messages_of_syslog_and_stay_a_whole_log(receiver: Receiver)
         with receiver.connected() as message:
             messages = [message() for _ in batch]
             assert taking.ended()
-    assert verify(map(text_of, messages), {KEY.id: KEY}, [head]).is_whole
+    assert verify(map(text_of, messages), {"secrets": [KEY]}, [head]).is_whole
 
 
 def test_a_server_that_was_started_anew_is_connected_to_again(receiver: Receiver) -> None:
@@ -142,13 +142,13 @@ def test_a_file_is_continued_and_may_be_rotated(tmp_path: Path) -> None:
     with path.open("ab") as torn:
         torn.write(b'{"seq":4,"ha')
     forwarder.take(second)
-    assert verify(path.read_bytes().splitlines(), {KEY.id: KEY}, [head]).is_whole
+    assert verify(path.read_bytes().splitlines(), {"secrets": [KEY]}, [head]).is_whole
     assert path.stat().st_mode & 0o777 == 0o600
     path.rename(tmp_path / "rotated")
     third, head = records(3, after=head)
     forwarder.take(third)
     whole = (tmp_path / "rotated").read_bytes() + path.read_bytes()
-    assert verify(whole.splitlines(), {KEY.id: KEY}, [head]).is_whole
+    assert verify(whole.splitlines(), {"secrets": [KEY]}, [head]).is_whole
 
 
 @pytest.mark.parametrize("length", [1, 65_535, 65_536, 65_537, 200_000])
