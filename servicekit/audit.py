@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,7 +28,7 @@ from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from servicekit import audit_store
-from servicekit.audit_records import AuditKey, Head, line
+from servicekit.audit_records import AuditKey, Head, length, line
 from servicekit.context import Principal
 from servicekit.errors import Unavailable
 from servicekit.metrics import ServiceMetrics
@@ -63,7 +64,7 @@ MOST_REFUSED = 20
 """Refused credentials of one address in one minute that are recorded; further ones are counted."""
 
 LONGEST_NAME = 256
-"""Characters of one name in a record."""
+"""Bytes of one name as it stands in a record, where a character may take twelve; `...` says that it was longer."""
 
 LONGEST_ID = 40
 """Characters of one id in a record. A longer one is none of ours, and may be a token that was taken for its id."""
@@ -129,11 +130,11 @@ class Entry:
         facts: dict[str, Any] = {
             "service": self.trail.service,
             "request_id": self.request_id,
-            "actor": caller.name if caller else f"service:{self.via}" if self.via else "",
+            "actor": _short(caller.name) if caller else f"service:{self.via}" if self.via else "",
             "actor_id": caller.id if caller else "",
             "credential": caller.token_id if caller else "",
             "on_behalf_of": notes.get("on_behalf_of", ""),
-            "source": self.source,
+            "source": _short(self.source),
             "via": self.via,
             "method": self.method,
             "object": self.object,
@@ -473,7 +474,16 @@ def _shown(name: str, given: Any) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+    kept = _kept(text)
+    return text if kept == text else f"{kept}..."
+
+
+def _kept(text: str) -> str:
+    """As much of a text as takes LONGEST_NAME bytes in a record at the most."""
+    text = text[:LONGEST_NAME]
+    if length(text) <= LONGEST_NAME:
+        return text
+    return text[: bisect_right(range(len(text)), LONGEST_NAME, key=lambda count: length(text[:count])) - 1]
 
 
 def _words(row: Row | None) -> str:

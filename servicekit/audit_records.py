@@ -84,6 +84,11 @@ def line(key: AuditKey, head: Head, facts: Mapping[str, Any], *, at: float) -> t
     return f'{text}{_MAC_START}{mac}"}}', Head(head.seq + 1, mac)
 
 
+def length(text: str) -> int:
+    """How many bytes a text takes in a record."""
+    return len(_as_json(text)) - len('""')
+
+
 def mac_of(text: str) -> str:
     """The MAC at the end of a record."""
     return text[-_MAC_LENGTH - len('"}') : -len('"}')]

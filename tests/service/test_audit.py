@@ -16,16 +16,19 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.message_factory import GetMessageClass
 
 from servicekit import audit, audit_export, audit_store, audit_tail, database
 from servicekit.audit_files import Diverged, FileSink
 from servicekit.audit_records import AuditKey, Head, verify
 from servicekit.audit_tail import AuditTail
+from servicekit.context import Principal
 from servicekit.database import SqliteConnection
 from serving_service import audit_key
-from tessera.identity.v1 import audit_pb2, identity_pb2
+from tessera.identity.v1 import audit_pb2, identity_pb2, permissions_pb2
 from tessera.identity.v1 import audit_pb2_grpc as audit_rpc
 from tessera.secrets.v1 import secrets_pb2 as pb
+from tessera.serving.v1 import serving_pb2
 from tests.support.eventually import eventually
 from tests.support.platform import running_platform
 from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
@@ -433,10 +436,10 @@ async def a_trail(directory: Path) -> AsyncIterator[audit.Trail]:
             yield trail
 
 
-async def records_of(trail: audit.Trail) -> list[dict[str, Any]]:
+async def records_of(trail: audit.Trail, most: int = 100) -> list[dict[str, Any]]:
     audit.Trail._flush_soon(trail)
     await trail.close()
-    return [json.loads(text) for _, text in await trail._database.read(audit_store.after, 0, 100)]
+    return [json.loads(text) for _, text in await trail._database.read(audit_store.after, 0, most)]
 
 
 async def told_of(trail: audit.Trail) -> list[tuple[str, str, str]]:
@@ -515,6 +518,52 @@ async def test_a_record_that_could_not_be_appended_follows(tmp_path: Path, monke
         monkeypatch.undo()
         is_gone(call)
         assert await told_of(trail) == [("CANCELLED", "", "")]
+
+
+@pytest.mark.parametrize("character", ["a", '"', "é", "\U0001f600", "\x00", " "])
+async def test_a_record_of_a_call_has_a_small_length_whatever_names_it_tells(tmp_path: Path, character: str) -> None:
+    name = character * 255
+    caller = Principal("9" * 18, name, frozenset(), token_id="f" * 32, token_expires_at=None)
+    async with a_trail(tmp_path) as trail:
+        for module in (pb, identity_pb2, permissions_pb2, serving_pb2):
+            for kind in map(GetMessageClass, module.DESCRIPTOR.message_types_by_name.values()):
+                if not kind.DESCRIPTOR.name.endswith("Request"):
+                    continue
+                request = kind()
+                for field in kind.DESCRIPTOR.fields:
+                    if field.cpp_type == field.CPPTYPE_STRING and not field.is_repeated:
+                        is_text = field.type == field.TYPE_STRING
+                        is_id = field.name.endswith("id")
+                        given = name[: audit.LONGEST_ID] if is_id else name * 100
+                        setattr(request, field.name, given if is_text else given.encode())
+                call = a_call(trail)
+                call.request_id, call.source, call.caller = "r" * 64, f"fe80::1%{name}", caller
+                call.object = audit.about(request)
+                audit.note(on_behalf_of=name)
+                audit.refused(name * 100)
+                is_gone(call, "OK")
+        lengths = [len(json.dumps(each, separators=(",", ":"))) for each in await records_of(trail, 1_000)]
+        assert len(lengths) > 70
+        assert max(lengths) <= 2_500  # as docs/audit.md says
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("a" * 256, "a" * 256),
+        ("a" * 257, "a" * 256 + "..."),
+        ("\U0001f600" * 21 + "aaaa", "\U0001f600" * 21 + "aaaa"),  # twelve bytes each, of which none is cut through
+        ("\U0001f600" * 22, "\U0001f600" * 21 + "..."),
+        ("é" * 100, "é" * 42 + "..."),
+    ],
+)
+async def test_a_name_is_cut_where_it_takes_too_many_bytes(tmp_path: Path, name: str, shown: str) -> None:
+    async with a_trail(tmp_path) as trail:
+        a_call(trail)
+        audit.note(about=name)
+        await trail._database.write(trail.append)
+        (record,) = await records_of(trail)
+        assert record["about"] == shown
 
 
 async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
