@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import re
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -72,6 +74,10 @@ LONGEST_ID = 40
 OK = "OK"
 _LATE = frozenset(("CANCELLED", "DEADLINE_EXCEEDED"))
 _TURNED_AWAY = "RESOURCE_EXHAUSTED"
+
+_PLAIN = re.compile(r"[\w.@:/+-]+")
+# What is more than ASCII is escaped once, in the record.
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 OBJECT_FIELDS = (
     *("scope", "key", "principal", "version", "name", "served_model_name", "config_version", "endpoint_id"),
@@ -449,7 +455,10 @@ def refused(reason: str) -> None:
 
 
 def about(message: Message) -> str:
-    """What a request is about: the fields of OBJECT_FIELDS that it has, as `name=value`."""
+    """What a request is about: the fields of OBJECT_FIELDS that it has, as `name=value`.
+
+    A value that could be taken for more than itself is in quotes: a principal may be called `x permission=READ`.
+    """
     return " ".join(
         f"{name}={_shown(name, given)}"
         for name in _object_fields(message.DESCRIPTOR)
@@ -470,20 +479,18 @@ def _object_fields(kind: Descriptor) -> list[str]:
 def _shown(name: str, given: Any) -> str:
     text = given.hex() if isinstance(given, bytes) else str(given)
     is_id = name == "id" or name.endswith("_id")
-    return f"({len(text)} characters)" if is_id and len(text) > LONGEST_ID else _short(text)
+    if is_id and len(text) > LONGEST_ID:
+        return f"({len(text)} characters)"
+    return _short(text, str if _PLAIN.fullmatch(text[:LONGEST_NAME]) else _quoted)
 
 
-def _short(text: str) -> str:
-    kept = _kept(text)
-    return text if kept == text else f"{kept}..."
-
-
-def _kept(text: str) -> str:
-    """As much of a text as takes LONGEST_NAME bytes in a record at the most."""
-    text = text[:LONGEST_NAME]
-    if length(text) <= LONGEST_NAME:
-        return text
-    return text[: bisect_right(range(len(text)), LONGEST_NAME, key=lambda count: length(text[:count])) - 1]
+def _short(text: str, shown: Callable[[str], str] = str) -> str:
+    """A text as it is shown, or as much of it as takes LONGEST_NAME bytes in a record at the most."""
+    kept = text[:LONGEST_NAME]
+    if length(shown(kept)) > LONGEST_NAME:
+        most = bisect_right(range(len(kept)), LONGEST_NAME, key=lambda count: length(shown(text[:count]))) - 1
+        kept = text[:most]
+    return shown(kept) if kept == text else f"{shown(kept)}..."
 
 
 def _words(row: Row | None) -> str:

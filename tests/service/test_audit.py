@@ -566,6 +566,26 @@ async def test_a_name_is_cut_where_it_takes_too_many_bytes(tmp_path: Path, name:
         assert record["about"] == shown
 
 
+@pytest.mark.parametrize(
+    ("principal", "shown"),
+    [
+        ("ada@example.com", "ada@example.com"),
+        ("Jörg", "Jörg"),
+        ("x permission=READ", '"x permission=READ"'),
+        ('x" permission="READ', r'"x\" permission=\"READ"'),
+        ("x\\", r'"x\\"'),
+        ("a=b", '"a=b"'),
+        ("(41 characters)", '"(41 characters)"'),
+        ("a\n\u2028", '"a\\n\u2028"'),
+        (" " * 300, '"' + " " * 252 + '"...'),
+        ('"' * 300, '"' + r"\"" * 63 + '"...'),
+    ],
+)
+def test_a_name_is_not_taken_for_further_fields(principal: str, shown: str) -> None:
+    request = pb.PutAclRequest(scope="s", principal=principal, permission=pb.READ)
+    assert audit.about(request) == f"scope=s principal={shown} permission={pb.READ}"
+
+
 async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
     key = AuditKey(bytes(32))
     async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
