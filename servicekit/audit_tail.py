@@ -49,7 +49,12 @@ def _filed(files: list[Path], seq: int, count: int, until: int | None) -> list[R
         if following is not None and first_of(following) <= seq + 1:
             continue
         first = first_of(path)
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:  # it expired meanwhile, which stands in the log, and what is older did before
+            found.clear()
+            continue
+        with file:
             for number, raw in enumerate(islice(file, max(seq + 1 - first, 0), None), start=max(seq + 1, first)):
                 if len(found) == count or number == until or not raw.endswith(b"\n"):
                     return found

@@ -182,8 +182,17 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _lines(files: list[Path]) -> Iterator[bytes]:
+    is_begun = False
     for path in files:
-        with path.open("rb") as file:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            # The oldest may expire while a service runs, which its log has to say then.
+            if is_begun or path == files[-1]:
+                raise
+            continue
+        is_begun = True
+        with file:
             for line in file:
                 yield line.removesuffix(b"\n")
 

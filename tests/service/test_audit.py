@@ -632,6 +632,40 @@ async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: P
         assert [seq for seq, _ in await tail.newest(3)] == [61]
 
 
+@pytest.mark.parametrize("gone", [1, 2, 3])
+async def test_a_file_that_expires_while_a_log_is_read_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    async with a_trail(tmp_path) as trail:
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
+        for number in range(1, 5):
+            sink.add([(number, f'{{"seq":{number}}}')])
+        files = sink.files()
+
+        def listed() -> list[Path]:
+            for path in files[:gone]:
+                path.unlink(missing_ok=True)
+            return files
+
+        monkeypatch.setattr(sink, "files", listed)
+        tail = AuditTail(trail._database, sink)
+        assert [seq for seq, _ in await tail.after(0, 10)] == list(range(gone + 1, 5))
+        assert [seq for seq, _ in await tail.after(gone, 1)] == [gone + 1]
+
+
+async def test_what_is_read_of_a_log_has_no_gap_where_a_file_expires_behind_the_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with a_trail(tmp_path) as trail:
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
+        for number in range(1, 4):
+            sink.add([(number, f'{{"seq":{number}}}')])
+        files = sink.files()
+        files[1].unlink()
+        monkeypatch.setattr(sink, "files", lambda: files)  # the first was opened before both went
+        assert [seq for seq, _ in await AuditTail(trail._database, sink).after(0, 10)] == [3]
+
+
 async def test_half_a_line_of_a_killed_process_is_taken_back(tmp_path: Path) -> None:
     sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
     sink.add([(1, '{"seq":1}'), (2, '{"seq":2}')])

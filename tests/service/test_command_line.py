@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from servicekit.audit_records import EXPIRED, AuditKey, Head, line
 from tests.support.builders import an_input
 from tests.support.command_line import Ran, login, running, tessera
 from tests.support.eventually import eventually
@@ -112,6 +113,25 @@ async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, t
     assert "cannot be written" in await complaint(
         login(platform.url, platform.tokens["admin"]), "audit", "export", log, str(exported)
     )
+
+
+async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
+    key, keys = AuditKey(bytes(32)), tmp_path / "keys"
+    keys.write_text(json.dumps([{"service": "secrets", "key": key.raw.hex()}]))
+    head = Head()
+    files = [tmp_path / f"secrets-{number:012}.jsonl" for number in range(1, 5)]
+    for path, facts in zip(files, [{}, {}, {}, {"method": EXPIRED, "through": 2}], strict=True):
+        text, head = line(key, head, {"service": "secrets", **facts}, at=0.0)
+        path.write_text(f"{text}\n")
+    verify = ("audit", "verify", *map(str, files), "--keys", str(keys))
+    for path in files[:2]:
+        path.unlink()
+        assert (await tessera({}, *verify)).status == 0
+    files[2].unlink()  # which the log does not say
+    found = await tessera({}, *verify)
+    assert (found.status, "the log begins at record 4" in found.said) == (1, True)
+    files[3].unlink()  # nothing is left, so none of these is a log
+    assert "secrets-000000000004.jsonl cannot be read" in await complaint({}, *verify)
 
 
 async def test_an_audit_log_is_followed_over_its_files_until_ctrl_c() -> None:
