@@ -486,6 +486,8 @@ def _shown(name: str, given: Any) -> str:
 
 def _short(text: str, shown: Callable[[str], str] = str) -> str:
     """A text as it is shown, or as much of it as takes LONGEST_NAME bytes in a record at the most."""
+    if len(text) <= LONGEST_NAME and text.isascii() and _PLAIN.fullmatch(text):
+        return shown(text)  # as nearly all are, each character of which is one byte
     kept = text[:LONGEST_NAME]
     if length(shown(kept)) > LONGEST_NAME:
         most = bisect_right(range(len(kept)), LONGEST_NAME, key=lambda count: length(shown(text[:count]))) - 1

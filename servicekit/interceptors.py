@@ -39,7 +39,7 @@ from servicekit.metrics import Calls
 from servicekit.pace import Pace
 from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.safe_repr import safe_repr
-from servicekit.shedding import Overloaded, Room
+from servicekit.shedding import Overloaded, Place, Room
 from servicekit.source import Source, grpc_peer, is_address, owner
 
 log = logging.getLogger("servicekit.access")
@@ -61,8 +61,8 @@ MOST_METADATA = 100
 MOST_AWAITED = 200
 """Of how many calls of one address the message may be on its way at a time; of most it is there with the call."""
 
-GOOD_SECONDS = 1.0
-"""For how long it is known who calls while the message is on its way; then that is found out anew."""
+ARRIVAL_SECONDS = 0.25
+"""How long a call keeps its place while its message is on its way. Later it is asked anew who calls, too."""
 
 SourceOf = Callable[[grpc.aio.ServicerContext[Any, Any]], Source]
 """Tells where a call comes from."""
@@ -312,10 +312,9 @@ class _Call:
         async def handle(requests: Any, rpc: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             self._meet(rpc)
             try:
-                with self._room:
+                with Place(self._room) as place:
                     await self._begin()
-                request = requests if read is None else await self._received_in_time(rpc)
-                with self._room:
+                    request = requests if read is None else await self._received_in_time(rpc, place)
                     answers = behavior(request if read is None else self._decoded(request, read), rpc)
                     if hasattr(answers, "__aiter__"):
                         async for answer in answers:
@@ -344,12 +343,11 @@ class _Call:
         is_arriving = False
         try:
             async with asyncio.timeout(_time_left(rpc)) as limit:
-                with self._room:
+                with Place(self._room) as place:
                     await self._begin()
-                is_arriving = True
-                request = await self._received(rpc)
-                is_arriving = False
-                with self._room:
+                    is_arriving = True
+                    request = await self._received(rpc, place)
+                    is_arriving = False
                     _time_left(rpc)
                     message = self._decoded(request, read)
                     once.enter(self._method, message)
@@ -361,28 +359,32 @@ class _Call:
                 raise NothingCame from None
             raise DeadlineExceeded("The deadline passed before the answer was ready.") from None
 
-    async def _received_in_time(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    async def _received_in_time(self, rpc: grpc.aio.ServicerContext[Any, Any], place: Place) -> bytes:
         """As `_received`, for a call that lasts as long as somebody follows it; raises NothingCame."""
         try:
             async with asyncio.timeout(LONGEST_DEADLINE):
-                return await self._received(rpc)
+                return await self._received(rpc, place)
         except TimeoutError:
             raise NothingCame from None
 
-    async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any]) -> bytes:
+    async def _received(self, rpc: grpc.aio.ServicerContext[Any, Any], place: Place) -> bytes:
         """The one message of a call; raises NothingCame, or Overloaded for a sender whom too many are waited for of.
 
-        Meanwhile it takes no place in a room: whoever sends half of a request keeps nobody else out. What does not come
-        is counted and has no record.
+        One that does not come at once gives its place away meanwhile: whoever sends half of a request keeps nobody else
+        out. What does not come is counted and has no record.
         """
         entry, self._entry = self._entry, None
-        began = time.perf_counter()
-        with self._chain.arrivals.of(self._sender):
-            request = await rpc.read()
+        leaving = asyncio.get_running_loop().call_later(ARRIVAL_SECONDS, place.leave)
+        try:
+            with self._chain.arrivals.of(self._sender):
+                request = await rpc.read()
+        finally:
+            leaving.cancel()
         if not isinstance(request, bytes):  # the end of what the caller sends
             raise NothingCame
+        was_late = place.take()
         self._entry = entry
-        if time.perf_counter() - began > GOOD_SECONDS:
+        if was_late:
             await self._authenticate()
         return request
 

@@ -100,3 +100,37 @@ class Room:
         if self._is_shedding and 2 * self._taken <= self._most and not self._lag.is_lasting:
             self._is_shedding = False
             log.warning("calls are taken again", extra={"room": self._name})
+
+
+class Place:
+    """A place in a room, as a context; it may be left for a while."""
+
+    __slots__ = ("_is_taken", "_room")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._is_taken = False
+
+    def take(self) -> bool:
+        """Whether it had been left; raises Overloaded."""
+        if self._is_taken:
+            return False
+        self._room.__enter__()
+        self._is_taken = True
+        return True
+
+    def leave(self) -> None:
+        """Leaves it, if it is taken."""
+        if self._is_taken:
+            self._is_taken = False
+            self._room.__exit__(None, None, None)
+
+    def __enter__(self) -> Place:
+        """Raises Overloaded."""
+        self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()

@@ -852,7 +852,7 @@ async def test_of_whom_nobody_knows_no_message_is_waited_for(platform: Platform,
 async def test_whose_credential_ends_while_a_message_is_on_its_way_is_not_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(interceptors, "GOOD_SECONDS", 0.0)
+    monkeypatch.setattr(interceptors, "ARRIVAL_SECONDS", 0.0)
     asked = asyncio.Event()
     served: list[Any] = []
     is_good = True
@@ -902,6 +902,7 @@ async def test_where_a_call_came_from_is_known_when_it_is_over() -> None:
 async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "MOST_RPCS", 20)
     monkeypatch.setattr(interceptors, "MOST_AWAITED", 10)
+    monkeypatch.setattr(interceptors, "ARRIVAL_SECONDS", 0.0)
     async with running(limits=CallLimits(calls=5, changes=0)) as platform, AsyncExitStack() as stack:
         senders = [
             await stack.enter_async_context(HalfSender.connected(platform.addresses[0], source="127.0.0.2"))
@@ -910,10 +911,10 @@ async def test_who_sends_half_of_many_requests_keeps_nobody_else_out(monkeypatch
         for _ in range(10):
             for sender in senders:
                 sender.open(GET_ME, *TOKEN, ("grpc-timeout", "1H"), part=HALF)
+                assert await platform.me(timeout=30) == ADA.name
         # Ten are waited for, and the others refused at once.
         await eventually(lambda: sum(len(set(sender.ended)) for sender in senders) == 30)
-        for _ in range(10):
-            assert await platform.me(timeout=30) == ADA.name
+        assert await platform.me(timeout=30) == ADA.name
         assert sum(len(set(sender.ended)) for sender in senders) == 30
 
 
