@@ -174,11 +174,11 @@ class Controllers:
 
 
 async def _look(handle: ReplicaHandle) -> Observation | None:
-    with contextlib.suppress(ReplicaGoneError, TimeoutError):
+    with contextlib.suppress(ReplicaGoneError, OSError):
         return await handle.state()
     return None
 
 
 async def _stop_orphan(handle: ReplicaHandle) -> None:
-    with contextlib.suppress(ReplicaGoneError, TimeoutError):
+    with contextlib.suppress(ReplicaGoneError, OSError):
         await handle.stop(STOP_GRACE_SECONDS)

@@ -125,7 +125,10 @@ class ReplicaGoneError(Exception):
 
 
 class ReplicaHandle(Protocol):
-    """One replica. Every method but `stop` raises ReplicaGoneError when its shim has ended."""
+    """One replica. Every method but `stop` raises ReplicaGoneError when its shim has ended.
+
+    All raise OSError where it cannot be asked just now, which says nothing about it.
+    """
 
     @property
     def replica_id(self) -> str: ...
@@ -239,7 +242,10 @@ class LocalReplica:
     async def _ask(
         self, request: dict[str, Any], *, timeout: float = _ANSWER_SECONDS, until_closed: bool = False
     ) -> dict[str, Any]:
-        """One request and its answer; raises ReplicaGoneError, and TimeoutError when a living shim does not answer."""
+        """One request and its answer; raises ReplicaGoneError, and OSError when that is not known.
+
+        A shim that lives and does not answer is a TimeoutError.
+        """
         try:
             async with asyncio.timeout(timeout):
                 reader, writer = await asyncio.open_unix_connection(
@@ -253,9 +259,7 @@ class LocalReplica:
                         await reader.read()
                 finally:
                     writer.close()
-        except OSError as error:
-            if isinstance(error, TimeoutError):
-                raise
+        except (FileNotFoundError, ConnectionError):  # any other error, such as of having no descriptor left, is ours
             raise ReplicaGoneError(self.replica_id) from None
         if not line.endswith(b"\n"):
             raise ReplicaGoneError(self.replica_id)
@@ -389,7 +393,7 @@ class LocalLauncher:
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while await asyncio.to_thread(is_held, directory / "lock"):
-                    with contextlib.suppress(ReplicaGoneError, TimeoutError):
+                    with contextlib.suppress(ReplicaGoneError, OSError):
                         if (await replica.state()).replica_id == replica.replica_id:
                             return replica
                     await asyncio.sleep(0.05)  # a shim that was started a moment ago has its lock before its socket

@@ -34,14 +34,17 @@ def supervise(spec: Spec, control: Control) -> None:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether another process holds the lock; looking takes it shared for an instant and lets go at once."""
+    """Whether another process holds the lock; looking takes it shared for an instant and lets go at once.
+
+    One that is there and cannot be looked at counts as held: nothing is ended because something could not be read.
+    """
     try:
         with lock.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:  # BlockingIOError when it is held
+        return True
     return False
 
 

@@ -1,10 +1,30 @@
-"""What a replica's environment is made of, and who may name what."""
+"""What a replica's environment is made of, who may name what, and when a replica counts as gone."""
 
+import asyncio
+import errno
+import fcntl
+import json
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serving_service.launcher import Launch, ModelPython, is_reserved, model_environment
+from serving_service import controllers
+from serving_service.launcher import (
+    Launch,
+    LocalLauncher,
+    LocalReplica,
+    ModelPython,
+    ReplicaGoneError,
+    ReplicaState,
+    is_reserved,
+    model_environment,
+)
+from serving_service.shim.supervisor import is_held
+from tests.support.sockets import short_directory
 
 DIRECTORY = Path("/run/replicas/r1")
 
@@ -76,3 +96,66 @@ def test_a_launch_does_not_show_its_values() -> None:
         replica_id="r1", model_path=Path("/m"), environment={"K": "sk-012345"}, masked_values=("sk-012345",)
     )
     assert "sk-012345" not in repr(launch)
+
+
+ANSWER = {"state": "READY", "cause": "", "pid": 1, "exit_code": None, "since": 0, "load_seconds": 1}
+
+
+@asynccontextmanager
+async def a_shim(directory: Path) -> AsyncIterator[None]:
+    """What a shim is to whoever asks: its lock, held, and its control socket."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(json.dumps({"replica_id": directory.name, **ANSWER}).encode() + b"\n")
+        writer.close()
+
+    directory.mkdir(parents=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        async with await asyncio.start_unix_server(answer, directory / "control.sock"):
+            yield
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+async def test_a_replica_that_cannot_be_asked_for_want_of_descriptors_is_not_gone() -> None:
+    with short_directory() as folder:
+        lock, replica = folder / "r1" / "lock", LocalReplica(folder / "r1", 0)
+        async with a_shim(folder / "r1"):
+            assert is_held(lock)
+            assert (await replica.state()).state is ReplicaState.READY
+            with no_descriptor_left():
+                assert is_held(lock)
+                assert await controllers._look(replica) is None
+                await controllers._stop_orphan(replica)
+                with pytest.raises(OSError, match="Too many open files"):
+                    await replica.state()
+        assert not is_held(lock)
+        with pytest.raises(ReplicaGoneError):
+            await replica.state()
+    assert not is_held(lock)
+    with pytest.raises(ReplicaGoneError):
+        await replica.state()
+
+
+async def test_a_replica_that_cannot_be_asked_at_first_is_adopted(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, problems = asyncio.open_unix_connection, [OSError(errno.EMFILE, "Too many open files")]
+
+    async def connected(*arguments: Any, **options: Any) -> Any:
+        if problems:
+            raise problems.pop()
+        return await connect(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", connected)
+    with short_directory() as folder:
+        async with a_shim(folder / "r1"):
+            assert list(await LocalLauncher(folder, None, service_environment={}).adopt()) == ["r1"]
