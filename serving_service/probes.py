@@ -1,7 +1,8 @@
 """Whether replicas answer: each is asked before its first request, and again and again for as long as it lives.
 
 The rule: what a model server says of itself is believed once it answers over its socket, and only for as long as it
-does. Any answer in HTTP will do; a server that is busy in all its threads still gives one.
+does. Any answer in HTTP will do; a server that is busy in all its threads still gives one. Time alone condemns nobody:
+while this process stood still, it asked nobody either.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PERIOD_SECONDS = 10.0
 """How often a replica is asked whether it lives."""
 
 _LEAST_TRIES = 3
-"""How often a replica is asked in vain before it counts as silent, however short the patience is."""
+"""How often a replica is asked in vain before it counts as silent, however much time has passed."""
 
 _PATH = "/ping"
 _BODY_BYTES = 64 << 10
@@ -36,21 +37,24 @@ class Probes:
 
     async def ready(self, address: str) -> bool:
         """Returns once a replica answers, and False when it does not in time."""
-        deadline = time.monotonic() + READINESS_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            if await self._answers(address, timeout=left):
+        deadline, tries = time.monotonic() + READINESS_SECONDS, 0
+        while time.monotonic() < deadline or tries < _LEAST_TRIES:
+            if await self._answers(address, timeout=READINESS_SECONDS / _LEAST_TRIES):
                 return True
+            tries += 1
             await asyncio.sleep(_PAUSE_SECONDS)
         return False
 
     async def silent(self, address: str) -> None:
         """Returns when a replica has not answered for longer than is borne; for one that lives, never."""
         period = min(PERIOD_SECONDS, self.patience / _LEAST_TRIES)
-        heard_at = time.monotonic()
-        while time.monotonic() < heard_at + self.patience:
+        heard_at, tries = time.monotonic(), 0
+        while time.monotonic() < heard_at + self.patience or tries < _LEAST_TRIES:
             asked_at = time.monotonic()
             if await self._answers(address, timeout=period):
-                heard_at = time.monotonic()
+                heard_at, tries = time.monotonic(), 0
+            else:
+                tries += 1
             await asyncio.sleep(max(asked_at + period - time.monotonic(), 0))
 
     async def _answers(self, address: str, *, timeout: float) -> bool:
