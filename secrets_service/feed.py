@@ -49,6 +49,7 @@ class AccessFeed:
     def __init__(self) -> None:
         self._revision = 1
         self._streams: set[_Stream] = set()
+        self._is_over = False
         self._acknowledged = asyncio.Condition()
 
     def followers(self) -> int:
@@ -78,6 +79,8 @@ class AccessFeed:
         self, reports: AsyncIterator[pb.AccessReport], read_table: Callable[[], Awaitable[Table]]
     ) -> AsyncGenerator[pb.AccessChanges, None]:
         """Serves one who follows, until either side ends. `read_table` reads all that is granted now."""
+        if self._is_over:
+            return
         # In this order: what changes while the table is being read comes after it, and again does no harm.
         stream = _Stream()
         self._streams.add(stream)
@@ -95,8 +98,11 @@ class AccessFeed:
             await self._notify()
 
     async def run(self) -> None:
-        """Ends every stream when cancelled."""
-        await followed.cut_at_end(self._streams)
+        """Ends every stream when cancelled, also those that are still to come."""
+        try:
+            await followed.cut_at_end(self._streams)
+        finally:
+            self._is_over = True
 
     def _next(self, stream: _Stream) -> pb.AccessChanges:
         """All that a stream was not told yet; nothing, as a sign of life, when it knows everything."""

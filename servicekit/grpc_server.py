@@ -149,9 +149,15 @@ async def serving(
         # One for all listeners: whoever changes things, through the gateway or not, is one principal.
         changes = Pace(limits.changes, 2 * limits.changes) if limits.changes else None
         addresses = []
+        stopping: list[asyncio.Task[None]] = []
+
+        def take_no_more() -> None:
+            stopping.extend(asyncio.create_task(server.stop(drain_seconds)) for server in servers)
 
         async def stop() -> None:
-            await asyncio.gather(*(server.stop(drain_seconds) for server in servers))
+            if not stopping:  # it did not get as far as to its jobs
+                take_no_more()
+            await asyncio.gather(*stopping)
 
         stack.push_async_callback(stop)
         for listener in listeners:
@@ -165,6 +171,8 @@ async def serving(
         stack.callback(health.end)
         watch = _watching(health, readiness)
         await stack.enter_async_context(background.running({"readiness": watch, "lag": lag.run, **(jobs or {})}))
+        # Before the jobs end: some end streams, whose followers would come back at once and be ended by nobody.
+        stack.callback(take_no_more)
         yield addresses
 
 

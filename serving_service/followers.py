@@ -62,12 +62,17 @@ class Followers:
 
     def __init__(self) -> None:
         self._streams: set[_Stream] = set()
+        self._is_over = False
 
     async def run(self) -> None:
-        """Waits to be cancelled, and ends every stream then, so that a service that stops does not wait for them."""
+        """Waits to be cancelled, and ends every stream then, so that a service that stops does not wait for them.
+
+        Those that are still to come end after what they are told first.
+        """
         try:
             await asyncio.Event().wait()
         finally:
+            self._is_over = True
             for stream in list(self._streams):
                 if stream.is_telling:
                     stream.cut()
@@ -96,6 +101,8 @@ class Followers:
         if sum(each.caller_id == caller_id for each in self._streams) >= MOST_OF_ONE:
             raise TooManyFollowers("You follow", MOST_OF_ONE)
         stream = _Stream(caller_id=caller_id)
+        if self._is_over:
+            stream.end()
         self._streams.add(stream)
         return stream
 

@@ -109,18 +109,24 @@ class RouteTable:
         self._streams: set[_Stream] = set()
         self._absent: set[object] = set()
         self._waiters: set[asyncio.Future[None]] = set()
-        self._loaded = asyncio.Event()
+        self._is_loaded = False
+        self._is_over = False
         self.loads = Loads(queue_length=queue_length)
         self.loads.on_unused = self._notify
 
     async def run(self) -> None:
-        """Ends every stream when cancelled."""
+        """Ends every stream when cancelled, also those that are still to come."""
         self._expect_return()
-        await followed.cut_at_end(self._streams)
+        try:
+            await followed.cut_at_end(self._streams)
+        finally:
+            self._is_over = True
+            self._notify()
 
     def loaded(self) -> None:
         """Says that the table is whole; no stream is served before."""
-        self._loaded.set()
+        self._is_loaded = True
+        self._notify()
 
     def gateways(self) -> int:
         """How many gateways follow."""
@@ -150,12 +156,14 @@ class RouteTable:
         self._left.pop(replica_id, None)
 
     async def find(self, name: str) -> EndpointRoutes | None:
-        """The routes of the endpoint of that name; raises Unavailable when the table is not whole in time."""
+        """The routes of the endpoint of that name; raises Unavailable when the table does not get whole in time."""
         try:
             async with asyncio.timeout(LOAD_SECONDS):
-                await self._loaded.wait()
+                await self._begun()
         except TimeoutError:
             raise Unavailable("The Serving service is still starting. Try again.", retry_after=1) from None
+        if not self._is_loaded:
+            raise Unavailable("The Serving service is being stopped. Try again in a moment.", retry_after=1)
         return self._by_name.get(name)
 
     def now(self, endpoint_id: str) -> EndpointRoutes | None:
@@ -164,7 +172,9 @@ class RouteTable:
 
     async def watch(self, reports: AsyncIterator[pb.RouteReport]) -> AsyncGenerator[pb.RouteTable, None]:
         """Serves one gateway: tables out, reports in, until either side ends."""
-        await self._loaded.wait()
+        await self._begun()
+        if self._is_over:
+            return
         woken = asyncio.Event()
         share_soon = partial(asyncio.get_running_loop().call_later, SHARE_SECONDS, woken.set)
         with self._ledger.feed(share_soon, own_only=False) as uses:
@@ -255,6 +265,10 @@ class RouteTable:
             and all(server.id != replica_id for server in self.loads.queues.retired)
             and all(stream.acknowledged >= revision and not stream.retired.get(replica_id) for stream in self._streams)
         )
+
+    async def _begun(self) -> None:
+        """Returns when the table is whole, or is not going to be because the service stops."""
+        await self._until(lambda: self._is_loaded or self._is_over)
 
     async def _until(self, is_so: Callable[[], bool]) -> None:
         while not is_so():

@@ -151,6 +151,7 @@ async def running(
     table: Table = POLICY,
     limits: CallLimits = UNLIMITED,
     drain_seconds: float = 5.0,
+    jobs: dict[str, Callable[[], Awaitable[None]]] | None = None,
 ) -> AsyncIterator[Platform]:
     """The platform, served by the code under test."""
     platform = Platform()
@@ -180,6 +181,7 @@ async def running(
                 ],
                 table=table,
                 readiness=readiness or {},
+                jobs=jobs,
                 message_limit=LIMIT,
                 limits=limits,
                 drain_seconds=drain_seconds,
@@ -1277,15 +1279,6 @@ async def test_call_under_way_is_finished_when_the_service_stops() -> None:
             await stop.wait()
             platform.channels.clear()
 
-    async def refuses_new_calls() -> bool:
-        async with channels.opened(platform.addresses[0]) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            try:
-                await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
-            except grpc.aio.AioRpcError:
-                return True
-            return False
-
     serving = asyncio.create_task(serve())
     platform = await started
     platform.scim.answer = answer
@@ -1294,10 +1287,46 @@ async def test_call_under_way_is_finished_when_the_service_stops() -> None:
         call = asyncio.create_task(_me(stub))
         await asyncio.wait_for(begun.wait(), 5)
         stop.set()
-        await eventually(refuses_new_calls)
+        await eventually(lambda: refuses_new_calls(platform.addresses[0]))
         go_on.set()
         assert await call == ADA.name
         await asyncio.wait_for(serving, 5)
+
+
+async def test_no_call_is_taken_while_the_jobs_end() -> None:
+    go_on = asyncio.Event()
+
+    async def takes_its_time() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await go_on.wait()
+
+    async def serve() -> None:
+        async with running(jobs={"slow": takes_its_time}) as platform:
+            started.set_result(platform.addresses[0])
+            await stop.wait()
+
+    stop = asyncio.Event()
+    started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(serve())
+    address = await started
+    assert not await refuses_new_calls(address)
+    stop.set()
+    await eventually(lambda: refuses_new_calls(address))
+    assert not serving.done()
+    go_on.set()
+    await asyncio.wait_for(serving, 5)
+
+
+async def refuses_new_calls(address: str) -> bool:
+    async with channels.opened(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=1)
+        except grpc.aio.AioRpcError:
+            return True
+        return False
 
 
 async def _me(stub: Any) -> str:

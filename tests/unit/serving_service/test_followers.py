@@ -96,6 +96,16 @@ async def test_all_are_told_when_the_service_stops() -> None:
             await waiting
 
 
+async def test_who_begins_to_follow_when_the_service_has_stopped_is_told_what_there_is_and_no_more() -> None:
+    those = Followers()
+    async with running(those) as job:
+        job.cancel()
+    async with aclosing(following(those, Said("one"))) as stream:
+        assert await anext(stream) == "one"
+        with pytest.raises(Unavailable, match="being stopped"):
+            await anext(stream)
+
+
 async def _until_it_ends(stream: AsyncIterator[str]) -> None:
     async for _ in stream:
         pass

@@ -280,6 +280,33 @@ async def test_streams_end_when_the_service_stops() -> None:
     assert await gateway.told() is None
 
 
+async def ended(table: RouteTable) -> None:
+    """Runs a table's job to its end, as a service that stops does."""
+    job = asyncio.create_task(table.run())
+    await asyncio.sleep(0)
+    job.cancel()
+    await asyncio.gather(job, return_exceptions=True)
+
+
+async def test_a_stream_that_begins_when_the_service_has_stopped_ends_at_once() -> None:
+    table = a_table()
+    table.publish(routes_of("one", "r1"))
+    await ended(table)
+    assert await Gateway(table).told() is None
+    assert await table.find("one") == routes_of("one", "r1")  # a query that is under way goes on
+
+
+async def test_nobody_waits_for_the_table_of_a_service_that_stops_before_it_is_whole() -> None:
+    table = RouteTable(Ledger(), ack_seconds=LONG, queue_length=10)
+    gateway = Gateway(table)
+    finding = asyncio.create_task(table.find("one"))
+    await asyncio.sleep(0)
+    await ended(table)
+    assert await gateway.told() is None
+    with pytest.raises(Unavailable, match="being stopped"):
+        await finding
+
+
 async def test_the_load_of_an_entity_is_what_all_report_who_are_there() -> None:
     table = a_table()
     counting = asyncio.create_task(table.loads.run())
