@@ -137,7 +137,8 @@ class KeyRotation:
                 await asyncio.sleep(RETRY_SECONDS)
                 self._has_work.set()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_work.wait(), CHECK_SECONDS)
+                async with asyncio.timeout(CHECK_SECONDS):  # `wait_for` loses a cancellation of the same moment
+                    await self._has_work.wait()
 
     # --- one transaction each ---
 

@@ -75,7 +75,8 @@ class ServiceProcess:
             delay = back_off.after(time.monotonic() - began)
             self._tell(f"{event}; starting it again in {delay:.1f} s")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await self._stopping.wait()
 
     def stop(self) -> None:
         """Asks the service to end, for good."""

@@ -8,6 +8,7 @@ import itertools
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -507,6 +508,30 @@ async def test_uses_of_a_store_key_are_counted_over_restarts(monkeypatch: pytest
                 return (await keys_of(service))[1][-1] == 2
 
             await eventually(is_renewed)
+
+
+class Workless(rotation.KeyRotation):
+    """Keys of which none is ever due, and nothing behind."""
+
+    async def _renew_due(self) -> None:
+        pass
+
+    async def _follow(self) -> None:
+        pass
+
+
+async def test_a_stop_is_heard_also_when_work_comes_in_the_same_moment() -> None:
+    nothing: Any = None
+    keys = Workless(nothing, nothing, rotation.KeyAges(store=0, scope=0), time.time, renewed=lambda: None)
+    job = asyncio.create_task(keys.run())
+    for _ in range(10):
+        await asyncio.sleep(0)
+    keys._has_work.set()
+    await asyncio.sleep(0)  # the event is seen, and `run` has not gone on yet
+    job.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.gather(job, return_exceptions=True)
+    assert job.cancelled()
 
 
 # --- as an operator does it ---
