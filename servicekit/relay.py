@@ -106,9 +106,14 @@ class Way:
     async def dial(self, door: str) -> socket.socket:
         """A connection to what is behind a door; raises Unreachable. Before that no byte of the caller's is sent."""
         there = await self._opened(door)
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._pumps.start(_joined(await asyncio.open_unix_connection(sock=theirs, limit=_PIECE), there))
+        with contextlib.ExitStack() as undoing:  # who dialled may be gone, or no descriptor be left
+            undoing.callback(there[1].transport.abort)
+            ours, theirs = socket.socketpair()
+            undoing.callback(ours.close)
+            theirs.setblocking(False)
+            near = await asyncio.open_unix_connection(sock=theirs, limit=_PIECE)
+            undoing.pop_all()
+        self._pumps.start(_joined(near, there))
         ours.setblocking(False)
         return ours
 

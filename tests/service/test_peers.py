@@ -244,6 +244,38 @@ async def test_a_caller_that_is_refused_learns_that_it_is(directory: Path) -> No
         await Way(address, "secrets", certificate(directory, "serving")).dial(relay.RPC)
 
 
+async def test_a_dial_that_is_given_up_at_its_end_leaves_no_connection(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect, is_reached, has_ended = asyncio.open_unix_connection, asyncio.Event(), asyncio.Event()
+
+    async def connected(*where: Any, **options: Any) -> Any:
+        if "sock" not in options:
+            return await connect(*where, **options)
+        with options["sock"]:
+            is_reached.set()
+            return await asyncio.Event().wait()
+
+    async def inside(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        has_ended.set()
+
+    monkeypatch.setattr(asyncio, "open_unix_connection", connected)
+    path = str(directory / "inside.sock")
+    async with (
+        await asyncio.start_unix_server(inside, path),
+        relay.admitting("127.0.0.1:0", certificate(directory, "secrets"), lambda *_: path) as address,
+    ):
+        way = Way(address, "secrets", certificate(directory, "gateway"))
+        dialling = asyncio.create_task(way.dial(relay.RPC))
+        await is_reached.wait()
+        dialling.cancel()
+        await asyncio.gather(dialling, return_exceptions=True)
+        async with asyncio.timeout(10):
+            await has_ended.wait()
+
+
 # What is renewed.
 
 
