@@ -123,15 +123,15 @@ class Queue:
                 self._all.retired.add(server)
         self._known = {each.id: each for each in self._known.values() if each.busy or not each.is_retired}
         self._admit()
-        if not self.servers and not offer.is_awaited:
+        if self.servers or not offer.is_awaited:
             self.look_again()
 
     def look_again(self) -> None:
-        """Has all who wait look again: here nothing comes any more."""
-        for waiter in self._waiting:
-            if not waiter.turn.done():
+        """Has those look again for whom nothing comes here any more: they avoid all servers that there are, if any."""
+        for waiter in list(self._waiting):
+            if not waiter.turn.done() and all(server in waiter.avoided for server in self.servers):
+                self._waiting.remove(waiter)
                 waiter.turn.set_result(None)
-        self._waiting.clear()
 
     def told(self) -> Load:
         """The most there was since the last time; from now on it is counted anew."""

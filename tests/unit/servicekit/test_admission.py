@@ -144,6 +144,25 @@ async def test_who_waits_for_what_comes_no_more_looks_again() -> None:
     assert await second is None
 
 
+async def test_who_avoids_all_that_is_left_looks_again() -> None:
+    all_queues, _ = queues()
+    queue = all_queues.serve("owner", {"name": offer(1, 1)})["name"]
+    avoided, other = queue.take(), queue.take()
+    assert avoided is not None
+    until = asyncio.get_running_loop().time() + LONG
+    picky, patient = asyncio.create_task(queue.wait(until, {avoided})), waiting(queue)
+    await settle()
+    all_queues.serve("owner", {"name": offer(1)})
+    await settle()
+    assert picky.done()
+    assert await picky is None
+    assert not patient.done()
+    queue.give_back(avoided)
+    assert await patient is avoided
+    assert other is not None
+    queue.give_back(other)
+
+
 async def test_servers_that_come_up_take_those_who_wait() -> None:
     all_queues, _ = queues()
     queue = all_queues.serve("owner", {"name": offer(is_awaited=True)})["name"]
