@@ -121,15 +121,19 @@ class Meters:
     async def run(self) -> None:
         """Adds our own queries, stores and forgets, until cancelled; then stores once more."""
         due = self._now() + STORE_SECONDS
+        storing: asyncio.Task[None] | None = None
         try:
             while True:
                 await asyncio.sleep(TAKE_SECONDS)
                 self._take_own()
                 self._forget_window()
                 if self._now() >= due:
-                    await self.store()
+                    storing = asyncio.create_task(self.store())
+                    await asyncio.shield(storing)
                     due = self._now() + STORE_SECONDS
         finally:
+            if storing is not None:  # what it takes along is back only when it has failed
+                await asyncio.wait([storing])
             self._take_own()
             await self.store()
 

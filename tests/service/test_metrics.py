@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,6 +22,7 @@ from servicekit.errors import InvalidParameter
 from servicekit.measures import Key, Measured, Measures, Taken, UsageKey, Used
 from servicekit.storage import StorageError
 from servicekit.token_usage import MOST_SUMMED
+from serving_service import meters as meters_module
 from serving_service import store
 from serving_service.app import MIGRATIONS
 from serving_service.meters import Meters
@@ -165,6 +167,38 @@ async def test_what_cannot_be_stored_is_stored_with_the_next(tmp_path: Path, mon
         await meters.store()
         assert await minutes(meters) == [(0, 3)]
         assert meters.receive(pb.MeasuresReport(gateway_id="g", oldest_sequence=1)).stored_sequence == 2
+
+
+async def test_what_cannot_be_stored_as_the_service_stops_is_stored_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_under_way, go_on, stores = asyncio.Event(), threading.Event(), 0
+    loop, add_measures = asyncio.get_running_loop(), store.add_measures
+
+    def full_at_first(*args: Any, **kwargs: Any) -> Any:
+        nonlocal stores
+        stores += 1
+        if stores > 1:
+            return add_measures(*args, **kwargs)
+        loop.call_soon_threadsafe(is_under_way.set)
+        go_on.wait()
+        raise StorageError("database or disk is full")
+
+    monkeypatch.setattr(store, "add_measures", full_at_first)
+    monkeypatch.setattr(meters_module, "TAKE_SECONDS", 0.0)
+    clock = Clock()
+    async with running_meters(tmp_path, clock) as meters:
+        job = asyncio.create_task(meters.run())
+        meters.receive(report(1, (KEY, measured())))
+        await asyncio.sleep(0)
+        clock.seconds += 60
+        await is_under_way.wait()
+        job.cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(job, return_exceptions=True)
+        assert await minutes(meters) == [(0, 1)]
+        assert meters.receive(report(1)).stored_sequence == 1
 
 
 async def test_counts_between_other_bounds_are_refused_by_name(tmp_path: Path) -> None:
