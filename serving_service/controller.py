@@ -103,6 +103,7 @@ class EndpointController:
         self.processes: dict[str, int] = {}
         """The process of each replica that is ready."""
         self._last_ended: dict[tuple[int, str], LastEnded] = {}
+        self._keeping = asyncio.Lock()
         self._probing: dict[str, asyncio.Task[None]] = {}
         self._condemned: dict[str, str] = {}
         self._retries: dict[tuple[int, str], reconcile.Retry] = {}
@@ -660,9 +661,12 @@ class EndpointController:
         try:
             said = await handle.output(KEPT_LOG_BYTES)
             if said.text:
-                write = self._doors.database.write
-                await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, said.text)
-                self._last_ended[replica.version, replica.entity] = LastEnded(replica_id, said.position)
+                async with self._keeping:
+                    # Whose log is kept is not known until its end: it changes when the transaction does.
+                    self._last_ended.pop((replica.version, replica.entity), None)
+                    write = self._doors.database.write
+                    await write(store.keep_log, self.endpoint_id, replica.version, replica.entity, said.text)
+                    self._last_ended[replica.version, replica.entity] = LastEnded(replica_id, said.position)
         except (ReplicaGoneError, TimeoutError, OSError, RuntimeError, StorageError):
             log.warning("log of a replica that has ended cannot be kept", extra={"replica": replica_id})
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from servicekit.storage import Storage
 from serving_service import store
 from serving_service.build_logs import BuildLogs
+from serving_service.controller import LastEnded
 from serving_service.controllers import Controllers
 from serving_service.followers import News
 from serving_service.launcher import ReplicaGoneError, ReplicaHandle
@@ -66,7 +67,7 @@ class ReplicaOutput:
             self._told[last.replica_id] = last.position
         if any(excerpt.text for excerpt in said.values()):
             return {}
-        text = await self._kept(version)
+        text = await self._kept(version, last)
         return {last.replica_id if last else GONE: Excerpt(text, last.position if last else 0, 0)} if text else {}
 
     async def _of_last(self, version: int, said: Mapping[str, Excerpt]) -> dict[str, Excerpt]:
@@ -77,12 +78,17 @@ class ReplicaOutput:
         asked = last.position - self._told.get(last.replica_id, 0)
         if asked <= 0:
             return {}
-        lines = (await self._kept(version)).split("\n")[:-1][-asked:]
+        kept = await self._kept(version, last)
+        if not kept:
+            return {}
+        lines = kept.split("\n")[:-1][-asked:]
         text = "".join(f"{line}\n" for line in lines)
         return {last.replica_id: Excerpt(text, last.position, asked - len(lines))}
 
-    async def _kept(self, version: int) -> str:
-        return await self._database.read(store.last_log, self._endpoint_id, version, self._entity)
+    async def _kept(self, version: int, last: LastEnded | None) -> str:
+        """The kept log; empty when it may be another one's by now, which the next look tells."""
+        text = await self._database.read(store.last_log, self._endpoint_id, version, self._entity)
+        return text if self._controllers.last_ended(self._endpoint_id, version, self._entity) == last else ""
 
     def _tell(self, replica_id: str, version: int, said: Excerpt) -> str:
         self._told[replica_id] = said.position
