@@ -139,15 +139,16 @@ class Ledger:
         """
         if not limits.rules:
             return Charge(self, ())
-        self._sweep()
+        now = self._now()  # once: no use may leave the minute between the refusal and its `retry_after`
+        self._sweep(now)
         charged: list[Bucket] = []
         refusal: RateLimited | None = None
         for choice in limits.of(caller):
-            free = next((limit for limit in choice if self._used(limit.bucket) < limit.most), None)
+            free = next((limit for limit in choice if self._used(limit.bucket, now) < limit.most), None)
             if free is not None:
                 charged.append(free.bucket)
                 continue
-            refused = self._refusal(choice)
+            refused = self._refusal(choice, now)
             if refusal is None or (refused.retry_after or 0) > (refusal.retry_after or 0):
                 refusal = refused
         if refusal is not None:
@@ -155,24 +156,28 @@ class Ledger:
         charged = list(dict.fromkeys(charged))
         for bucket in charged:
             if bucket.measure == "calls":
-                self.use(bucket, 1)
+                self._count(bucket, 1, now)
         return Charge(self, tuple(bucket for bucket in charged if bucket.measure == "tokens"))
 
     def use(self, bucket: Bucket, amount: int) -> None:
         """Counts what is used now."""
-        second = math.floor(self._now())
+        self._count(bucket, amount, self._now())
+
+    def _count(self, bucket: Bucket, amount: int, now: float) -> None:
+        second = math.floor(now)
         seconds = self._uses.setdefault(bucket, {}).setdefault(self.source, {})
         seconds[second] = min(seconds.get(second, 0) + amount, MOST_SUMMED)
         self._told(bucket, self.source, second)
 
     def learn(self, uses: Iterable[pb.LimitUse]) -> None:
         """Hears what others used; what they heard from us is ours already."""
+        now = self._now()
         for use in uses:
-            if use.source != self.source and self._is_recent(use.second):
+            if use.source != self.source and _is_recent(use.second, now):
                 bucket = _bucket(use)
                 self._uses.setdefault(bucket, {}).setdefault(use.source, {})[use.second] = use.amount
                 self._told(bucket, use.source, use.second)
-        self._sweep()
+        self._sweep(now)
 
     @contextmanager
     def feed(self, woken: Callable[[], object], *, own_only: bool) -> Iterator[Feed]:
@@ -199,42 +204,39 @@ class Ledger:
         """How many buckets are remembered."""
         return len(self._uses)
 
-    def _used(self, bucket: Bucket) -> int:
+    def _used(self, bucket: Bucket, now: float) -> int:
         return sum(
             amount
             for seconds in self._uses.get(bucket, {}).values()
             for second, amount in seconds.items()
-            if self._is_recent(second)
+            if _is_recent(second, now)
         )
 
-    def _refusal(self, choice: Sequence[Limit]) -> RateLimited:
-        waits = [(self._wait(limit), limit) for limit in choice]
+    def _refusal(self, choice: Sequence[Limit], now: float) -> RateLimited:
+        waits = [(self._wait(limit, now), limit) for limit in choice]
         wait, limit = min(waits, key=lambda each: each[0])
         return RateLimited(limit, wait)
 
-    def _wait(self, limit: Limit) -> int:
+    def _wait(self, limit: Limit, now: float) -> int:
         """Whole seconds until a limit has something left again, if nobody uses it meanwhile."""
         by_second: Counter[int] = Counter()
         for seconds in self._uses.get(limit.bucket, {}).values():
             by_second.update(seconds)
-        left = self._used(limit.bucket)
-        for second in sorted(filter(self._is_recent, by_second)):
+        left = self._used(limit.bucket, now)
+        for second in sorted(each for each in by_second if _is_recent(each, now)):
             left -= by_second[second]
             if left < limit.most:
-                return max(math.ceil(second + WINDOW_SECONDS + 1 - self._now()), 1)
+                return max(math.ceil(second + WINDOW_SECONDS + 1 - now), 1)
         return WINDOW_SECONDS  # nothing was used: there is nothing to have
 
-    def _is_recent(self, second: int) -> bool:
-        return math.floor(self._now()) - second <= WINDOW_SECONDS
-
-    def _sweep(self) -> None:
+    def _sweep(self, now: float) -> None:
         """Forgets what left the last minute, once a minute: only what was used of late takes memory."""
-        if self._now() - self._swept < WINDOW_SECONDS:
+        if now - self._swept < WINDOW_SECONDS:
             return
-        self._swept = self._now()
+        self._swept = now
         for bucket, sources in list(self._uses.items()):
             for source, seconds in list(sources.items()):
-                for second in [each for each in seconds if not self._is_recent(each)]:
+                for second in [each for each in seconds if not _is_recent(each, now)]:
                     del seconds[second]
                 if not seconds:
                     del sources[source]
@@ -308,6 +310,10 @@ def folded(name: str) -> str:
     return (
         name.lower() if name.isascii() else unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
     )
+
+
+def _is_recent(second: int, now: float) -> bool:
+    return math.floor(now) - second <= WINDOW_SECONDS
 
 
 def _bucket(use: pb.LimitUse) -> Bucket:

@@ -863,8 +863,8 @@ FAULTS = (
         name="window-too-short",
         property="contract 5.11",
         file="servicekit/rate_limits.py",
-        old="        return math.floor(self._now()) - second <= WINDOW_SECONDS",
-        new="        return math.floor(self._now()) - second < WINDOW_SECONDS",
+        old="    return math.floor(now) - second <= WINDOW_SECONDS",
+        new="    return math.floor(now) - second < WINDOW_SECONDS",
         tests=(
             "tests/unit/servicekit/test_rate_limits.py"
             "::test_no_minute_sees_more_calls_than_the_limit_and_none_is_refused_without_need",

@@ -139,6 +139,20 @@ def test_a_refusal_says_when_it_is_worth_while_to_ask_again() -> None:
         ledger.admit(configured, ADA)
 
 
+@pytest.mark.parametrize("readings", range(6))
+def test_a_use_that_leaves_the_minute_while_it_is_decided_is_waited_for_no_longer(readings: int) -> None:
+    configured, times = limits(rule(calls=1)), [0.5]
+    ledger = Ledger(now=lambda: times.pop(0) if len(times) > 1 else times[0])
+    ledger.admit(configured, ADA)
+    times[:] = [60.9] * readings + [61.1]
+    waits = []
+    try:
+        ledger.admit(configured, ADA)
+    except RateLimited as refused:
+        waits.append(refused.retry_after)
+    assert waits in ([], [1])
+
+
 def test_an_overdrawn_budget_of_tokens_admits_nobody_until_it_is_renewed() -> None:
     clock = Clock()
     ledger = Ledger(now=clock)
