@@ -21,7 +21,7 @@ from serving_service.reconcile import Replica
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 4.0
-"""How often the log tells what goes on."""
+"""How often the log tells what goes on, and events that could not be stored are tried again."""
 
 MOST_UNWRITTEN = 100
 """How many events wait for a database that cannot be written; the oldest go first."""
@@ -95,7 +95,7 @@ class Timeline:
         """Stores what ended and tells what goes on, until cancelled."""
         while True:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(BEAT_SECONDS if self._steps else None):
+                async with asyncio.timeout(BEAT_SECONDS if self._steps or self._unwritten else None):
                     await self._changed.wait()
             self._changed.clear()
             await self._store()
