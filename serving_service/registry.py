@@ -170,6 +170,8 @@ class MlflowRegistry:
                 answer = await answered
         except TimeoutError:
             raise Unavailable("The model registry did not answer in time. Try again.", retry_after=1) from None
+        except RuntimeError:  # uvloop knows of the helper's end before we do
+            raise _helper_ended() from None
         finally:
             self._waiting.pop(number, None)
         if "error" in answer:
@@ -239,10 +241,14 @@ class MlflowRegistry:
             errors.cancel()
             for waiting in self._waiting.values():
                 if not waiting.done():
-                    waiting.set_exception(Unavailable("The model registry's helper ended. Try again.", retry_after=1))
+                    waiting.set_exception(_helper_ended())
             if helper.returncode is None:
                 helper.kill()
             await asyncio.shield(helper.wait())
+
+
+def _helper_ended() -> Unavailable:
+    return Unavailable("The model registry's helper ended. Try again.", retry_after=1)
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:

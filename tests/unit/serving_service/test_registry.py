@@ -231,6 +231,20 @@ async def test_whoever_waits_when_the_helper_dies_may_try_again(folder: Path) ->
             await waiting
 
 
+async def test_whoever_asks_a_helper_that_has_just_ended_may_try_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(_: bytes) -> None:  # as uvloop says it
+        raise RuntimeError("unable to perform operation on <WriteUnixTransport closed=True>; the handler is closed")
+
+    async with running_registry(f"sqlite:///{folder}/registry.db", folder) as registry:
+        await helper_of(registry)
+        assert registry._helper is not None
+        monkeypatch.setattr(registry._helper.stdin, "write", closed)
+        with pytest.raises(Unavailable, match="helper ended"):
+            await registry.describe(MODEL, GOOD)
+
+
 async def test_a_helper_that_hangs_is_not_waited_for_longer_than_the_deadline(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
