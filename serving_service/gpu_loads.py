@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from servicekit.storage import StorageError
 from serving_service import nvidia_smi
 from serving_service.gpu_pool import GpuPool
 from serving_service.nvidia_smi import DriverError, Load
@@ -35,7 +36,11 @@ class GpuLoads:
 
     async def look(self) -> Mapping[str, Load]:
         """How busy the GPUs of each replica are on average; nothing of those of which nothing is known."""
-        holders = await self._pool.holders()
+        try:
+            holders = await self._pool.holders()
+        except StorageError:
+            log.warning("loads of gpus are not known", extra={"cause": "the database failed"})
+            return {}
         if not holders or self._now() < self._not_before:
             return {}
         try:

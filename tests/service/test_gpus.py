@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from servicekit import database
+from servicekit.storage import StorageError
 from serving_service import gpus, store
 from serving_service.app import MIGRATIONS
 from serving_service.gpu_loads import GpuLoads
@@ -134,6 +135,23 @@ async def test_loads_are_those_of_each_replicas_own_gpus_and_a_silent_driver_is_
         assert await loads.look() == {}
         now[0] += 2
         assert await loads.look() == {"r1": Load(0.0, 0.5), "r2": Load(None, None)}
+
+
+async def test_while_the_database_fails_nothing_is_known_of_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: object) -> None:
+        raise StorageError
+
+    smi = nvidia_smi(tmp_path / "bin")
+    smi.has(a_gpu(0))
+    async with running_pool(tmp_path, devices=1) as pool:
+        loads = GpuLoads(smi.program, pool)
+        await started(pool, "r1")
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "gpu_holders", fails)
+            assert await loads.look() == {}
+        assert await loads.look() == {"r1": Load(0.0, 0.0)}
 
 
 # --- endpoints ------------------------------------------------------------------------------------------------------
