@@ -106,6 +106,7 @@ class RouteTable:
         self._by_name: dict[str, EndpointRoutes] = {}
         self._revision = 1
         self._left: dict[str, int] = {}
+        """The revision at which each replica left the table, for as long as a gateway may follow an older one."""
         self._streams: set[_Stream] = set()
         self._absent: set[object] = set()
         self._waiters: set[asyncio.Future[None]] = set()
@@ -153,7 +154,6 @@ class RouteTable:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self._until(lambda: self._is_unused(replica_id))
-        self._left.pop(replica_id, None)
 
     async def find(self, name: str) -> EndpointRoutes | None:
         """The routes of the endpoint of that name; raises Unavailable when the table does not get whole in time."""
@@ -217,6 +217,9 @@ class RouteTable:
             self._endpoints[endpoint_id] = self._by_name[routes.name] = routes
         offers = {entity.name: _offer(entity) for entity in routes.entities} if routes else {}
         self.loads.queues.serve(endpoint_id, offers)
+        # What every gateway follows need not be remembered: one that comes later begins with a table that is newer.
+        followed_by_all = min((stream.acknowledged for stream in self._streams), default=self._revision)
+        self._left = {each: revision for each, revision in self._left.items() if revision > followed_by_all}
         left = (before.replica_ids if before else frozenset()) - (routes.replica_ids if routes else frozenset())
         self._left.update(dict.fromkeys(left, self._revision))
         for stream in self._streams:

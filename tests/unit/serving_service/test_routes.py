@@ -242,6 +242,26 @@ async def test_a_drain_ends_with_its_time() -> None:
     await finished(asyncio.create_task(table.drained("old", timeout=SHORT)))
 
 
+async def test_replicas_that_left_are_forgotten_once_every_gateway_follows() -> None:
+    table = a_table()
+    gateway, late = Gateway(table), Gateway(table)
+    await gateway.follows()
+    for number in range(10):
+        table.publish(routes_of("one", f"r{number}"))  # each in the place of one that crashed and is not drained
+        await gateway.follows()
+    assert len(table._left) == 9
+    assert (await late.follows()).complete
+    while (await late.follows()).revision < table._revision:
+        pass
+    await finished(asyncio.create_task(table.acknowledged()))
+    table.publish(routes_of("one"))
+    assert set(table._left) == {"r9"}
+    await gateway.leave()
+    await late.leave()
+    table.publish(routes_of("one", "r10"))
+    assert table._left == {}
+
+
 async def test_a_gateway_that_went_away_gets_time_to_come_back_and_report() -> None:
     table = a_table(ack_seconds=0.3)
     table.publish(routes_of("one", "old"))
