@@ -55,15 +55,19 @@ class Window:
 
     def wait(self, key: str) -> float:
         """Lets one through and returns 0, or returns the seconds until one would be."""
-        now = self._now()
-        passed = self._passed.setdefault(key, deque())
-        # What lies ahead was let through before the clock was set back.
-        while passed and not now - self._seconds < passed[0] <= now:
-            passed.popleft()
-        if len(passed) >= self._most:
-            return passed[0] + self._seconds - now
-        passed.append(now)
+        if wait := self.left(key):
+            return wait
+        self._passed.setdefault(key, deque()).append(self._now())
         self._passed.move_to_end(key)
         if len(self._passed) > MOST_KEPT:
             self._passed.popitem(last=False)
         return 0.0
+
+    def left(self, key: str) -> float:
+        """The seconds until one would be let through, 0 for at once; lets none through."""
+        now = self._now()
+        passed = self._passed.get(key, deque())
+        # What lies ahead was let through before the clock was set back.
+        while passed and not now - self._seconds < passed[0] <= now:
+            passed.popleft()
+        return passed[0] + self._seconds - now if len(passed) >= self._most else 0.0

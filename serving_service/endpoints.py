@@ -322,7 +322,7 @@ class Endpoints:
         await self._database.read(self._answers.look)
         configs.check_create(request)
         described = self._described(request)
-        self._often.count()
+        self._often.check()
         now = _now()
         pending = None
         if request.HasField("config"):
@@ -362,6 +362,7 @@ class Endpoints:
         try:
             await self._references.grant(endpoint.id, pending, is_new=True)
             is_granted = True
+            self._often.count()
             await self._database.write(self._answers.once, commit)
         except BaseException as error:
             if is_granted or not _is_verdict(error):
@@ -439,7 +440,7 @@ class Endpoints:
         endpoint, level = await self._found(name, caller)
         if endpoint.is_updating:
             raise UpdateInProgress(name)
-        self._often.count()
+        self._often.check()
         pending = configs.read_config(
             config,
             at="",
@@ -448,10 +449,13 @@ class Endpoints:
             now=_now(),
             machine=self._machine,
         )
-        return await self._proposed(endpoint, level, await self._with_models(pending))
+        return await self._proposed(endpoint, level, await self._with_models(pending), count=self._often.count)
 
-    async def _proposed(self, endpoint: Endpoint, level: Level, pending: EndpointConfig) -> View:
-        """Has the endpoint, as it was seen, deploy a configuration of the next version."""
+    async def _proposed(
+        self, endpoint: Endpoint, level: Level, pending: EndpointConfig, *, count: Callable[[], None] = lambda: None
+    ) -> View:
+        """Has the endpoint, as it was seen, deploy a configuration of the next version; `count` is called before it is
+        recorded, and may raise."""
         updated = replace(
             endpoint,
             pending=pending,
@@ -477,6 +481,7 @@ class Endpoints:
         try:
             await self._references.grant(endpoint.id, pending, is_new=False)
             is_granted = True
+            count()
             await self._database.write(self._answers.once, commit)
         except BaseException as error:
             is_used = is_granted or not _is_verdict(error)

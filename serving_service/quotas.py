@@ -31,9 +31,19 @@ class EndpointChanges:
         self._most = most
         self._window = Window(most, CHANGES_SECONDS, now=now) if most else None
 
+    def check(self) -> None:
+        """Raises TooManyEndpointChanges when one more would be refused; counts nothing."""
+        self._refuse(lambda window: window.left("workspace"))
+
     def count(self) -> None:
-        """Counts one that is to be made; raises TooManyEndpointChanges."""
-        if self._window is not None and (wait := self._window.wait("workspace")):
+        """Counts one that is about to be recorded; raises TooManyEndpointChanges.
+
+        Not before: what is refused would else keep everybody from changes that are not.
+        """
+        self._refuse(lambda window: window.wait("workspace"))
+
+    def _refuse(self, wait_of: Callable[[Window], float]) -> None:
+        if self._window is not None and (wait := wait_of(self._window)):
             raise TooManyEndpointChanges(self._most, retry_after=math.ceil(wait))
 
 

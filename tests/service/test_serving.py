@@ -453,6 +453,25 @@ async def test_endpoints_are_made_and_changed_so_often_and_no_more() -> None:
         await platform.admin.delete("one")
 
 
+async def test_changes_that_are_refused_keep_nobody_from_those_that_are_not() -> None:
+    async with running_platform(endpoint_changes=2) as platform:
+        await platform.put()
+        maker = await platform.user("maker@example.com")
+        await maker.create("one", None)
+        for refused in (
+            maker.create("two", "no-such-model"),
+            maker.create("two", "ready", environment={"A": SECRET}),
+            maker.create("two", "ready", environment={"1": "no name"}),
+            maker.create("one", "ready"),
+            maker.update("one", an_input("no-such-model")),
+            maker.update("one", an_input("ready", environment_vars={"A": SECRET})),
+            maker.update("one"),
+        ):
+            assert (await refusal(refused)).code is not grpc.StatusCode.RESOURCE_EXHAUSTED
+        await platform.admin.create("two", None)
+        assert (await refusal(platform.admin.create("three", None))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 # Secrets
 
 

@@ -40,6 +40,14 @@ def test_fifty_in_any_five_minutes() -> None:
     assert [window.wait("a") for _ in range(26)] == [0.0] * 25 + [299.0]
 
 
+def test_to_ask_how_long_lets_nothing_through() -> None:
+    clock = Clock()
+    window = Window(1, 300, now=clock)
+    assert [window.left("a"), window.left("a"), window.wait("a"), window.left("a")] == [0.0, 0.0, 0.0, 300.0]
+    clock.time += 299
+    assert [window.left("a"), window.left("b")] == [1.0, 0.0]
+
+
 def test_a_clock_that_is_set_back_locks_nobody_out() -> None:
     clock = Clock()
     window = Window(1, 300, now=clock)

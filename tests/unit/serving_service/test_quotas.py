@@ -38,10 +38,12 @@ def test_endpoints_change_fifty_times_in_five_minutes_and_not_more() -> None:
     now = [1_000.0]
     changes = EndpointChanges(50, now=lambda: now[0])
     for _ in range(50):
+        changes.check()
         changes.count()
-    with pytest.raises(TooManyEndpointChanges) as refused:
-        changes.count()
-    assert (refused.value.reason, refused.value.retry_after) == ("REQUEST_LIMIT_EXCEEDED", 300)
+    for refuse in (changes.check, changes.count):
+        with pytest.raises(TooManyEndpointChanges) as refused:
+            refuse()
+        assert (refused.value.reason, refused.value.retry_after) == ("REQUEST_LIMIT_EXCEEDED", 300)
     now[0] += 300
     changes.count()
 
@@ -49,4 +51,5 @@ def test_endpoints_change_fifty_times_in_five_minutes_and_not_more() -> None:
 def test_endpoints_change_at_will_where_there_is_no_limit() -> None:
     changes = EndpointChanges(0)
     for _ in range(1_000):
+        changes.check()
         changes.count()
