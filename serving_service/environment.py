@@ -107,8 +107,10 @@ def digest_of(entity: ServedEntity) -> bytes:
     Secrets keeps them for as long as the configuration lives: another way to make them must be told from this one.
     """
     model = entity.model
+    # What was granted before the place was recorded stays good, and cannot be had by leaving out a place that was.
+    place = [] if model.location is None else [model.location]
     content = {
-        "model": [model.name, model.version, model.source, model.created_at],
+        "model": [model.name, model.version, model.source, model.created_at, *place],
         "environment": dict(entity.environment),
         "instance_profile_arn": entity.instance_profile_arn,
     }

@@ -42,13 +42,16 @@ class EntityState:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelVersion:
-    """A registered model version; `source` and `created_at` tell it from a later one of the same name and number."""
+    """A registered model version; what follows the number tells it from another one of the same name and number."""
 
     name: str
     version: str
     source: str
     created_at: int
     """Unix milliseconds, as the registry says."""
+    location: str | None = None
+    """Where the registry has its files, which a source may leave open; None in configurations of the time before this
+    was recorded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,7 +96,8 @@ class MlflowRegistry:
 
     async def describe(self, name: str, version: str) -> ModelVersion:
         answer = await self._ask({"op": "describe", "name": name, "version": version}, timeout=DESCRIBE_SECONDS)
-        return ModelVersion(name=name, version=version, source=answer["source"], created_at=answer["created_at"])
+        known = {each: answer[each] for each in ("source", "created_at", "location")}
+        return ModelVersion(name=name, version=version, **known)
 
     async def fetch(self, model: ModelVersion) -> Path:
         key = self._key(model)
@@ -137,6 +138,11 @@ class MlflowRegistry:
                     f"Version {model.version} of model '{model.name}' was registered anew since this configuration was "
                     f"made. Update the endpoint's configuration to use the new one."
                 )
+            if model.location not in (None, answer["location"]):
+                raise RegistryUnusable(
+                    f"The model registry has version {model.version} of model '{model.name}' at another place than "
+                    f"when this configuration was made. Update the endpoint's configuration to use what is there now."
+                )
             try:
                 await asyncio.to_thread(self._keep, folder, Path(answer["path"]), key)
             except DamagedError as error:
@@ -156,6 +162,7 @@ class MlflowRegistry:
 
     def _key(self, model: ModelVersion) -> str:
         parts = [self._uri, model.name, model.version, model.source, str(model.created_at)]
+        parts += [] if model.location is None else [model.location]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     async def _ask(self, request: dict[str, Any], *, timeout: float) -> dict[str, Any]:

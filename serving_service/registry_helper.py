@@ -6,10 +6,10 @@ done; `id` pairs them. It ends when its input closes, whatever is still under wa
     {"id": 1, "op": "describe", "name": ..., "version": ...}
     {"id": 2, "op": "fetch", "name": ..., "version": ..., "destination": <an empty folder>}
 
-Answers are `{"id", "source", "created_at"}`, for a fetch with `path`, the model's folder within the destination; or
-`{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `broken` (its files are
-no model), `unusable` (the registry's address or state is wrong), `full` (the disk is), or `unreachable` or `incomplete`
-(a retry may help).
+Answers are `{"id", "source", "created_at", "location"}`, for a fetch with `path`, the model's folder within the
+destination; or `{"id", "error", "message"}`, where `error` is `missing` (there is no such model version), `broken` (its
+files are no model), `unusable` (the registry's address or state is wrong), `full` (the disk is), or `unreachable` or
+`incomplete` (a retry may help).
 """
 
 from __future__ import annotations
@@ -75,12 +75,14 @@ class Registry:
         found = self._opened().get_model_version(name, version) if _VERSION.fullmatch(version) else None
         if found is None or found.name != name:
             raise Missing
-        return {"source": str(found.source), "created_at": int(found.creation_timestamp)}
+        # MLflow keeps the place beside the source. It is another one where that names a logged model or a version.
+        location = str(self._opened().get_model_version_download_uri(name, version))
+        return {"source": str(found.source), "created_at": int(found.creation_timestamp), "location": location}
 
     def fetch(self, name: str, version: str, destination: str) -> dict[str, Any]:
         """Downloads the version's files into the folder `destination`."""
         described = self.describe(name, version)
-        location = self._opened().get_model_version_download_uri(name, version)
+        location = described["location"]
         path = _mlflow().artifacts.download_artifacts(artifact_uri=location, dst_path=destination)
         if not Path(path).is_relative_to(destination):
             raise Broken("its files were not copied but found at another place")

@@ -136,6 +136,8 @@ def test_whatever_is_run_and_with_which_variables_is_in_the_digest_that_a_grant_
         replace(entity, model=replace(model, version="7")),
         replace(entity, model=replace(model, source="s3://elsewhere/model")),
         replace(entity, model=replace(model, created_at=model.created_at + 1)),
+        replace(entity, model=replace(model, location=model.source)),
+        replace(entity, model=replace(model, location="s3://elsewhere/model")),
         replace(entity, environment={**entity.environment, "PROXY": "http://elsewhere"}),
         replace(entity, environment={"A": "{{secrets/another/key}}"}),
         replace(entity, instance_profile_arn="arn:other"),
@@ -143,3 +145,8 @@ def test_whatever_is_run_and_with_which_variables_is_in_the_digest_that_a_grant_
     digests = [digest_of(each) for each in (entity, *changed)]
     assert len(set(digests)) == len(digests)
     assert digest_of(replace(entity, name="renamed", workload_size="Large", scale_to_zero=True)) == digests[0]
+
+
+def test_what_was_granted_before_places_were_recorded_stays_granted() -> None:
+    """Secrets has this digest since; made in any other way, what runs could not be launched any more."""
+    assert digest_of(an_entity()).hex() == "d6393fa78395f9ad89a0d84dad21b0290c3ec3e9f2bb8902bfb0d78eb88983b5"

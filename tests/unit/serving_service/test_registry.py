@@ -66,6 +66,17 @@ async def running_registry(uri: str, folder: Path, *, file: Path | None = None) 
         await asyncio.gather(task, return_exceptions=True)
 
 
+def a_copy_of_the_registry(folder: Path) -> Path:
+    """One that a test may change."""
+    return Path(shutil.copy(registry_uri().removeprefix("sqlite:///"), folder / "registry.db"))
+
+
+def rewrite(registered: Path, statement: str, *values: str | None) -> None:
+    """Changes the database of a registry behind its back."""
+    with contextlib.closing(sqlite3.connect(registered)) as connection, connection:
+        connection.execute(statement, values)
+
+
 async def nothing() -> frozenset[str]:
     return frozenset()
 
@@ -102,6 +113,10 @@ async def test_a_registered_version_is_described_and_fetched(folder: Path) -> No
         assert (model.name, model.version) == (MODEL, GOOD)
         assert model.source
         assert model.created_at > 1_600_000_000_000
+        # As MLflow logs models today: the source names a logged model, and the files are where that one's are.
+        assert model.source.startswith("models:/m-")
+        assert model.location is not None
+        assert (Path(model.location) / "MLmodel").is_file()
         path = await registry.fetch(model)
         assert (path / "MLmodel").is_file()
         assert path.parents[1] == folder / "models"
@@ -125,15 +140,38 @@ async def test_a_version_has_one_spelling(shared: MlflowRegistry, version: str) 
 async def test_a_version_that_is_registered_at_a_place_without_a_model_is_not_kept(folder: Path, place: str) -> None:
     (folder / "platform").mkdir()
     (folder / "platform" / "root.key").write_text("canary")
-    registered = folder / "registry.db"
-    shutil.copy(registry_uri().removeprefix("sqlite:///"), registered)
-    with contextlib.closing(sqlite3.connect(registered)) as connection, connection:
-        where = str(folder / place)
-        connection.execute("UPDATE model_versions SET source = ?, storage_location = ?", (where, where))
+    registered, where = a_copy_of_the_registry(folder), str(folder / place)
+    rewrite(registered, "UPDATE model_versions SET source = ?, storage_location = ?", where, where)
     async with running_registry(f"sqlite:///{registered}", folder) as registry:
         with pytest.raises(ModelBroken, match=r"Version 1 of model .* without an MLmodel file\. Register"):
             await registry.fetch(await registry.describe(MODEL, GOOD))
         assert list((folder / "models").iterdir()) == []
+
+
+async def test_a_version_that_the_registry_has_at_another_place_by_now_is_not_fetched(folder: Path) -> None:
+    """Its source and its time are still the same, and it is the place that decides what code gets the secrets."""
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "MLmodel").write_text("flavors: {}")
+    registered = a_copy_of_the_registry(folder)
+    async with running_registry(f"sqlite:///{registered}", folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        rewrite(registered, "UPDATE model_versions SET storage_location = ?", str(folder / "elsewhere"))
+        with pytest.raises(RegistryUnusable, match=r"at another place .* Update the endpoint's configuration"):
+            await registry.fetch(model)
+        assert list((folder / "models").iterdir()) == []
+        moved = await registry.describe(MODEL, GOOD)
+        assert (moved.source, moved.created_at) == (model.source, model.created_at)
+        assert (await registry.fetch(moved) / "MLmodel").read_text() == "flavors: {}"
+        rewrite(registered, "UPDATE model_versions SET storage_location = ?", model.location)
+        # The copy of what lay elsewhere is not taken for it.
+        assert (await registry.fetch(model) / "MLmodel").read_text() != "flavors: {}"
+
+
+async def test_a_configuration_from_before_places_were_recorded_is_fetched_from_where_it_is(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        older = ModelVersion(name=MODEL, version=GOOD, source=model.source, created_at=model.created_at)
+        assert (await registry.fetch(older) / "MLmodel").is_file()
 
 
 async def test_concurrent_fetches_download_once_and_later_ones_not_at_all(folder: Path) -> None:
