@@ -219,8 +219,8 @@ def mark_used(folder: Path) -> bool:
     return True
 
 
-def seal(content: Path) -> None:
-    """Writes beside a folder what is in it; raises DamagedError for anything that is no file."""
+def seal(content: Path) -> str:
+    """Writes beside a folder what is in it, and returns the digest of that; raises DamagedError for what is no file."""
     files = {}
     for path in sorted(content.rglob("*")):
         mode = path.lstat().st_mode
@@ -228,14 +228,18 @@ def seal(content: Path) -> None:
             files[str(path.relative_to(content))] = [path.stat().st_size, _digest(path)]
         elif not stat.S_ISDIR(mode):
             raise DamagedError(f"'{path.relative_to(content)}' is neither a file nor a folder")
-    (content.parent / MANIFEST).write_text(json.dumps(files))
+    manifest = json.dumps(files).encode()
+    (content.parent / MANIFEST).write_bytes(manifest)
+    return hashlib.sha256(manifest).hexdigest()
 
 
-def check(content: Path, *, digests: bool) -> None:
-    """Raises DamagedError unless a folder was sealed and still holds every file in its size, or, with `digests`, every
-    byte. More files do no harm: an interpreter may keep its own there."""
+def check(content: Path, *, digests: bool) -> str:
+    """The digest of what is written beside a folder; raises DamagedError unless the folder was sealed and still holds
+    every file in its size, or, with `digests`, every byte. More files do no harm: an interpreter may keep its own.
+    """
     try:
-        files: dict[str, tuple[int, str]] = json.loads((content.parent / MANIFEST).read_bytes())
+        manifest = (content.parent / MANIFEST).read_bytes()
+        files: dict[str, tuple[int, str]] = json.loads(manifest)
     except FileNotFoundError:
         raise DamagedError("it has no manifest") from None
     except ValueError:
@@ -247,6 +251,7 @@ def check(content: Path, *, digests: bool) -> None:
             raise DamagedError(f"'{name}' is not there any more") from None
         if not is_whole:
             raise DamagedError(f"'{name}' is not what it was")
+    return hashlib.sha256(manifest).hexdigest()
 
 
 def _digest(path: Path) -> str:

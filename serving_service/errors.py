@@ -131,6 +131,16 @@ class ModelBroken(errors.BadRequest):
         )
 
 
+class ModelChanged(errors.BadRequest):
+    """The files of this model version are not those that were fetched first."""
+
+    def __init__(self, name: str, version: str) -> None:
+        super().__init__(
+            f"The files of version {version} of model '{name}' were changed since they were first fetched. Put back"
+            " what they were; or register the model again, and update the endpoint to that version."
+        )
+
+
 class RegistryUnusable(errors.BadRequest):
     """The registry cannot be used as configured; a retry does not help."""
 

@@ -3,6 +3,9 @@
 The helper is started with the service, so that it is warm, and again when it died or its credentials have changed;
 every request has a deadline. A model version is fetched once, into a cache; what is there is looked through before it
 is used for the first time, and fetched anew when it is not whole.
+
+The rule: what a version's files were when they were first fetched is recorded, and no others are ever launched. Who may
+write to a model store, or into the cache, gets no secrets of those who chose the version when it held something else.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from servicekit.errors import ServiceError, Unavailable
-from serving_service import caches
+from servicekit.storage import Storage
+from serving_service import caches, store
 from serving_service.caches import DamagedError, FolderCache
-from serving_service.errors import DiskFull, ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service.errors import DiskFull, ModelBroken, ModelChanged, ModelNotFound, RegistryUnusable
 from serving_service.helper_variables import HelperVariables
 from serving_service.model import ModelVersion
 
@@ -45,17 +49,18 @@ class Registry(Protocol):
         """The registered version; raises ModelNotFound, RegistryUnusable, or Unavailable where a retry helps."""
 
     async def fetch(self, model: ModelVersion) -> Path:
-        """The folder with the version's files; raises as `describe` does, and ModelBroken."""
+        """The folder with the version's files; raises as `describe` does, ModelBroken and ModelChanged."""
 
     async def run(self) -> None:
         """Keeps the registry at hand until cancelled."""
 
 
 class MlflowRegistry:
-    """The registry at `uri`; what is fetched goes into `models`."""
+    """The registry at `uri`; what is fetched goes into `models`, and what it was into `database`."""
 
-    def __init__(self, uri: str, models: FolderCache, variables: HelperVariables) -> None:
+    def __init__(self, uri: str, models: FolderCache, variables: HelperVariables, database: Storage) -> None:
         self._uri = uri
+        self._database = database
         self._models = models
         self._variables = variables
         self._ids = itertools.count(1)
@@ -103,7 +108,8 @@ class MlflowRegistry:
         key = self._key(model)
         task = self._fetches.get(key)
         if task is None:
-            if await asyncio.to_thread(self._is_whole, key):
+            digest = await asyncio.to_thread(self._whole, key)
+            if digest is not None and await self._is_as_first(model, digest):
                 return self._models.path(key)
             task = self._fetches.get(key)
         if task is None:
@@ -118,16 +124,26 @@ class MlflowRegistry:
         if not task.cancelled():
             task.exception()  # whoever still waits has it
 
-    def _is_whole(self, key: str) -> bool:
-        """Whether a version is there as it was fetched."""
+    def _whole(self, key: str) -> str | None:
+        """The digest of a version that is there as it was fetched."""
         try:
-            caches.check(self._models.path(key), digests=key not in self._checked)
+            digest = caches.check(self._models.path(key), digests=key not in self._checked)
         except DamagedError as error:
             if (self._models.directory / key).exists():
                 log.warning("a cached model is fetched anew", extra={"folder": key, "cause": str(error)})
-            return False
+            return None
         self._checked.add(key)
-        return True
+        return digest
+
+    async def _is_as_first(self, model: ModelVersion, digest: str) -> bool:
+        """Whether files are those that were fetched first; files that nobody knows are, from now on."""
+        first = await self._database.read(store.first_digest, model)
+        if first is None:
+            first = await self._database.write(store.keep_first_digest, model, digest)
+        if digest != first:
+            facts = {"model": model.name, "model_version": model.version}
+            log.warning("files of a model are not those that were fetched first", extra=facts)
+        return digest == first
 
     async def _fetch(self, model: ModelVersion, key: str) -> Path:
         async with self._models.unfinished() as folder:
@@ -144,19 +160,19 @@ class MlflowRegistry:
                     f"when this configuration was made. Update the endpoint's configuration to use what is there now."
                 )
             try:
-                await asyncio.to_thread(self._keep, folder, Path(answer["path"]), key)
+                entry, digest = await asyncio.to_thread(_sealed, folder, Path(answer["path"]))
             except DamagedError as error:
                 raise ModelBroken(model.name, model.version, str(error)) from None
+            # Before they have their name: what is found under it is launched.
+            if not await self._is_as_first(model, digest):
+                raise ModelChanged(model.name, model.version)
+            await asyncio.to_thread(self._keep, entry, key)
         log.info("model fetched", extra={"model": model.name, "model_version": model.version})
         self._is_untidy.set()
         return self._models.path(key)
 
-    def _keep(self, folder: Path, fetched: Path, key: str) -> None:
-        entry = folder / f"entry-{uuid.uuid4().hex}"
-        entry.mkdir()
-        fetched.rename(entry / MODEL_FOLDER)
-        caches.seal(entry / MODEL_FOLDER)
-        self._models.drop(key)  # what is there is not whole
+    def _keep(self, entry: Path, key: str) -> None:
+        self._models.drop(key)  # what is there is not whole, or not what it was
         self._models.keep(entry, key)
         self._checked.add(key)
 
@@ -256,6 +272,14 @@ class MlflowRegistry:
 
 def _helper_ended() -> Unavailable:
     return Unavailable("The model registry's helper ended. Try again.", retry_after=1)
+
+
+def _sealed(folder: Path, fetched: Path) -> tuple[Path, str]:
+    """Makes an entry of the cache in a folder, and tells its digest."""
+    entry = folder / f"entry-{uuid.uuid4().hex}"
+    entry.mkdir()
+    fetched.rename(entry / MODEL_FOLDER)
+    return entry, caches.seal(entry / MODEL_FOLDER)
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:

@@ -524,6 +524,24 @@ def used_folders(connection: Connection) -> frozenset[str]:
     return frozenset(row[0] for row in connection.execute("SELECT DISTINCT folder FROM uses"))
 
 
+def first_digest(connection: Connection, model: ModelVersion) -> str | None:
+    """What the files of a model version were when they were first fetched; None when they never were."""
+    row = connection.execute(
+        "SELECT digest FROM fetched WHERE name = ? AND version = ? AND source = ? AND created_at = ?",
+        (model.name, model.version, model.source, model.created_at),
+    ).fetchone()
+    return str(row[0]) if row else None
+
+
+def keep_first_digest(connection: Connection, model: ModelVersion, digest: str) -> str:
+    """Records what the files of a model version are, unless that was done before; returns what is recorded."""
+    connection.execute(
+        "INSERT INTO fetched (name, version, source, created_at, digest) VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+        (model.name, model.version, model.source, model.created_at, digest),
+    )
+    return first_digest(connection, model) or digest
+
+
 def take_gpus(
     connection: Connection, replica_id: str, endpoint_id: str, *, devices: Sequence[str], count: int
 ) -> tuple[tuple[str, ...] | None, int]:

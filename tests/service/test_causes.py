@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ import pytest
 
 from gateway import app as gateway_app
 from gateway.settings import GatewaySettings
+from servicekit import database
 from serving_service import registry as registry_module
+from serving_service.app import MIGRATIONS
 from serving_service.caches import FolderCache
 from serving_service.helper_variables import HelperVariables
 from serving_service.launcher import Launch, LocalLauncher, LocalReplica
@@ -279,11 +281,15 @@ FAULTS = {
 
 @asynccontextmanager
 async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
-    with data_directory() as directory:
+    async with AsyncExitStack() as around:
+        directory = around.enter_context(data_directory())
+        # Of the registry's own: that of Serving is open only once Serving runs.
+        recorded = await around.enter_async_context(database.opened(directory / "fetched.db", MIGRATIONS))
         models = faulty_models.written(directory / "written")
         registry = FaultyRegistry(directory / "registry.db")
         cache = FolderCache(directory / "fetched", content=MODEL_FOLDER, bound=1 << 30, used=nothing_used)
-        gated = GatedRegistry(registry.uri, cache, HelperVariables(None, service_environment=os.environ))
+        variables = HelperVariables(None, service_environment=os.environ)
+        gated = GatedRegistry(registry.uri, cache, variables, recorded)
         replicas = serving_settings(directory).sockets / "replicas"
         launcher = FaultyLauncher(replicas, None, service_environment={"PATH": os.defpath})
         async with (

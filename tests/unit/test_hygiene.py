@@ -51,7 +51,7 @@ KNOWN_EVENTS = {
     "servicekit/warnings.py: warn: the text is not fixed",
     "serving_service/controller.py: EndpointController._not_started: message",
     "serving_service/notices.py: Outbox._attempt: error",
-    "serving_service/registry.py: MlflowRegistry._is_whole: key",
+    "serving_service/registry.py: MlflowRegistry._whole: key",
 }
 """Fields and texts that the rule takes for more than they are."""
 

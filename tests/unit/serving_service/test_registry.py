@@ -17,11 +17,13 @@ from typing import Any
 import psutil
 import pytest
 
+from servicekit import database
 from servicekit.errors import Unavailable
+from serving_service import caches, registry_helper
 from serving_service import registry as module
-from serving_service import registry_helper
+from serving_service.app import MIGRATIONS
 from serving_service.caches import FolderCache
-from serving_service.errors import DiskFull, ModelBroken, ModelNotFound, RegistryUnusable
+from serving_service.errors import DiskFull, ModelBroken, ModelChanged, ModelNotFound, RegistryUnusable
 from serving_service.helper_variables import HelperVariables
 from serving_service.model import ModelVersion
 from serving_service.registry import MODEL_FOLDER, MlflowRegistry, shown
@@ -57,13 +59,14 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 async def running_registry(uri: str, folder: Path, *, file: Path | None = None) -> AsyncIterator[MlflowRegistry]:
     variables = HelperVariables(file, service_environment=os.environ)
     cache = FolderCache(folder / "models", content=MODEL_FOLDER, bound=1 << 30, used=nothing)
-    registry = MlflowRegistry(uri, cache, variables)
-    task = asyncio.create_task(registry.run())
-    try:
-        yield registry
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    async with database.opened(folder / "serving.db", MIGRATIONS) as opened:
+        registry = MlflowRegistry(uri, cache, variables, opened)
+        task = asyncio.create_task(registry.run())
+        try:
+            yield registry
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
 
 def a_copy_of_the_registry(folder: Path) -> Path:
@@ -163,8 +166,8 @@ async def test_a_version_that_the_registry_has_at_another_place_by_now_is_not_fe
         assert (moved.source, moved.created_at) == (model.source, model.created_at)
         assert (await registry.fetch(moved) / "MLmodel").read_text() == "flavors: {}"
         rewrite(registered, "UPDATE model_versions SET storage_location = ?", model.location)
-        # The copy of what lay elsewhere is not taken for it.
-        assert (await registry.fetch(model) / "MLmodel").read_text() != "flavors: {}"
+        with pytest.raises(ModelChanged):  # rather than that the copy of what lay elsewhere is taken for it
+            await registry.fetch(model)
 
 
 async def test_a_configuration_from_before_places_were_recorded_is_fetched_from_where_it_is(folder: Path) -> None:
@@ -172,6 +175,51 @@ async def test_a_configuration_from_before_places_were_recorded_is_fetched_from_
         model = await registry.describe(MODEL, GOOD)
         older = ModelVersion(name=MODEL, version=GOOD, source=model.source, created_at=model.created_at)
         assert (await registry.fetch(older) / "MLmodel").is_file()
+
+
+async def test_files_that_were_overwritten_since_they_were_first_fetched_are_not_launched(folder: Path) -> None:
+    """Whoever may write where models lie is not who was granted the secrets."""
+    registered, place = a_copy_of_the_registry(folder), folder / "store"
+    place.mkdir()
+    (place / "MLmodel").write_text("flavors: {}")
+    rewrite(registered, "UPDATE model_versions SET storage_location = ?", str(place))
+    async with running_registry(f"sqlite:///{registered}", folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        path = await registry.fetch(model)
+        shutil.rmtree(path.parent)
+        (place / "MLmodel").write_text("flavors: []")
+        with pytest.raises(ModelChanged, match=rf"version {GOOD} of model '{MODEL}' .* Put back .*; or register"):
+            await registry.fetch(model)
+        assert list((folder / "models").iterdir()) == []
+        (place / "MLmodel").write_text("flavors: {}")
+        assert await registry.fetch(model) == path
+
+
+async def test_a_cached_version_that_was_changed_with_its_manifest_is_fetched_again(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        path = await registry.fetch(await registry.describe(MODEL, GOOD))
+    original = (path / "MLmodel").read_bytes()
+    (path / "MLmodel").write_bytes(original + b"# and more\n")
+    caches.seal(path)
+    async with running_registry(registry_uri(), folder) as registry:
+        assert await registry.fetch(await registry.describe(MODEL, GOOD)) == path
+        assert (path / "MLmodel").read_bytes() == original
+
+
+async def test_a_version_that_was_fetched_by_an_earlier_program_is_known_from_then_on(folder: Path) -> None:
+    async with running_registry(registry_uri(), folder) as registry:
+        model = await registry.describe(MODEL, GOOD)
+        path = await registry.fetch(model)
+    rewrite(folder / "serving.db", "DELETE FROM fetched")
+    async with running_registry(registry_uri(), folder) as registry:
+        inode = path.stat().st_ino
+        assert await registry.fetch(model) == path
+        assert path.stat().st_ino == inode, "it was not fetched again"
+    (path / "MLmodel").write_bytes(b"flavors: {}")
+    caches.seal(path)
+    async with running_registry(registry_uri(), folder) as registry:
+        await registry.fetch(model)
+        assert (path / "MLmodel").read_bytes() != b"flavors: {}"
 
 
 async def test_concurrent_fetches_download_once_and_later_ones_not_at_all(folder: Path) -> None:
