@@ -235,7 +235,10 @@ def seal(content: Path) -> str:
 
 def check(content: Path, *, digests: bool) -> str:
     """The digest of what is written beside a folder; raises DamagedError unless the folder was sealed and still holds
-    every file in its size, or, with `digests`, every byte. More files do no harm: an interpreter may keep its own.
+    every file in its size, or, with `digests`, every byte.
+
+    What lies there besides is removed: code among it would be imported before what it has the name of, and what an
+    interpreter compiled, and may keep there, in place of its source.
     """
     try:
         manifest = (content.parent / MANIFEST).read_bytes()
@@ -244,6 +247,7 @@ def check(content: Path, *, digests: bool) -> str:
         raise DamagedError("it has no manifest") from None
     except ValueError:
         raise DamagedError("its manifest cannot be read") from None
+    _remove_strangers(content, files)
     for name, (size, digest) in files.items():
         try:
             is_whole = (content / name).stat().st_size == size and (not digests or _digest(content / name) == digest)
@@ -252,6 +256,14 @@ def check(content: Path, *, digests: bool) -> str:
         if not is_whole:
             raise DamagedError(f"'{name}' is not what it was")
     return hashlib.sha256(manifest).hexdigest()
+
+
+def _remove_strangers(content: Path, files: Collection[str]) -> None:
+    """Removes what is none of these files, and every link, which may lead to something else at any time."""
+    for folder, folders, names in os.walk(content):
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            if path.is_symlink() or (str(path.relative_to(content)) not in files and not path.is_dir()):
+                path.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

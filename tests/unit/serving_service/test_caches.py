@@ -187,10 +187,28 @@ def a_sealed_folder(directory: Path) -> Path:
     return content
 
 
-def test_what_was_sealed_is_whole_and_may_grow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("digests", [True, False])
+def test_what_was_sealed_is_whole_and_what_came_later_is_removed(tmp_path: Path, digests: bool) -> None:
+    """It would be imported: what was compiled in place of its source, a module in place of another of that name."""
     content = a_sealed_folder(tmp_path)
-    (content / "__pycache__").mkdir()
-    caches.check(content, digests=True)
+    (content / "deep" / "__pycache__").mkdir()
+    (content / "deep" / "__pycache__" / "model.cpython-311.pyc").write_bytes(b"code")
+    (content / "json.py").write_text("code")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept.py").write_text("code")
+    (content / "numpy").symlink_to(tmp_path / "elsewhere")
+    caches.check(content, digests=digests)
+    assert sorted(path.name for path in content.rglob("*") if not path.is_dir()) == ["MLmodel", "weights"]
+    assert not (content / "numpy").is_symlink()
+    assert (tmp_path / "elsewhere" / "kept.py").exists()
+
+
+def test_a_link_is_not_taken_for_the_file_that_it_leads_to(tmp_path: Path) -> None:
+    content = a_sealed_folder(tmp_path)
+    (content / "MLmodel").rename(tmp_path / "moved")
+    (content / "MLmodel").symlink_to(tmp_path / "moved")
+    with pytest.raises(DamagedError, match="'MLmodel' is not there any more"):
+        caches.check(content, digests=True)
 
 
 @pytest.mark.parametrize("digests", [True, False])
