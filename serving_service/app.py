@@ -127,7 +127,9 @@ async def running(
         variables = HelperVariables(settings.registry_env_file, service_environment=own_environment())
         used = partial(opened.read, store.used_folders)
         models = FolderCache(data / "models", content=MODEL_FOLDER, bound=settings.model_cache << 20, used=used)
-        registry = registry or MlflowRegistry(settings.registry_uri, models, variables, opened)
+        registry = registry or MlflowRegistry(
+            settings.registry_uri, models, variables, opened, closed=settings.own_folders
+        )
         places = Places.below(data)
         environments = ModelEnvironments(places, variables, bound=settings.environment_cache << 20, used=used)
         build_logs = BuildLogs(opened)

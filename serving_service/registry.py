@@ -17,6 +17,7 @@ import json
 import logging
 import sys
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -56,10 +57,22 @@ class Registry(Protocol):
 
 
 class MlflowRegistry:
-    """The registry at `uri`; what is fetched goes into `models`, and what it was into `database`."""
+    """The registry at `uri`; what is fetched goes into `models`, and what it was into `database`.
 
-    def __init__(self, uri: str, models: FolderCache, variables: HelperVariables, database: Storage) -> None:
+    Nothing is taken from `closed`, folders of the platform on this machine, whatever the registry says.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        models: FolderCache,
+        variables: HelperVariables,
+        database: Storage,
+        *,
+        closed: Collection[Path],
+    ) -> None:
         self._uri = uri
+        self._closed = [str(folder) for folder in closed]
         self._database = database
         self._models = models
         self._variables = variables
@@ -250,7 +263,7 @@ class MlflowRegistry:
         self._helper = helper
         errors = asyncio.create_task(_tail(helper.stderr))
         try:
-            self._write({"registry": self._uri})
+            self._write({"registry": self._uri, "closed": self._closed})
             self._started.set()
             async for line in helper.stdout:
                 answer = json.loads(line)

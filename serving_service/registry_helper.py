@@ -1,7 +1,11 @@
 """The program that talks to the MLflow registry, so that the service itself never has to import mlflow.
 
 One JSON request per line comes in on standard input, one JSON answer per line goes out, in the order in which they are
-done; `id` pairs them. It ends when its input closes, whatever is still under way. Requests:
+done; `id` pairs them. It ends when its input closes, whatever is still under way. The first line is no request:
+
+    {"registry": <its address>, "closed": <folders of the platform that no model may be taken from>}
+
+Requests:
 
     {"id": 1, "op": "describe", "name": ..., "version": ...}
     {"id": 2, "op": "fetch", "name": ..., "version": ..., "destination": <an empty folder>}
@@ -23,7 +27,7 @@ import shutil
 import sqlite3
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -57,10 +61,11 @@ class Incomplete(Exception):
 
 
 class Registry:
-    """The registry at one address."""
+    """The registry at one address; from the folders `closed`, and from what they lie in, nothing is fetched."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, closed: Sequence[Path] = ()) -> None:
         self._uri = uri
+        self._closed = tuple(folder.resolve() for folder in closed)
         self._opening = threading.Lock()
         self._client: Any = None
 
@@ -97,6 +102,7 @@ class Registry:
         with self._opening:
             if self._client is None:
                 mlflow = _mlflow()
+                _guard_local_places(self._closed)
                 mlflow.set_registry_uri(self._uri)
                 # Since MLflow 3 the files of a model are found by way of the tracking store.
                 mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or self._uri)
@@ -131,6 +137,45 @@ def _mlflow() -> Any:
     import mlflow.store.model_registry.sqlalchemy_store
 
     return mlflow
+
+
+def _guard_local_places(closed: Sequence[Path]) -> None:
+    """Has MLflow copy from places on this machine only what is in the folder that is asked for, wherever links lead.
+
+    Whoever registers a version says where it lies, and this program may read more than they: MLflow itself lets links
+    lead to whatever lies beside a model.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact import artifact_repository_registry as stores
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    class GuardedPlace(LocalArtifactRepository):
+        def download_artifacts(self, artifact_path: str, dst_path: str | None = None) -> str:
+            self._source = Path(self.artifact_dir, artifact_path or "").resolve()
+            self._outside: list[str] = []
+            if any(self._source.is_relative_to(each) or each.is_relative_to(self._source) for each in closed):
+                raise Broken("it is registered at a place that holds the platform's own data")
+            try:
+                return str(super().download_artifacts(artifact_path, dst_path))  # type: ignore[no-untyped-call]
+            except MlflowException:  # made of the refusals of its files, among others
+                if self._outside:
+                    raise Broken(f"its file '{self._outside[0]}' is a link that leads out of its folder") from None
+                raise
+
+        def _download_file(self, remote_file_path: str, local_path: str) -> None:
+            # What was opened is looked at and copied: a path may lead elsewhere a moment later. No pipe is waited for.
+            opened = os.open(Path(self.artifact_dir, remote_file_path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                file = Path(f"/proc/self/fd/{opened}")
+                if not file.readlink().is_relative_to(self._source):
+                    self._outside.append(remote_file_path)
+                    raise Broken("a link leads out of its folder")
+                shutil.copy2(file, local_path)
+            finally:
+                os.close(opened)
+
+    known: dict[str, Any] = stores.get_registered_artifact_repositories()
+    known.update({"": GuardedPlace, "file": GuardedPlace})
 
 
 def check_whole(listed: Iterable[tuple[str, int]], folder: Path) -> None:
@@ -239,11 +284,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m serving_service.registry_helper", description=__doc__)
     parser.parse_args()
     # The address may hold a password, so it comes as the first line and never as an argument.
-    uri = json.loads(sys.stdin.readline())["registry"]
+    told = json.loads(sys.stdin.readline())
     answers = os.fdopen(os.dup(1), "w")
     # Libraries print; what they print must not get between the answers.
     os.dup2(2, 1)
-    serve(Registry(uri), sys.stdin, answers)
+    serve(Registry(told["registry"], [Path(each) for each in told["closed"]]), sys.stdin, answers)
 
 
 if __name__ == "__main__":

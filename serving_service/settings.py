@@ -315,6 +315,12 @@ class ServingSettings(settings.AuditedSettings):
         return embedded if self.registry_uri == _sqlite(embedded) else None
 
     @property
+    def own_folders(self) -> tuple[Path, ...]:
+        """Where the platform keeps its own data; the rest of the data directory may hold files of models."""
+        named = (self.data_dir / name for name in ("audit", "run", "secrets", "serving"))
+        return (*named, *((self.audit_dir,) if self.audit_dir else ()), self.sockets)
+
+    @property
     def has_reflection(self) -> bool:
         """Whether the public listener offers reflection."""
         return settings.is_loopback(self.listen) if self.reflection is None else self.reflection

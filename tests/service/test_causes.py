@@ -289,7 +289,7 @@ async def running_stack(**settings: Any) -> AsyncIterator[Stack]:
         registry = FaultyRegistry(directory / "registry.db")
         cache = FolderCache(directory / "fetched", content=MODEL_FOLDER, bound=1 << 30, used=nothing_used)
         variables = HelperVariables(None, service_environment=os.environ)
-        gated = GatedRegistry(registry.uri, cache, variables, recorded)
+        gated = GatedRegistry(registry.uri, cache, variables, recorded, closed=())
         replicas = serving_settings(directory).sockets / "replicas"
         launcher = FaultyLauncher(replicas, None, service_environment={"PATH": os.defpath})
         async with (

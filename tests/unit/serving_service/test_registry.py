@@ -29,6 +29,7 @@ from serving_service.model import ModelVersion
 from serving_service.registry import MODEL_FOLDER, MlflowRegistry, shown
 from tests.support.eventually import eventually
 from tests.support.registered_models import GOOD, MODEL, registry_uri
+from tests.support.serving import serving_settings
 from tests.support.sockets import short_directory
 from tests.support.wheels import variables_file
 
@@ -60,7 +61,7 @@ async def running_registry(uri: str, folder: Path, *, file: Path | None = None) 
     variables = HelperVariables(file, service_environment=os.environ)
     cache = FolderCache(folder / "models", content=MODEL_FOLDER, bound=1 << 30, used=nothing)
     async with database.opened(folder / "serving.db", MIGRATIONS) as opened:
-        registry = MlflowRegistry(uri, cache, variables, opened)
+        registry = MlflowRegistry(uri, cache, variables, opened, closed=[folder / "platform" / "serving"])
         task = asyncio.create_task(registry.run())
         try:
             yield registry
@@ -139,16 +140,60 @@ async def test_a_version_has_one_spelling(shared: MlflowRegistry, version: str) 
         await shared.describe(MODEL, version)
 
 
-@pytest.mark.parametrize("place", ["platform", "platform/root.key"])
+@pytest.mark.parametrize("place", ["other", "other/root.key"])
 async def test_a_version_that_is_registered_at_a_place_without_a_model_is_not_kept(folder: Path, place: str) -> None:
-    (folder / "platform").mkdir()
-    (folder / "platform" / "root.key").write_text("canary")
+    (folder / "other").mkdir()
+    (folder / "other" / "root.key").write_text("canary")
     registered, where = a_copy_of_the_registry(folder), str(folder / place)
     rewrite(registered, "UPDATE model_versions SET source = ?, storage_location = ?", where, where)
     async with running_registry(f"sqlite:///{registered}", folder) as registry:
         with pytest.raises(ModelBroken, match=r"Version 1 of model .* without an MLmodel file\. Register"):
             await registry.fetch(await registry.describe(MODEL, GOOD))
         assert list((folder / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["platform/serving/models/key/model", "platform/serving", "platform", "link"])
+async def test_a_version_that_is_registered_in_the_platform_is_not_taken_for_a_model(folder: Path, place: str) -> None:
+    """Also where there is an MLmodel file: the copy of a model that others are granted secrets for, say."""
+    inside = folder / "platform" / "serving" / "models" / "key" / "model"
+    inside.mkdir(parents=True)
+    (folder / "link").symlink_to(inside)
+    (folder / place / "MLmodel").write_text("flavors: {}")
+    registered = a_copy_of_the_registry(folder)
+    async with running_registry(f"sqlite:///{registered}", folder) as registry:
+        for where in (str(folder / place), f"file://{folder / place}"):
+            rewrite(registered, "UPDATE model_versions SET source = ?, storage_location = ?", where, where)
+            with pytest.raises(ModelBroken, match=r"at a place that holds the platform's own data\. Register"):
+                await registry.fetch(await registry.describe(MODEL, GOOD))
+        assert list((folder / "models").iterdir()) == []
+
+
+def test_the_platforms_own_folders_are_where_it_writes_and_not_all_of_its_data_directory(folder: Path) -> None:
+    settings = serving_settings(folder, audit_dir=folder / "elsewhere")
+    named = {folder / name for name in ("audit", "elsewhere", "run", "secrets", "serving")}
+    assert set(settings.own_folders) == {*named, settings.sockets}
+
+
+@pytest.mark.parametrize("link", ["root.key", "deep"])
+async def test_a_link_of_a_registered_version_may_not_lead_out_of_its_folder(folder: Path, link: str) -> None:
+    place = folder / "platform" / "artifacts"
+    (place / "data").mkdir(parents=True)
+    (place / "MLmodel").write_text("flavors: {}")
+    (place / "data" / "weights").write_text("1, 2")
+    (place / "latest").symlink_to("data/weights")
+    (place.parent / "deep").mkdir()
+    (place.parent / "deep" / "root.key").write_text("canary")
+    (place.parent / "root.key").write_text("canary")
+    registered = a_copy_of_the_registry(folder)
+    rewrite(registered, "UPDATE model_versions SET source = ?, storage_location = ?", str(place), str(place))
+    async with running_registry(f"sqlite:///{registered}", folder) as registry:
+        (place / "data" / "more").symlink_to(place.parent / link)
+        with pytest.raises(ModelBroken, match=r"its file '.*data/more.*' is a link that leads out of its folder\."):
+            await registry.fetch(await registry.describe(MODEL, GOOD))
+        assert list((folder / "models").iterdir()) == []
+        (place / "data" / "more").unlink()
+        path = await registry.fetch(await registry.describe(MODEL, GOOD))
+        assert (path / "latest").read_text() == "1, 2"
 
 
 async def test_a_version_that_the_registry_has_at_another_place_by_now_is_not_fetched(folder: Path) -> None:
@@ -359,7 +404,8 @@ async def test_a_helper_whose_service_was_killed_ends_by_itself(folder: Path) ->
     assert helper.stdin is not None
     assert helper.stdout is not None
     helper.stdin.write(
-        b'{"registry": "sqlite:///nowhere.db"}\n{"id": 1, "op": "describe", "name": "a", "version": "1"}\n'
+        b'{"registry": "sqlite:///nowhere.db", "closed": []}\n'
+        b'{"id": 1, "op": "describe", "name": "a", "version": "1"}\n'
     )
     assert b'"missing"' in await helper.stdout.readline()
     helper.stdin.close()
