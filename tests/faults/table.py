@@ -29,6 +29,7 @@ _INTEGRITY = "tests/unit/secrets_service/test_integrity.py"
 _ROTATION = "tests/service/test_key_rotation.py"
 _SOURCES = "tests/service/test_key_sources.py"
 _BACKUP = "tests/service/test_backup.py"
+_REGISTRY = "tests/unit/serving_service/test_registry.py"
 _SETTLEMENT = "tests/unit/serving_service/test_settlement.py"
 _KILLED = "tests/service/test_kill_points.py::test_a_kill_at_any_point_of_a_change_comes_to_the_same_end"
 _HISTORIES = "tests/service/test_linearizability.py::test_eight_clients_see_one_service_whatever_is_killed_or_given_up"
@@ -1141,6 +1142,62 @@ FAULTS = (
         tests=("tests/service/test_own_metrics.py::test_gateway_tells_routes_and_no_paths",),
     ),
     # --- what models run in ---
+    Fault(
+        name="place-of-a-model-not-granted",
+        property="S3",
+        file="serving_service/environment.py",
+        old="model.created_at, *place],",
+        new="model.created_at],",
+        tests=(
+            "tests/unit/serving_service/test_references.py"
+            "::test_whatever_is_run_and_with_which_variables_is_in_the_digest_that_a_grant_binds",
+        ),
+    ),
+    Fault(
+        name="model-fetched-from-another-place",
+        property="S3",
+        file="serving_service/registry.py",
+        old='if model.location not in (None, answer["location"]):',
+        new='if model.location not in (None, model.location, answer["location"]):',
+        tests=(f"{_REGISTRY}::test_a_version_that_the_registry_has_at_another_place_by_now_is_not_fetched",),
+    ),
+    Fault(
+        name="changed-model-launched",
+        property="S3",
+        file="serving_service/registry.py",
+        old="        return digest == first\n",
+        new="        return True\n",
+        tests=(
+            f"{_REGISTRY}::test_files_that_were_overwritten_since_they_were_first_fetched_are_not_launched",
+            f"{_REGISTRY}::test_a_cached_version_that_was_changed_with_its_manifest_is_fetched_again",
+        ),
+    ),
+    Fault(
+        name="code-added-to-a-cached-model",
+        property="S3",
+        file="serving_service/caches.py",
+        old="    _remove_strangers(content, files)\n",
+        new="",
+        tests=(
+            "tests/unit/serving_service/test_caches.py::test_what_was_sealed_is_whole_and_what_came_later_is_removed",
+        ),
+    ),
+    Fault(
+        name="links-followed-out-of-a-model",
+        property="S18",
+        file="serving_service/registry_helper.py",
+        old="if not file.readlink().is_relative_to(self._source):",
+        new="if not file.exists():",
+        tests=(f"{_REGISTRY}::test_a_link_of_a_registered_version_may_not_lead_out_of_its_folder",),
+    ),
+    Fault(
+        name="refused-changes-counted-for-all",
+        property="S25",
+        file="serving_service/endpoints.py",
+        old="        described = self._described(request)\n        self._often.check()\n",
+        new="        described = self._described(request)\n        self._often.count()\n",
+        tests=("tests/service/test_serving.py::test_changes_that_are_refused_keep_nobody_from_those_that_are_not",),
+    ),
     Fault(
         name="damaged-model-served",
         property="cached is whole",
