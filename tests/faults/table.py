@@ -1355,8 +1355,8 @@ FAULTS = (
         name="stalled-body-waited-for",
         property="R14",
         file="gateway/invocations.py",
-        old="            async with asyncio.timeout(self._deadline):\n                return await request.more()",
-        new="            async with asyncio.timeout(None):\n                return await request.more()",
+        old="            async with asyncio.timeout(self._deadline):\n                return await _first_part",
+        new="            async with asyncio.timeout(None):\n                return await _first_part",
         tests=(
             "tests/service/test_gateway.py"
             "::test_a_body_that_does_not_come_whole_in_time_is_a_504_that_says_so_and_leaves_its_place",
@@ -1503,10 +1503,71 @@ FAULTS = (
     Fault(
         name="one-address-takes-all-places",
         property="S25",
-        file="servicekit/interceptors.py",
-        old="        if self._most and awaited >= self._most:\n",
-        new="        if awaited >= 1_000_000:\n",
+        file="servicekit/arrivals.py",
+        old="        if self._most and self._awaited[sender] >= self._most:\n",
+        new="        if self._awaited[sender] >= 1_000_000:\n",
         tests=(f"{_LISTENERS}::test_who_sends_half_of_many_requests_keeps_nobody_else_out",),
+    ),
+    Fault(
+        name="message-of-a-stranger-waited-for",
+        property="S25",
+        file="servicekit/interceptors.py",
+        old=(
+            "                    await self._begin()\n"
+            "                    is_arriving = True\n"
+            "                    request = await self._received(rpc, place)\n"
+        ),
+        new=(
+            "                    is_arriving = True\n"
+            "                    request = await self._received(rpc, place)\n"
+            "                    await self._begin()\n"
+        ),
+        tests=(f"{_LISTENERS}::test_of_whom_nobody_knows_no_message_is_waited_for",),
+    ),
+    Fault(
+        name="half-a-body-keeps-a-place",
+        property="S25",
+        file="gateway/app.py",
+        old="        body = await self._body(request, identity.principal)\n",
+        new="        with self._room:\n            body = await self._body(request, identity.principal)\n",
+        tests=("tests/service/test_overload.py::test_who_sends_half_of_many_requests_keeps_nobody_else_out",),
+    ),
+    Fault(
+        name="half-a-body-keeps-a-replica",
+        property="S25",
+        file="gateway/invocations.py",
+        old="FIRST_BYTES = 1024 * 1024\n",
+        new="FIRST_BYTES = 1\n",
+        tests=("tests/service/test_gateway.py::test_who_sends_half_of_a_short_body_takes_no_place",),
+    ),
+    Fault(
+        name="one-caller-has-all-the-memory",
+        property="S25",
+        file="servicekit/arrivals.py",
+        old="kept > self._most_bytes // PARTS or ",
+        new="",
+        tests=("tests/unit/servicekit/test_arrivals.py::test_no_sender_has_more_than_its_part_of_the_bytes",),
+    ),
+    Fault(
+        name="idle-connections-kept",
+        property="S25",
+        file="gateway/http_protocol.py",
+        old="elif len(self.all) > self._most:",
+        new="elif len(self.all) > self._most**2:",
+        tests=(
+            "tests/service/test_http_server.py"
+            "::test_of_too_many_connections_the_one_that_is_idle_for_longest_gives_way",
+        ),
+    ),
+    Fault(
+        name="looked-again-from-a-later-moment",
+        property="R14",
+        file="serving_service/controller.py",
+        old="self._next_look = self._look_after(desired, now)",
+        new="self._next_look = self._look_after(desired, time.monotonic())",
+        tests=(
+            "tests/service/test_scaling.py::test_what_is_not_needed_any_more_by_the_end_of_a_plan_goes_with_the_next_one",
+        ),
     ),
     Fault(
         name="fields-without-end",
