@@ -31,7 +31,9 @@ class Arrivals:
 
     def begin(self, sender: str) -> None:
         """One more is waited for; raises Overloaded."""
-        if self._most and self._awaited[sender] >= self._most:
+        if not self._most:
+            return
+        if self._awaited[sender] >= self._most:
             raise Overloaded
         self._awaited[sender] += 1
 
@@ -40,16 +42,23 @@ class Arrivals:
         kept = self._kept[sender] + size
         if self._most_bytes and (kept > self._most_bytes // PARTS or self._kept_in_all + size > self._most_bytes):
             raise Overloaded
-        self._kept[sender] = kept
-        self._kept_in_all += size
+        if size:
+            self._kept[sender] = kept
+            self._kept_in_all += size
 
     def end(self, sender: str, size: int) -> None:
         """One of which so much is kept came, or is not waited for any more."""
-        self._kept_in_all -= size
-        for counts, less in ((self._awaited, 1), (self._kept, size)):
-            counts[sender] -= less
-            if not counts[sender]:
-                del counts[sender]
+        if self._most:
+            _less(self._awaited, sender, 1)
+        if size:  # mostly nothing is
+            _less(self._kept, sender, size)
+            self._kept_in_all -= size
+
+
+def _less(counts: Counter[str], sender: str, less: int) -> None:
+    counts[sender] -= less
+    if not counts[sender]:
+        del counts[sender]
 
 
 class Arriving:

@@ -69,7 +69,7 @@ def source(
     """
     address = _peer(peer)
     if address is None or not _is_in(address, trusted):
-        return Source("unknown" if address is None else str(address), scheme)
+        return _immediate(peer, scheme)
     # Each proxy adds its own peer on the right, so what is further left was there before and may be made up.
     hops = [hop for value in forwarded_for for hop in value.split(",")]
     while hops and _is_in(address, trusted):
@@ -79,6 +79,12 @@ def source(
         address = before
     told = ",".join(forwarded_proto).rpartition(",")[2].strip().lower()
     return Source(str(address), told if told in ("http", "https") else scheme)
+
+
+@lru_cache(maxsize=1_024)
+def _immediate(peer: str, scheme: str) -> Source:
+    address = _peer(peer)
+    return Source("unknown" if address is None else str(address), scheme)
 
 
 def is_trusted(peer: str, trusted: Sequence[Network]) -> bool:

@@ -381,9 +381,9 @@ FAULTS = (
         property="S14",
         file="servicekit/source.py",
         old="""    if address is None or not _is_in(address, trusted):
-        return Source(""",
+        return _immediate(""",
         new="""    if address is None:
-        return Source(""",
+        return _immediate(""",
         tests=("tests/unit/servicekit/test_source.py::test_stranger_is_not_believed",),
     ),
     # --- values at rest ---
@@ -1504,7 +1504,7 @@ FAULTS = (
         name="one-address-takes-all-places",
         property="S25",
         file="servicekit/arrivals.py",
-        old="        if self._most and self._awaited[sender] >= self._most:\n",
+        old="        if self._awaited[sender] >= self._most:\n",
         new="        if self._awaited[sender] >= 1_000_000:\n",
         tests=(f"{_LISTENERS}::test_who_sends_half_of_many_requests_keeps_nobody_else_out",),
     ),
