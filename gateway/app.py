@@ -376,8 +376,11 @@ class Gateway:
         with self._room:
             identity = await self._identify(request, answer)
         # What has not arrived keeps no place: whoever is slow keeps nobody else out.
+        is_here = request.is_complete
         body = await self._body(request, identity.principal)
         with self._room:
+            if not is_here:  # who sent it may be nobody by now
+                identity = await self._identify(request, answer)
             pieces = await self._answer_message(request, answer, identity, body)
         if pieces is not None:  # which goes on for as long as somebody reads, and keeps no place either
             await self.streams.pass_on(request, answer, identity.principal, pieces)

@@ -112,8 +112,11 @@ class Invocations:
             self._bodies.of(caller.id) as arriving,
         ):
             charge = self._ledger.admit(endpoint.limits, caller)
+            is_here = request.is_complete
             body = await self._body(request, arriving)
             # Looked for again: the body may come so late that the first one's replicas are gone, or the permission.
+            if not is_here:
+                caller = await caller_again()
             endpoint = await self._permitted(name, caller)
             await self._forward(request, answer, endpoint, entity_name, body, charge, measured)
 
@@ -132,7 +135,10 @@ class Invocations:
     async def invoke_named_in_body(self, request: Request, answer: Answer, caller: Principal) -> None:
         """As `invoke`, for OpenAI-style requests: `model` in the body names the endpoint."""
         with self._bodies.of(caller.id) as arriving:
+            is_here = request.is_complete
             body = await read_body(request, self._body_limit, arriving, BadRequest)
+            if not is_here:
+                caller = await caller_again()
             await self._invoke_named_in(body, request, answer, caller)
 
     async def _invoke_named_in(self, body: bytes, request: Request, answer: Answer, caller: Principal) -> None:

@@ -937,6 +937,35 @@ async def test_a_revocation_that_is_told_needs_no_time_to_pass(stack: Platform) 
         assert (await invoke(stack, "ep")).status == 403
 
 
+@pytest.mark.parametrize(
+    "path", ["/api/2.0/serving-endpoints", "/serving-endpoints/ep/invocations", "/serving-endpoints/chat/completions"]
+)
+async def test_whose_token_is_revoked_while_a_body_is_on_its_way_is_not_served(
+    stack: Platform, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    await serve(stack, "ep", Echo())
+    is_known, may_go_on = asyncio.Event(), asyncio.Event()
+    identify = app.Gateway._identify
+
+    async def noted(*args: Any, **kwargs: Any) -> Any:
+        found = await identify(*args, **kwargs)
+        is_known.set()
+        return found
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        await may_go_on.wait()
+        yield b'{"model": "ep"}'
+
+    monkeypatch.setattr(app.Gateway, "_identify", noted)
+    under_way = asyncio.create_task(fetch(stack.url, "POST", path, token="owner-token", body=slow_body()))
+    await is_known.wait()
+    stack.authority.revoked.add("owner-token")
+    await stack.access.change(token_ids=[OWNER.token_id])
+    may_go_on.set()
+    assert (await under_way).status == 403
+    assert stack.serving.seen == []
+
+
 async def test_the_last_permissions_stay_in_force_for_inference_while_the_feed_is_gone(
     stack: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
