@@ -1443,8 +1443,8 @@ FAULTS = (
         name="room-kept-by-what-is-given-up",
         property="R17",
         file="servicekit/shedding.py",
-        old="        self._taken -= 1\n",
-        new="        self._taken -= kind is not asyncio.CancelledError\n",
+        old="        self.leave()\n",
+        new="        if kind is not asyncio.CancelledError:\n            self.leave()\n",
         tests=("tests/service/test_cancelled.py::test_ten_thousand_calls_that_are_given_up_leave_nothing_behind",),
     ),
     Fault(
@@ -1453,10 +1453,15 @@ FAULTS = (
         file="servicekit/shedding.py",
         old="        self._taken -= 1\n",
         new="        self._taken -= error is None\n",
-        tests=(
-            "tests/unit/servicekit/test_shedding.py::test_a_place_is_given_back_whatever_happens",
-            f"{_LISTENERS}::test_calls_that_are_given_up_or_fail_give_their_room_back",
-        ),
+        tests=("tests/unit/servicekit/test_shedding.py::test_a_place_is_given_back_whatever_happens",),
+    ),
+    Fault(
+        name="place-kept-by-what-fails",
+        property="R16",
+        file="servicekit/shedding.py",
+        old="        self.leave()\n",
+        new="        if error is None:\n            self.leave()\n",
+        tests=(f"{_LISTENERS}::test_calls_that_are_given_up_or_fail_give_their_room_back",),
     ),
     Fault(
         name="changes-retried",

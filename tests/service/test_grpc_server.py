@@ -21,7 +21,7 @@ from google.api import httpbody_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from servicekit import channels, context, errors, grpc_server, interceptors
+from servicekit import arrivals, channels, context, errors, grpc_server, interceptors
 from servicekit.errors import NotFound, StartError, from_rpc_error
 from servicekit.grpc_server import CallLimits, Listener
 from servicekit.identity import Identity, InvalidToken, TokenExchange, by_assertion, by_token
@@ -950,21 +950,23 @@ async def test_metadata_has_as_many_fields_as_it_may_and_no_more(
     assert "call refused" not in logged(), "it is counted"
 
 
-async def test_call_whose_deadline_has_passed_is_not_begun() -> None:
+async def test_call_whose_deadline_has_passed_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop was busy for so long that nobody waits any more, and gRPC could not say so yet."""
     begun = []
+    arrived = arrivals.Arriving.__exit__
 
-    async def identify(metadata: Any, row: Row | None) -> Identity:
-        time.sleep(0.3)  # noqa: ASYNC251 (the point of it)
-        return Identity(ADA)
+    def slow(*args: Any) -> None:
+        arrived(*args)
+        time.sleep(0.3)  # the point of it
 
     async def answer(rpc: Any) -> identity_pb.User:
         begun.append(rpc)
         return await whoever_calls(rpc)
 
-    async with running(identify=identify) as platform:
+    async with running() as platform:
         platform.scim.answer = answer
         assert await platform.me(timeout=30) == ADA.name
+        monkeypatch.setattr(arrivals.Arriving, "__exit__", slow)
         assert await code_of(platform.me(timeout=0.1)) is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await platform.me(timeout=30) == ADA.name
         assert len(begun) == 2
