@@ -68,16 +68,12 @@ class Connections:
             next(iter(self._idle)).abandon()
 
     def is_busy(self, connection: Connection) -> None:
-        """It has a request."""
+        """It has a request, or its caller is gone: it cannot give way."""
         self._idle.pop(connection, None)
 
     def is_idle(self, connection: Connection) -> None:
         """It has none any more."""
         self._idle[connection] = None
-
-    def leaves(self, connection: Connection) -> None:
-        """Its caller is gone; it is among all until its work is done."""
-        self._idle.pop(connection, None)
 
     def stop(self) -> None:
         """Closes all, and those that are still to come, after the answers under way."""
@@ -207,7 +203,7 @@ class Connection(asyncio.Protocol):
             self._expect(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._all.leaves(self)
+        self._all.is_busy(self)
         if self._task is None or self._task.done():
             self._over()
         else:  # a change is made, also when nobody waits for the answer any more

@@ -45,14 +45,11 @@ def bound(listen: str) -> socket.socket:
         raise StartError(f"Cannot listen on {listen}: {error.strerror}.") from None
     # Inherited by what is accepted. uvloop sets it by itself; asyncio does not, and an answer would wait for 40 ms.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # So that a connection ends whose peer vanished without a word.
+    # A caller whose network is gone does not hang up, and one who follows a stream would be taken for there for ever.
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+    for option, seconds in (("TCP_KEEPIDLE", SILENT_SECONDS), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
         if hasattr(socket, option):  # not everywhere
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), seconds)
-    # A caller whose network is gone does not hang up: one who follows a stream would be taken for there for ever.
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS)
     return listening
 
 

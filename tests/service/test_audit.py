@@ -632,14 +632,20 @@ async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: P
         assert [seq for seq, _ in await tail.newest(3)] == [61]
 
 
+def a_sink(directory: Path, *, records: int) -> FileSink:
+    """Files of one record each."""
+    sink = FileSink(directory / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
+    for number in range(1, records + 1):
+        sink.add([(number, f'{{"seq":{number}}}')])
+    return sink
+
+
 @pytest.mark.parametrize("gone", [1, 2, 3])
 async def test_a_file_that_expires_while_a_log_is_read_is_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
 ) -> None:
     async with a_trail(tmp_path) as trail:
-        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
-        for number in range(1, 5):
-            sink.add([(number, f'{{"seq":{number}}}')])
+        sink = a_sink(tmp_path, records=4)
         files = sink.files()
 
         def listed() -> list[Path]:
@@ -657,9 +663,7 @@ async def test_what_is_read_of_a_log_has_no_gap_where_a_file_expires_behind_the_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with a_trail(tmp_path) as trail:
-        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
-        for number in range(1, 4):
-            sink.add([(number, f'{{"seq":{number}}}')])
+        sink = a_sink(tmp_path, records=3)
         files = sink.files()
         files[1].unlink()
         monkeypatch.setattr(sink, "files", lambda: files)  # the first was opened before both went
