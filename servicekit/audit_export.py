@@ -97,24 +97,34 @@ class Exporter:
 
     async def _file_all(self) -> None:
         at = (await self._database.read(audit_store.progress)).exported
-        while records := await self._database.read(audit_store.after, at, AT_ONCE):
+        async for records in self._after(at):
             await asyncio.to_thread(self._sink.add, records)
-            at = records[-1][0]
-            await self._database.write(self._is_exported, at)
+            await self._database.write(self._is_exported, records[-1][0])
 
     async def _forward(self, forwarder: Forwarder) -> None:
         try:
             at = (await self._database.read(audit_store.progress)).forwarded
-            while records := await self._database.read(audit_store.after, at, AT_ONCE):
+            async for records in self._after(at):
                 await asyncio.to_thread(forwarder.take, records)
-                at = records[-1][0]
-                await self._database.write(self._is_forwarded, at)
+                await self._database.write(self._is_forwarded, records[-1][0])
         except OSError as error:
             self._trail.fails(audit.FORWARD, f"nobody takes its records over: {error.strerror or 'no answer'}")
         except StorageError:
             self._trail.fails(audit.FORWARD, "its database cannot be used")
         else:
             self._trail.works(audit.FORWARD)
+
+    async def _after(self, at: int) -> AsyncIterator[list[tuple[int, str]]]:
+        """The records behind one that are there now, some at a time.
+
+        Those that come meanwhile wait for the next look: while each call leaves one, they would else be moved one by
+        one without a pause, each time with two syncs and a transaction that calls wait for.
+        """
+        while records := await self._database.read(audit_store.after, at, AT_ONCE):
+            yield records
+            if len(records) < AT_ONCE:
+                return
+            at = records[-1][0]
 
     def _is_exported(self, connection: Connection, seq: int) -> None:
         audit_store.is_exported(connection, seq)

@@ -607,6 +607,31 @@ async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
         assert not verify(b"".join(p.read_bytes() for p in without_one).splitlines(), {"secrets": [key]}).is_whole
 
 
+async def test_what_is_recorded_while_records_are_moved_is_moved_with_the_next_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit_export, "AT_ONCE", 2)
+    async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
+        trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
+        sink = FileSink(tmp_path / "audit", "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+        moved: list[list[int]] = []
+        add, loop = sink.add, asyncio.get_running_loop()
+
+        def add_while_another_comes(records: list[tuple[int, str]]) -> None:
+            add(records)
+            moved.append([seq for seq, _ in records])
+            asyncio.run_coroutine_threadsafe(trail.event("test"), loop).result(timeout=10)
+
+        monkeypatch.setattr(sink, "add", add_while_another_comes)
+        exporter = audit_export.Exporter(trail, opened, sink)
+        for _ in range(4):
+            await trail.event("test")
+        async with asyncio.timeout(30):
+            await exporter.move()
+            await exporter.move()
+        assert moved == [[1, 2], [3, 4], [5, 6], [7], [8]]
+
+
 async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: Path) -> None:
     async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
         trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
