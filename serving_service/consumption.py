@@ -7,6 +7,7 @@ none runs.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections import defaultdict, deque
@@ -17,6 +18,8 @@ from pathlib import Path
 from serving_service import cgroups, gpu_loads
 from serving_service.gpu_loads import GpuLoads
 from serving_service.nvidia_smi import Load
+
+log = logging.getLogger(__name__)
 
 SAMPLE_SECONDS = 10.0
 WINDOW_SECONDS = 60.0
@@ -88,12 +91,16 @@ class Consumption:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     async def sample(self) -> None:
-        """Looks once."""
+        """Looks once; a look that fails is left out."""
         running = dict(self._running())
         self._samples = {each: samples for each, samples in self._samples.items() if each in running}
         if not running:
             return
-        found = await asyncio.to_thread(_look, running, self._memory_limit)
+        try:
+            found = await asyncio.to_thread(_look, running, self._memory_limit)
+        except OSError as error:  # out of descriptors, most likely
+            log.warning("what replicas use is not known", extra={"cause": error.strerror})
+            return
         now = self._now()
         loads = await self._gpus.look() if self._gpus else {}
         for replica_id, (cpu_seconds, memory) in found.items():
@@ -132,7 +139,7 @@ def _processors() -> int:
 
 
 def _look(running: Mapping[str, int], memory_limit: int) -> dict[str, tuple[float, float]]:
-    """Seconds of processors and share of memory of each replica whose process is there."""
+    """Seconds of processors and share of memory of each replica whose process is there; raises OSError."""
     processes = _processes()
     children: dict[int, set[int]] = defaultdict(set)
     for pid, fields in processes.items():
@@ -161,13 +168,13 @@ def _below(root: int, children: Mapping[int, set[int]]) -> set[int]:
 
 
 def _processes() -> dict[int, list[str]]:
-    """The fields of every process, without number and name."""
+    """The fields of every process, without number and name; raises OSError."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 stat = (entry / "stat").read_text(errors="replace")
-            except OSError:
-                continue  # it has ended meanwhile
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue  # it has ended meanwhile, or is hidden from us
             found[int(entry.name)] = stat.rpartition(")")[2].split()
     return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
 from serving_service.consumption import Consumption, Sample, average
 from serving_service.nvidia_smi import Load
+from tests.support.exhaustion import no_descriptor_left, out_of_descriptors
 
 PROCESSORS = len(os.sched_getaffinity(0))
 
@@ -80,3 +82,24 @@ async def test_process_that_is_gone_is_no_trouble() -> None:
     consumption = Consumption(lambda: {"r": 2**22 + 1}, memory_limit=1)
     await consumption.sample()
     assert consumption.of(["r"]).cpu is None
+
+
+async def test_without_a_descriptor_left_nothing_is_known_and_the_next_look_is_as_good_as_ever(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    consumption = Consumption(lambda: {"r": os.getpid()}, memory_limit=1 << 30)
+    with no_descriptor_left():
+        await consumption.sample()
+    assert [record.message for record in caplog.records] == ["what replicas use is not known"]
+    assert consumption.of(["r"]).memory is None
+    await consumption.sample()
+    assert consumption.of(["r"]).memory is not None
+
+
+async def test_a_process_that_cannot_be_read_is_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumption = Consumption(lambda: {"r": os.getpid()}, memory_limit=1 << 30)
+    monkeypatch.setattr(Path, "read_text", out_of_descriptors)
+    await consumption.sample()
+    assert [record.message for record in caplog.records] == ["what replicas use is not known"]

@@ -4,9 +4,8 @@ import asyncio
 import errno
 import fcntl
 import json
-import resource
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from serving_service.launcher import (
     model_environment,
 )
 from serving_service.shim.supervisor import is_held
+from tests.support.exhaustion import no_descriptor_left
 from tests.support.sockets import short_directory
 
 DIRECTORY = Path("/run/replicas/r1")
@@ -115,16 +115,6 @@ async def a_shim(directory: Path) -> AsyncIterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         async with await asyncio.start_unix_server(answer, directory / "control.sock"):
             yield
-
-
-@contextmanager
-def no_descriptor_left() -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_a_replica_that_cannot_be_asked_for_want_of_descriptors_is_not_gone() -> None:
