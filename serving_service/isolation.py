@@ -71,7 +71,7 @@ class ModelUsers:
         self._users = users
 
     async def of(self, endpoint_id: str) -> int:
-        """The endpoint's user; raises UsersExhausted."""
+        """The endpoint's user; raises UsersExhausted, and OSError where it is not known whose processes run."""
         busy = await asyncio.to_thread(_users_of_processes)
         uid = await self._database.write(store.user_of, endpoint_id, self._users, busy)
         if uid is None:
@@ -125,12 +125,12 @@ async def _why_not(launcher: Launcher, user: int) -> str:
 
 
 def _users_of_processes() -> frozenset[int]:
-    """The real, effective and saved users of all processes."""
+    """The real, effective and saved users of all processes; raises OSError."""
     found: set[int] = set()
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             lines = status.read_text(errors="replace").splitlines()
-        except OSError:
-            continue  # it has ended meanwhile
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # it has ended meanwhile, or is hidden from us
         found.update(int(number) for line in lines if line.startswith("Uid:") for number in line.split()[1:4])
     return frozenset(found)

@@ -114,6 +114,9 @@ class Launches:
             user = await self._users.of(endpoint.id) if self._users else None
         except UsersExhausted as error:
             raise LaunchImpossible(LaunchPhase.START, str(error)) from None
+        except OSError as error:
+            unknown = f"Which users have processes cannot be seen: {error.strerror}."
+            raise LaunchDelayed(LaunchPhase.START, unknown) from None
         return Launch(
             replica_id=replica_id,
             model_path=path,

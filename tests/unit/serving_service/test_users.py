@@ -14,6 +14,7 @@ from servicekit.storage import Connection
 from serving_service import isolation, store
 from serving_service.launches import Launches, LaunchImpossible
 from serving_service.settings import ServingSettings
+from tests.support.exhaustion import out_of_descriptors
 
 USERS = range(200, 203)
 
@@ -64,6 +65,12 @@ def test_each_start_has_a_higher_epoch(connection: Connection) -> None:
 
 def test_users_of_processes_are_seen() -> None:
     assert os.getuid() in isolation._users_of_processes()
+
+
+def test_a_user_is_not_free_because_its_process_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", out_of_descriptors)
+    with pytest.raises(OSError, match="Too many open files"):
+        isolation._users_of_processes()
 
 
 def test_what_is_missing_is_said_and_where_it_is_demanded_nothing_runs() -> None:
