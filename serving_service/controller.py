@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from servicekit.errors import Unavailable
 from servicekit.storage import Connection, Storage, StorageError
 from serving_service import details, phases, reconcile, scaling, store
 from serving_service.gpu_pool import GpuPool
@@ -210,12 +211,19 @@ class EndpointController:
         return ["stopping" if each.is_stopping else each.phase.name.lower() for each in self._replicas.values()]
 
     async def logs(self, version: int, entity: str, max_bytes: int) -> str:
-        """The latest output of the newest replica of an entity; when there is none, of the last one that ended."""
+        """The latest output of the newest replica of an entity; when there is none, of the last one that ended.
+
+        Raises Unavailable.
+        """
         newest = [r.id for r in self._replicas.values() if (r.version, r.entity) == (version, entity)]
         handle = self._handles.get(newest[-1]) if newest else None
-        with contextlib.suppress(ReplicaGoneError):
+        try:
             if handle is not None and (text := await handle.logs(max_bytes)):
                 return text
+        except OSError:
+            raise Unavailable("The replica cannot be asked for its log just now. Try again.", retry_after=1) from None
+        except ReplicaGoneError:
+            pass
         return await self._doors.database.read(store.last_log, self.endpoint_id, version, entity)
 
     def handles(self, version: int, entity: str) -> dict[str, ReplicaHandle]:

@@ -40,6 +40,7 @@ from tessera.secrets.v1 import secrets_pb2
 from tessera.serving.v1 import serving_pb2 as pb
 from tests.support.builders import a_config_input, an_input
 from tests.support.eventually import eventually
+from tests.support.exhaustion import out_of_descriptors
 from tests.support.secrets import STREAM_TIMEOUT, RunningSecrets, data_directory, refusal, running_secrets
 from tests.support.serving import (
     MannerLauncher,
@@ -823,6 +824,20 @@ async def test_logs_are_the_pending_configuration_s_when_there_is_one(platform: 
     refused = await refusal(platform.admin.logs("demo", "nobody"))
     assert refused.reason == "RESOURCE_DOES_NOT_EXIST"
     assert "nobody" in refused.message
+
+
+async def test_a_log_that_cannot_be_asked_for_just_now_is_asked_for_again(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"PIECES": json.dumps(["words\n"])}
+    await platform.admin.create("demo", "speaking", environment=environment)
+    await platform.admin.settled("demo")
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "open_unix_connection", out_of_descriptors)
+        refused = await refusal(platform.admin.logs("demo", "speaking-1"))
+    assert (refused.code, refused.facts["retry_after"]) == (grpc.StatusCode.UNAVAILABLE, "1")
+    assert "Try again" in refused.message
+    assert await platform.admin.logs("demo", "speaking-1") == "words\n"
 
 
 async def test_build_logs_say_that_nothing_was_built_for_the_version_asked_for(platform: Platform) -> None:
