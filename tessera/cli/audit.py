@@ -97,12 +97,15 @@ def _coming(rest: Rest, log: str, follower: str, *, after: int) -> Iterator[str]
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    """Writes records to a file, and prints which."""
+    """Writes records to a file, and prints which; what is written goes on from `--after` and has no gap."""
     first, after = 0, arguments.after
     with connected() as rest, _new_file(arguments.file) as file:
         # Every question is recorded, too, so there would always be one more.
         until = _seq(_records(rest, arguments.log, max_results=1)[-1])
         while after < until and (records := _records(rest, arguments.log, after=after, max_results=_MOST)):
+            if after and _seq(records[0]) != after + 1:
+                gone = f"Records {after + 1} to {_seq(records[0]) - 1} of the log were removed because of age or size"
+                raise StartError(f"{gone} before they were read. Export it again, without --after.")
             file.writelines(f"{record}\n" for record in records)
             first, after = first or _seq(records[0]), _seq(records[-1])
     print(f"{arguments.file}: records {first} to {after}" if first else f"{arguments.file}: no records")

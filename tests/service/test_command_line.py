@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from servicekit.audit_files import first_of
 from servicekit.audit_records import EXPIRED, AuditKey, Head, line
+from tessera.cli import audit
+from tessera.cli.rest import Rest
 from tests.support.builders import an_input
 from tests.support.command_line import Ran, login, running, tessera
 from tests.support.eventually import eventually
@@ -132,6 +135,40 @@ async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_
     assert (found.status, "the log begins at record 4" in found.said) == (1, True)
     files[3].unlink()  # nothing is left, so none of these is a log
     assert "secrets-000000000004.jsonl cannot be read" in await complaint({}, *verify)
+
+
+async def test_an_export_ends_when_records_that_it_is_to_write_expire_before_it_comes_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running_platform(audit_file_mib=0) as platform:  # so that whatever is written begins another file
+        folder, exported = platform.secrets.settings.data_dir / "audit", tmp_path / "log"
+
+        def files() -> list[Path]:
+            return sorted(folder.glob("secrets-*"))
+
+        await eventually(lambda: bool(files()))
+        await platform.introduce("ada")
+        await eventually(lambda: first_of(files()[-1]) > 3)
+        ask = audit._records
+
+        def asked(rest: Rest, log: str, **about: int) -> list[str]:
+            found = ask(rest, log, **about)
+            if "after" in about:
+                for path in files()[:-1]:
+                    path.unlink()
+            return found
+
+        monkeypatch.setattr(audit, "_records", asked)
+        monkeypatch.setattr(audit, "_MOST", 1)
+        export = ("audit", "export", "secrets", str(exported))
+        for further in ((), ("--after", "1")):
+            said = await complaint(login(platform.url, platform.tokens["admin"]), *export, *further)
+            assert re.search(r"Records 2 to \d+ of the log were removed .* Export it again, without --after\.", said)
+            assert not exported.exists()
+        monkeypatch.undo()
+        await run(platform, *export)
+        numbers = [json.loads(line)["seq"] for line in exported.read_text().splitlines()]
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
 
 
 async def test_an_audit_log_is_followed_over_its_files_until_ctrl_c() -> None:
