@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from servicekit.errors import ServiceError, TooManyRequests, Unauthenticated
-from servicekit.pace import MOST_KEPT, Pace
+from servicekit.pace import Flood
 from servicekit.source import Source, owner
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,7 @@ class FailedLogins:
     """
 
     def __init__(self, per_minute: int, *, now: Callable[[], float] = time.monotonic) -> None:
-        self._pace = Pace(per_minute / 60, 2 * per_minute, now=now) if per_minute else None
-        self._throttled: set[str] = set()
-        """Addresses that the log hears no more of."""
+        self._flood = Flood(per_minute, now=now) if per_minute else None
 
     def refusal(self, error: ServiceError, source: Source, facts: dict[str, str]) -> ServiceError:
         """Counts that a request from `source` was refused for its credential; returns what it is to be answered.
@@ -46,15 +44,10 @@ class FailedLogins:
         The log is told, with `facts`, as long as there are not too many.
         """
         address = owner(source.address)
-        wait = 0.0 if self._pace is None else self._pace.wait(address)
-        if not wait:
-            self._throttled.discard(address)
+        if self._flood is None or not (wait := self._flood.wait(address)):
             log.info("credential refused", extra=facts | {"reason": error.reason} | source.fields())
             return error
-        if address not in self._throttled:
-            if len(self._throttled) >= MOST_KEPT:
-                self._throttled.clear()
-            self._throttled.add(address)
+        if self._flood.begins(address):
             log.warning("too many credentials refused, no more of this address are logged", extra=source.fields())
         # To send none at all is no guess, and clients look for that answer.
         return error if isinstance(error, Unauthenticated) else TooManyFailures(math.ceil(wait))

@@ -43,6 +43,30 @@ class Pace:
         return 0.0
 
 
+class Flood(Pace):
+    """What is said of each key: `per_minute` in the long run, twice that at once, and once that there is more."""
+
+    def __init__(self, per_minute: int, *, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(per_minute / 60, 2 * per_minute, now=now)
+        self._waiting: set[str] = set()
+
+    def wait(self, key: str) -> float:
+        """As of every pace."""
+        if wait := super().wait(key):
+            return wait
+        self._waiting.discard(key)
+        return 0.0
+
+    def begins(self, key: str) -> bool:
+        """Whether this is asked for the first time since one was let through, when one has to wait."""
+        if key in self._waiting:
+            return False
+        if len(self._waiting) >= MOST_KEPT:
+            self._waiting.clear()
+        self._waiting.add(key)
+        return True
+
+
 class Window:
     """So many in any stretch of `seconds`, for each key. `now` tells seconds."""
 

@@ -24,7 +24,9 @@ from typing import Any
 
 from servicekit import background
 from servicekit.errors import StartError
+from servicekit.pace import Flood
 from servicekit.peers import PeerCertificate, PeerRefused
+from servicekit.source import owner
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ GREETING_SECONDS = 5.0
 
 STRANGERS = 64
 """How many connections may be in their greeting at a time; others wait unaccepted."""
+
+REFUSALS_PER_MINUTE = 20
+"""How many peers that are turned away the log hears of, of one address in the long run; of twice as many at once."""
 
 _LONGEST_DOOR = 128
 _PIECE = 256 * 1024
@@ -164,6 +169,7 @@ class _Entrance:
         self._certificate = certificate
         self._doors = doors
         self._strangers = asyncio.Semaphore(STRANGERS)
+        self._refusals = Flood(REFUSALS_PER_MINUTE)
         self._pumps = _Tasks()
 
     @asynccontextmanager
@@ -215,7 +221,7 @@ class _Entrance:
                 writer.write(_OK)
                 return (reader, writer), inside
         except (PeerRefused, OSError, TimeoutError, EOFError, asyncio.LimitOverrunError) as error:
-            log.warning("peer refused", extra={"source": source, "peer": caller or "unknown", "cause": _cause(error)})
+            self._tell(source, caller or "unknown", _cause(error))
             if writer is not None:
                 writer.transport.abort()
             return None
@@ -223,6 +229,13 @@ class _Entrance:
             if writer is not None:
                 writer.transport.abort()
             raise
+
+    def _tell(self, source: str, caller: str, cause: str) -> None:
+        """Logs that a peer was turned away, unless too many from there were."""
+        if not self._refusals.wait(owner(source)):
+            log.warning("peer refused", extra={"source": source, "peer": caller, "cause": cause})
+        elif self._refusals.begins(owner(source)):
+            log.warning("too many peers refused, no more of this address are logged", extra={"source": source})
 
 
 async def _secured(connection: socket.socket, context: ssl.SSLContext) -> Streams:

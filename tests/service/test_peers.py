@@ -179,6 +179,27 @@ async def test_strangers_who_say_nothing_are_dropped_in_time_and_keep_nobody_out
     assert any("took longer" in cause for cause in causes(caplog, "peer refused"))
 
 
+async def test_one_address_cannot_fill_the_log(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay, "REFUSALS_PER_MINUTE", 2)
+    async with entrance(directory, certificate(directory, "secrets")) as (address, _):
+        for source in ("127.0.0.1",) * 20 + ("127.0.0.2",):
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", int(address.rpartition(":")[2]), local_addr=(source, 0)
+            )
+            writer.write(b"GET / HTTP/1.1\r\n\r\n")
+            await reader.read()
+            writer.close()
+        await eventually(lambda: vars(caplog.records[-1]).get("source") == "127.0.0.2")
+    told = [(record.message, vars(record)["source"]) for record in caplog.records if record.name == relay.__name__]
+    assert told == [
+        *[("peer refused", "127.0.0.1")] * 4,
+        ("too many peers refused, no more of this address are logged", "127.0.0.1"),
+        ("peer refused", "127.0.0.2"),
+    ]
+
+
 async def _said_to(address: str, issued: Issued | None) -> bytes:
     """What a program of somebody else's is answered, that believes everything."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

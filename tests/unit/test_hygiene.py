@@ -47,7 +47,6 @@ REVEALING = {
 are meant to hold them. Whoever adds one says in a review why."""
 
 KNOWN_EVENTS = {
-    "servicekit/relay.py: _Entrance._admitted: error",
     "servicekit/warnings.py: warn: the text is not fixed",
     "serving_service/controller.py: EndpointController._not_started: message",
     "serving_service/notices.py: Outbox._attempt: error",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from servicekit import pace
-from servicekit.pace import Pace, Window
+from servicekit.pace import Flood, Pace, Window
 
 
 class Clock:
@@ -26,6 +26,19 @@ def test_a_hundred_at_once_and_then_fifty_a_second() -> None:
     assert [changes.wait("a") for _ in range(51)] == [0.0] * 50 + [0.02]
     clock.time += 1_000
     assert [changes.wait("a") > 0 for _ in range(101)] == [False] * 100 + [True]
+
+
+def test_what_is_too_much_is_said_once_until_it_is_not_any_more() -> None:
+    clock = Clock()
+    flood = Flood(10, now=clock)
+    for key in ("a", "b"):
+        assert [flood.wait(key) for _ in range(20)] == [0.0] * 20
+        for is_news in (True, False, False):
+            assert flood.wait(key) == 6.0
+            assert flood.begins(key) is is_news
+    clock.time += 6
+    assert flood.wait("a") == 0.0
+    assert [flood.begins("a"), flood.begins("b")] == [True, False]
 
 
 def test_fifty_in_any_five_minutes() -> None:
