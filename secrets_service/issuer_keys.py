@@ -1,7 +1,8 @@
 """The public keys of the external issuer: fetched from the one address that the settings lead to, and kept.
 
 The rule: whatever tokens name, the issuer is asked at most once in `REFETCH_SECONDS`, by one fetch at a time that takes
-no longer than `FETCH_SECONDS`. While it does not answer, the keys that are known go on.
+no longer than `FETCH_SECONDS`, and has one thread even where the name server takes longer. While it does not answer,
+the keys that are known go on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from secrets_service.jwts import PublicKey, Refused
 from secrets_service.settings import issuer_url
 from servicekit.errors import Unavailable
+from servicekit.threads import OneThread
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class IssuerKeys:
         self._keys: tuple[IssuerKey, ...] = ()
         self._asked_at = self._fetched_at = -math.inf
         self._fetch: asyncio.Task[None] | None = None
+        self._thread = OneThread("issuer keys")
 
     async def find(self, key_id: str | None, algorithm: str) -> PublicKey:
         """The key that a token names, or the only one that can be meant.
@@ -119,9 +122,9 @@ class IssuerKeys:
         try:
             async with asyncio.timeout(FETCH_SECONDS):
                 url = self._jwks_url or self._discovered(
-                    await fetched(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration")
+                    await fetched(f"{self._issuer.rstrip('/')}/.well-known/openid-configuration", self._thread)
                 )
-                self._keys = usable_keys(await fetched(url))
+                self._keys = usable_keys(await fetched(url, self._thread))
         except (TimeoutError, FetchFailed) as error:
             log.warning(
                 "the keys of the external issuer could not be fetched",
@@ -177,7 +180,7 @@ def _algorithms(key: object) -> frozenset[str]:
     return frozenset()
 
 
-async def fetched(url: str) -> dict[str, Any]:
+async def fetched(url: str, thread: OneThread) -> dict[str, Any]:
     """The JSON object at an address: one GET, no redirect, no proxy of the environment. Raises FetchFailed."""
     parts = urlsplit(url)
     assert parts.hostname is not None  # settings and discovery see to it
@@ -190,9 +193,9 @@ async def fetched(url: str) -> dict[str, Any]:
         connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=FETCH_SECONDS)
     target = f"{parts.path or '/'}{'?' * bool(parts.query)}{parts.query}"
     try:
-        return await asyncio.to_thread(_get, connection, target)
+        return await thread.run(lambda: _get(connection, target))
     finally:
-        # A thread cannot be cancelled, but it ends when its connection does.
+        # A thread cannot be cancelled, but one that has a connection ends with it.
         if (open_socket := connection.sock) is not None:
             with contextlib.suppress(OSError):
                 open_socket.shutdown(socket.SHUT_RDWR)

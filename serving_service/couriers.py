@@ -6,7 +6,6 @@ the service stops.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import contextlib
@@ -15,7 +14,6 @@ import hmac
 import http.client
 import smtplib
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,18 +21,16 @@ from email.errors import MessageError
 from email.message import EmailMessage
 from email.utils import formatdate
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
 
 from servicekit import private_file
 from servicekit.errors import StartError
+from servicekit.threads import OneThread
 from serving_service.model import Notice
 from serving_service.notices import Courier, NotTaken, NotTakenYet
 from serving_service.settings import ServingSettings
-
-T = TypeVar("T")
 
 TIMEOUT_SECONDS = 20.0
 """Of each step of a conversation."""
@@ -67,7 +63,7 @@ class Mail:
             message = self._message(notice)
         except (ValueError, MessageError, IndexError, AttributeError):  # what the parser of addresses raises
             raise NotTaken("the address cannot be written into a mail") from None
-        await _in_thread(lambda: self._send(notice.recipient, message))
+        await OneThread("notice").run(lambda: self._send(notice.recipient, message))
 
     def _message(self, notice: Notice) -> EmailMessage:
         content = notice.content
@@ -146,7 +142,7 @@ class Webhook:
             "webhook-timestamp": moment,
             "webhook-signature": f"v1,{signature}",
         }
-        status = await _in_thread(lambda: self._post(body, headers))
+        status = await OneThread("notice").run(lambda: self._post(body, headers))
         if not 200 <= status < 300:
             raise NotTakenYet(f"the answer was {status}")
 
@@ -214,26 +210,3 @@ def _refused(what: str, code: int) -> Exception:
     """The server's answer, without its text, which may hold anything."""
     said = f"{what} was refused with {code}"
     return NotTaken(said) if 500 <= code < 600 else NotTakenYet(said)
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, done by a thread that ends with the process at the latest."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(settling: Callable[[Any], None], value: Any) -> None:
-        if not done.done():
-            settling(value)
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            outcome: tuple[Callable[[Any], None], Any] = (done.set_exception, error)
-        else:
-            outcome = (done.set_result, result)
-        with contextlib.suppress(RuntimeError):  # the service has stopped meanwhile
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="notice", daemon=True).start()
-    return await done

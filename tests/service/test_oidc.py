@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from secrets_service import issuer_keys
 from servicekit.identity import TokenExchange
+from servicekit.threads import OneThread
 from tessera.identity.v1 import identity_pb2 as pb
 from tests.support.certificates import CertificateAuthority, Files
 from tests.support.eventually import eventually
@@ -396,7 +397,7 @@ class Fetched:
         self.document = document
         self.urls: list[str] = []
 
-    async def __call__(self, url: str) -> dict[str, Any]:
+    async def __call__(self, url: str, thread: OneThread) -> dict[str, Any]:
         self.urls.append(url)
         return self.document
 
