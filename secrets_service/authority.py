@@ -20,10 +20,12 @@ from secrets_service.access_tokens import AccessToken
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import NewAccessToken, StoredToken, TokenKind, TokenMac, User
 from secrets_service.oidc import ExternalIssuer
-from servicekit import audit, identity
+from servicekit import audit, context, identity
 from servicekit.context import Principal
 from servicekit.identity import AssertionVerifier, Identify, Identity, InvalidToken
+from servicekit.pace import HEARD_PER_MINUTE, Flood
 from servicekit.policy import Row
+from servicekit.source import owner
 from servicekit.storage import StorageError
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Authority:
         self._external = external
         self._now = now
         self._wall = wall
+        self._refusals = Flood(HEARD_PER_MINUTE)
         self.workspace_id = workspace_id
 
     async def authenticate(self, text: str) -> Principal:
@@ -90,7 +93,8 @@ class Authority:
                 return await self._by_access_token(text)
             return await self._by_external_token(text)
         except jwts.Refused as refused:
-            log.info("JWT refused", extra={"cause": str(refused)})
+            if not self._refusals.wait(owner(context.source())):
+                log.info("JWT refused", extra={"cause": str(refused)})
             raise InvalidToken from None
 
     async def confirm(self, principal: Principal) -> None:

@@ -36,7 +36,7 @@ from servicekit.errors import (
 from servicekit.failed_logins import FailedLogins
 from servicekit.identity import CREDENTIAL_REFUSED, Identify, refuse_bound
 from servicekit.metrics import Calls
-from servicekit.pace import Pace
+from servicekit.pace import HEARD_PER_MINUTE, Flood, Pace
 from servicekit.policy import OPEN, Decision, Row, Undecided
 from servicekit.safe_repr import safe_repr
 from servicekit.shedding import Overloaded, Place, Room
@@ -146,6 +146,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self.calls = calls
         self.source = source
         self.failed_logins = failed_logins
+        self.passed_on = Flood(HEARD_PER_MINUTE)
         self.arrivals = Arrivals(0 if source is None else MOST_AWAITED)
 
     async def intercept_service(
@@ -469,8 +470,10 @@ class _Call:
         if self._source is not None and isinstance(error, CREDENTIAL_REFUSED):
             error = self._chain.failed_logins.refusal(error, self._source, self._facts())
         elif type(error) not in TURNED_AWAY:
-            shape = self._shape() if log.isEnabledFor(logging.DEBUG) else {}
-            log.info("call refused", extra={**self._facts(), "reason": error.reason, **shape})
+            # Of credentials that a peer was given, it says itself when there are too many.
+            if not self._is_credential or not self._chain.passed_on.wait(owner(self._address())):
+                shape = self._shape() if log.isEnabledFor(logging.DEBUG) else {}
+                log.info("call refused", extra={**self._facts(), "reason": error.reason, **shape})
         elif self._chain.trail is not None:
             self._chain.trail.count(self._address() or self._chain.peer, TURNED_AWAY[type(error)])
         self._code = error.code

@@ -12,6 +12,10 @@ from collections.abc import Callable
 MOST_KEPT = 10_000
 """How many are remembered; then the one that was let through the longest ago is forgotten."""
 
+HEARD_PER_MINUTE = 20
+"""Of what anybody can cause as often as he likes: how many events of one address the log hears of in the long run, and
+of twice as many at once."""
+
 _SECOND = 1_000_000_000
 """In nanoseconds, which add up exactly."""
 

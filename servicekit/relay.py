@@ -24,7 +24,7 @@ from typing import Any
 
 from servicekit import background
 from servicekit.errors import StartError
-from servicekit.pace import Flood
+from servicekit.pace import HEARD_PER_MINUTE, Flood
 from servicekit.peers import PeerCertificate, PeerRefused
 from servicekit.source import owner
 
@@ -41,9 +41,6 @@ GREETING_SECONDS = 5.0
 
 STRANGERS = 64
 """How many connections may be in their greeting at a time; others wait unaccepted."""
-
-REFUSALS_PER_MINUTE = 20
-"""How many peers that are turned away the log hears of, of one address in the long run; of twice as many at once."""
 
 _LONGEST_DOOR = 128
 _PIECE = 256 * 1024
@@ -169,7 +166,7 @@ class _Entrance:
         self._certificate = certificate
         self._doors = doors
         self._strangers = asyncio.Semaphore(STRANGERS)
-        self._refusals = Flood(REFUSALS_PER_MINUTE)
+        self._refusals = Flood(HEARD_PER_MINUTE)
         self._pumps = _Tasks()
 
     @asynccontextmanager

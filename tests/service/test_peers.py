@@ -182,7 +182,7 @@ async def test_strangers_who_say_nothing_are_dropped_in_time_and_keep_nobody_out
 async def test_one_address_cannot_fill_the_log(
     directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay, "REFUSALS_PER_MINUTE", 2)
+    monkeypatch.setattr(relay, "HEARD_PER_MINUTE", 2)
     async with entrance(directory, certificate(directory, "secrets")) as (address, _):
         for source in ("127.0.0.1",) * 20 + ("127.0.0.2",):
             reader, writer = await asyncio.open_connection(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,6 +16,7 @@ from tessera.secrets.v1 import secrets_pb2
 from tests.support.certificates import CertificateAuthority, Files
 from tests.support.gateway import platform
 from tests.support.http import fetch
+from tests.support.platform import running_platform
 from tests.support.secrets import Caller, refusal, running_secrets
 
 SCOPES = "/api/2.0/secrets/scopes/list"
@@ -135,6 +137,20 @@ async def test_guessing_is_slowed_down_and_a_good_token_is_taken_at_any_time() -
         assert (oauth.status, oauth.json()["error"]) == (429, "invalid_client")
         assert (await fetch(gateway.url, "GET", SCOPES)).status == 401
         assert (await fetch(gateway.url, "GET", SCOPES, headers=FORWARDED, token="wrong")).status == 429
+
+
+@pytest.mark.parametrize(("token", "event"), [("wrong-{}", "call refused"), ("e30.e30.{:04}", "JWT refused")])
+async def test_guesses_that_a_gateway_passes_on_do_not_fill_the_log_of_who_judges_them(
+    log: pytest.LogCaptureFixture, token: str, event: str
+) -> None:
+    async with running_platform() as platform:
+        log.clear()
+        for number in range(100):
+            assert (await platform.fetch("GET", SCOPES, token=token.format(number))).status == 403
+    told = Counter(record.message for record in log.records)
+    assert told["credential refused"] == 100, "the gateway of this test has no limit"
+    assert 0 < told["call refused"] < 50
+    assert 0 < told[event] < 50
 
 
 async def test_guessing_over_grpc_is_slowed_down_and_a_good_token_is_taken_at_any_time() -> None:
