@@ -127,9 +127,11 @@ async def _why_not(launcher: Launcher, user: int) -> str:
 def _users_of_processes() -> frozenset[int]:
     """The real, effective and saved users of all processes; raises OSError."""
     found: set[int] = set()
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
         try:
-            lines = status.read_text(errors="replace").splitlines()
+            lines = (process / "status").read_text(errors="replace").splitlines()
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it has ended meanwhile, or is hidden from us
         found.update(int(number) for line in lines if line.startswith("Uid:") for number in line.split()[1:4])

@@ -14,7 +14,7 @@ from servicekit.storage import Connection
 from serving_service import isolation, store
 from serving_service.launches import Launches, LaunchImpossible
 from serving_service.settings import ServingSettings
-from tests.support.exhaustion import out_of_descriptors
+from tests.support.exhaustion import no_descriptor_left, out_of_descriptors
 
 USERS = range(200, 203)
 
@@ -68,6 +68,8 @@ def test_users_of_processes_are_seen() -> None:
 
 
 def test_a_user_is_not_free_because_its_process_could_not_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    with no_descriptor_left(), pytest.raises(OSError, match="Too many open files"):
+        isolation._users_of_processes()
     monkeypatch.setattr(Path, "read_text", out_of_descriptors)
     with pytest.raises(OSError, match="Too many open files"):
         isolation._users_of_processes()
