@@ -14,6 +14,7 @@ from secrets_service.errors import ClientSecretNotFound, PrincipalNotFound, TooM
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import ClientSecret, Kind, NewClientSecret, TokenInfo, TokenKind
 from secrets_service.personal_tokens import LONGEST_LIFETIME
+from servicekit import audit
 from servicekit.context import Principal
 from servicekit.errors import InvalidParameter
 from servicekit.storage import Connection
@@ -52,6 +53,7 @@ class ClientSecrets:
             store.insert_token(
                 connection, info, owner_id=owner_id, creator_id=int(caller.id), mac=mac, kind=TokenKind.CLIENT_SECRET
             )
+            audit.changed(secret_id=info.id, owner_id=principal_id, now="good")
             return NewClientSecret(ClientSecret(info, mac), secret.text)
 
         return await self._database.write(create)

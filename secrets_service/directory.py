@@ -24,6 +24,7 @@ from secrets_service.errors import (
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import USERS, DetailedGroup, Email, GroupProfile, Kind, Page, Profile, User
 from secrets_service.scim_patch import Operation
+from servicekit import audit
 from servicekit.context import ADMINS, Principal
 from servicekit.errors import InvalidParameter
 from servicekit.storage import Connection
@@ -98,7 +99,9 @@ class Accounts:
             if directory_store.count_accounts(connection) >= MOST_ACCOUNTS:
                 raise TooManyPrincipals("users and service principals", MOST_ACCOUNTS)
             folded = _free_name(connection, profile.name)
-            return directory_store.insert_account(connection, profile, folded=folded, groups=[USERS], kind=self._kind)
+            made = directory_store.insert_account(connection, profile, folded=folded, groups=[USERS], kind=self._kind)
+            audit.changed(principal=made.profile.name, principal_id=str(made.id), now="exists")
+            return made
 
         return await self._directory.change(create, caller=caller, action=self._action)
 
@@ -141,6 +144,7 @@ class Accounts:
             if store.find_platform(connection).admin_id == user.id:
                 raise NotChangeable("The first admin, whose token the operator renews, stays. Deactivate it instead.")
             directory_store.delete_principal(connection, user.id)
+            audit.changed(principal=user.profile.name, principal_id=str(user.id), now="deleted")
 
         await self._directory.change(delete, caller=caller, action=self._action)
 
@@ -156,7 +160,15 @@ class Accounts:
         profile = _checked_profile(profile, self._kind)
         folded = _free_name(connection, profile.name, unless=user.id)
         directory_store.update_account(connection, user.id, profile, folded=folded)
+        self._tell(user, profile)
         return replace(user, profile=profile)
+
+    def _tell(self, user: User, profile: Profile) -> None:
+        about = {"principal": user.profile.name, "principal_id": str(user.id)}
+        if profile.name != user.profile.name:
+            audit.changed(**about, now="renamed", name=profile.name)
+        if profile.is_active != user.profile.is_active:
+            audit.changed(**about, now="active" if profile.is_active else "inactive")
 
 
 class Groups:
@@ -176,6 +188,7 @@ class Groups:
                 raise TooManyPrincipals("groups", MOST_GROUPS)
             folded = _free_name(connection, profile.name)
             group_id = directory_store.insert_group(connection, profile.name, folded=folded)
+            audit.changed(group=profile.name, group_id=str(group_id), now="exists")
             return self._recorded(connection, group_id, profile, folded)
 
         return await self._directory.change(create, caller=caller, action=self._action)
@@ -221,6 +234,7 @@ class Groups:
             if group.name in (USERS, ADMINS):
                 raise NotChangeable(f"The group {group.name} is built in and cannot be deleted.")
             directory_store.delete_principal(connection, group.id)
+            audit.changed(group=group.name, group_id=str(group.id), now="deleted")
 
         await self._directory.change(delete, caller=caller, action=self._action)
 
@@ -239,6 +253,8 @@ class Groups:
         if group.name == ADMINS and profile.name != ADMINS:
             raise NotChangeable(f"The group {ADMINS} is built in and keeps its name.")
         folded = _free_name(connection, profile.name, unless=group.id)
+        if profile.name != group.name:
+            audit.changed(group=group.name, group_id=str(group.id), now="renamed", name=profile.name)
         return self._recorded(connection, group.id, profile, folded)
 
     def _recorded(self, connection: Connection, group_id: int, profile: GroupProfile, folded: str) -> DetailedGroup:
@@ -249,7 +265,11 @@ class Groups:
             if member not in before and kinds.get(member, Kind.GROUP) is Kind.GROUP:
                 raise InvalidMember(spelled[: names.LONGEST_TEXT], is_group=member in kinds)
         directory_store.update_group(connection, group_id, profile, folded=folded)
-        directory_store.change_members(connection, group_id, added=after.keys() - before, removed=before - after.keys())
+        added, removed = after.keys() - before, before - after.keys()
+        directory_store.change_members(connection, group_id, added=added, removed=removed)
+        for now, concerned in (("member", added), ("no member", removed)):
+            for member, name in directory_store.names_of(connection, concerned):
+                audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)
         recorded = directory_store.find_group(connection, group_id)
         assert recorded is not None  # it was just written
         return recorded

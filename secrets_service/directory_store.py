@@ -354,6 +354,15 @@ def kinds_of(connection: Connection, ids: Iterable[int]) -> dict[int, Kind]:
     return {principal_id: Kind(kind) for principal_id, kind in rows}
 
 
+def names_of(connection: Connection, ids: Iterable[int]) -> list[tuple[int, str]]:
+    """The ids and names of principals, in the order of the ids."""
+    rows = connection.execute(
+        "SELECT id, name FROM principals WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(?)) ORDER BY id",
+        (json.dumps(list(ids)),),
+    )
+    return rows.fetchall()
+
+
 def count_groups(connection: Connection) -> int:
     """How many groups there are."""
     return int(connection.execute("SELECT count(*) FROM principals WHERE kind = 'group'").fetchone()[0])

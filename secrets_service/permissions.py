@@ -7,7 +7,7 @@ and principals are named by id in it, so a principal that is made anew under an 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from secrets_service import access, callers, grant_store, names, store
@@ -18,6 +18,7 @@ from secrets_service.errors import (
 )
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import Endpoint, EndpointGrant, Kind
+from servicekit import audit
 from servicekit.access import EndpointPermissionDenied
 from servicekit.context import Level, Principal, current_decision
 from servicekit.errors import InvalidParameter
@@ -90,6 +91,7 @@ class EndpointPermissions:
                 if principal_id in levels:
                     raise InvalidParameter(f"{entry.at}: {entry.name} is named twice. Give each principal one level.")
                 levels[principal_id] = entry.level
+            before = _by_principal(grant_store.endpoint_grants(connection, endpoint.id))
             if not keeps_others:
                 grant_store.keep_levels(connection, endpoint.id, levels)
             for principal_id, level in levels.items():
@@ -97,6 +99,7 @@ class EndpointPermissions:
             if grant_store.count_levels(connection, endpoint.id) > MOST_PERMISSIONS:
                 raise TooManyPermissions(endpoint.id, MOST_PERMISSIONS)
             granted = grant_store.endpoint_grants(connection, endpoint.id)
+            _tell(before, _by_principal(granted))
             _warn_if_abandoned(endpoint, granted)
             return granted
 
@@ -130,6 +133,18 @@ def endpoint_id(text: str) -> str:
     if not _ID.fullmatch(text):
         raise InvalidParameter("endpoint_id: 32 hexadecimal digits.")
     return text
+
+
+def _by_principal(granted: Sequence[EndpointGrant]) -> dict[tuple[Kind, str], Level]:
+    return {(each.kind, each.principal): each.level for each in granted}
+
+
+def _tell(before: Mapping[tuple[Kind, str], Level], after: Mapping[tuple[Kind, str], Level]) -> None:
+    """Has the audit log know which levels are others now."""
+    for kind, principal in {**before, **after}:
+        level = after.get((kind, principal))
+        if level != before.get((kind, principal)):
+            audit.changed(**{kind.value: principal}, now="no permission" if level is None else level.name)
 
 
 def _warn_if_abandoned(endpoint: Endpoint, granted: Sequence[EndpointGrant]) -> None:

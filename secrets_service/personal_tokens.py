@@ -14,6 +14,7 @@ from secrets_service.errors import TokenNotFound, TooManyTokens, UnknownPrincipa
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import ManagedToken, NewToken, TokenInfo
 from secrets_service.throttle import Throttle
+from servicekit import audit
 from servicekit.context import Principal, current_decision
 from servicekit.errors import InvalidParameter
 from servicekit.storage import Connection
@@ -142,6 +143,7 @@ class Tokens:
             if len(store.tokens_of(connection, owner_id, now_ms=created_ms)) >= MOST_TOKENS:
                 raise TooManyTokens(MOST_TOKENS)
             store.insert_token(connection, info, owner_id=owner_id, creator_id=int(caller.id), mac=self._macs.of(token))
+            audit.changed(token_id=info.id, owner_id=str(owner_id), now="good")
             return NewToken(info, token.text)
 
         return await self._database.write(create)

@@ -29,6 +29,7 @@ from secrets_service.keyring import Keyring
 from secrets_service.memory import RememberingDatabase
 from secrets_service.model import KeyStatus, Scope, SealedSigningKey
 from secrets_service.rootkey import RootKey
+from servicekit import audit
 from servicekit.errors import ServiceError, StartError
 from servicekit.storage import Connection, StorageError
 
@@ -111,6 +112,7 @@ class KeyRotation:
                 chosen = [known[each] for each in sorted({names.folded(scope) for scope in scopes})]
             for each in chosen:
                 rotation_store.add_scope_key(connection, self._base.keyring, each, created_ms=self._now_ms())
+                audit.changed(scope=each.name, now="new key")
             return len(chosen)
 
         count = await self._database.write(rotate)

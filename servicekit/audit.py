@@ -19,7 +19,7 @@ import re
 import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
@@ -70,6 +70,9 @@ LONGEST_NAME = 256
 
 LONGEST_ID = 40
 """Characters of one id in a record. A longer one is none of ours, and may be a token that was taken for its id."""
+
+MOST_CHANGES = 8
+"""How many changes of rights one record tells of: more would be longer than servers of syslog take."""
 
 OK = "OK"
 _LATE = frozenset(("CANCELLED", "DEADLINE_EXCEEDED"))
@@ -123,6 +126,8 @@ class Entry:
     told_reason: str = ""
     notes: dict[str, Any] = field(default_factory=dict)
     values: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, str]] = field(default_factory=list)
+    """What the call changes about rights, where its request does not say that; told if the change is made."""
     must_be_durable: bool = False
     """Whether the answer has to wait for the record."""
     is_appended: bool = False
@@ -261,7 +266,7 @@ class Trail:
         if told := entry.told:  # its caller was told something else, or was gone, before the change was made
             facts["told"] = told
         try:
-            self._append(connection, [facts])
+            self._append(connection, _in_parts(facts, entry.changes))
         except BaseException:
             entry.is_appended = False
             raise
@@ -432,6 +437,16 @@ def value(name: str, version: int, content: bytes) -> None:
     entry.must_be_durable = True
 
 
+def changed(**about: str) -> None:
+    """Says what the call that is being served changes about rights, where its request does not: one right each time.
+
+    It is in the call's record if the change is made, and if many are, in further ones of the same call.
+    """
+    entry = _current.get()
+    if entry is not None:
+        entry.changes.append({name: _short(told) for name, told in about.items()})
+
+
 def sensitive() -> None:
     """Says that the answer to the call that is being served holds a credential, and has to wait for the record."""
     entry = _current.get()
@@ -460,24 +475,25 @@ def about(message: Message) -> str:
     A value that could be taken for more than itself is in quotes: a principal may be called `x permission=READ`.
     """
     return " ".join(
-        f"{name}={_shown(name, given)}"
-        for name in _object_fields(message.DESCRIPTOR)
+        f"{name}={_shown(name, given, words)}"
+        for name, words in _object_fields(message.DESCRIPTOR)
         if (given := getattr(message, name))
     )
 
 
 @cache
-def _object_fields(kind: Descriptor) -> list[str]:
+def _object_fields(kind: Descriptor) -> list[tuple[str, dict[int, str]]]:
+    """The fields, and what their values are called where these have names."""
     fields = kind.fields_by_name
     return [
-        name
+        (name, {each.number: each.name for each in words.values} if (words := fields[name].enum_type) else {})
         for name in OBJECT_FIELDS
         if name in fields and not fields[name].is_repeated and fields[name].message_type is None
     ]
 
 
-def _shown(name: str, given: Any) -> str:
-    text = given.hex() if isinstance(given, bytes) else str(given)
+def _shown(name: str, given: Any, words: Mapping[int, str]) -> str:
+    text = given.hex() if isinstance(given, bytes) else words.get(given) or str(given)
     is_id = name == "id" or name.endswith("_id")
     if is_id and len(text) > LONGEST_ID:
         return f"({len(text)} characters)"
@@ -493,6 +509,18 @@ def _short(text: str, shown: Callable[[str], str] = str) -> str:
         most = bisect_right(range(len(kept)), LONGEST_NAME, key=lambda count: length(shown(text[:count]))) - 1
         kept = text[:most]
     return shown(kept) if kept == text else f"{shown(kept)}..."
+
+
+def _in_parts(facts: dict[str, Any], changes: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """The record of a call, and further ones where it changed more than one of them may tell."""
+    if not changes:
+        return [facts]
+    further = {name: fact for name, fact in facts.items() if name != "values"}
+    return [
+        (facts if at == 0 else further | {"part": at // MOST_CHANGES + 1})
+        | {"changes": list(changes[at : at + MOST_CHANGES])}
+        for at in range(0, len(changes), MOST_CHANGES)
+    ]
 
 
 def _words(row: Row | None) -> str:

@@ -1407,6 +1407,14 @@ FAULTS = (
         ),
     ),
     Fault(
+        name="new-admin-not-in-the-log",
+        property="S27",
+        file="secrets_service/directory.py",
+        old="                audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)\n",
+        new="                pass\n",
+        tests=("tests/service/test_audit.py::test_who_becomes_an_admin_and_who_is_none_any_more_is_in_the_log",),
+    ),
+    Fault(
         name="record-not-handed-over",
         property="S27",
         file="servicekit/audit_export.py",

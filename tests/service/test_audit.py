@@ -91,6 +91,123 @@ async def test_each_call_has_one_record_allowed_or_refused(service: RunningSecre
     assert VALUE not in json.dumps(records)
 
 
+def changes_in(records: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [change for each in records for change in each.get("changes", ())]
+
+
+async def test_who_becomes_an_admin_and_who_is_none_any_more_is_in_the_log(service: RunningSecrets) -> None:
+    admin, ada = service.admin, await service.admin.create_user("ada@example.com")
+    listed = await admin(admin.scim.ListGroups, identity_pb2.ListRequest(filter='displayName eq "admins"'))
+    (admins,) = listed.resources
+    first = [identity_pb2.Member(value=each.value) for each in admins.members]
+    for members in ([*first, identity_pb2.Member(value=ada.id)], first, first):
+        request = identity_pb2.ReplaceGroupRequest(id=admins.id, display_name="admins", members=members)
+        await admin(admin.scim.ReplaceGroup, request)
+    alone = identity_pb2.ReplaceGroupRequest(id=admins.id, display_name="admins")
+    await refusal(admin(admin.scim.ReplaceGroup, alone))  # the last admin stays
+    about = {"principal": "ada@example.com", "principal_id": ada.id, "group": "admins"}
+    joined, left, same, refused = await recorded(service, "ReplaceGroup", 4)
+    assert joined["changes"] == [{**about, "now": "member"}]
+    assert left["changes"] == [{**about, "now": "no member"}]
+    assert "changes" not in same
+    assert refused["outcome"] != "OK"
+    assert "changes" not in refused
+
+
+async def test_what_becomes_of_people_is_in_the_log(service: RunningSecrets) -> None:
+    admin, ada = service.admin, await service.admin.create_user("ada@example.com")
+    about = {"principal": "ada@example.com", "principal_id": ada.id}
+    request = identity_pb2.ReplaceUserRequest(id=ada.id, user_name="lovelace@example.com", active=False)
+    await admin(admin.scim.ReplaceUser, request)
+    await admin(admin.scim.DeleteUser, identity_pb2.DeleteRequest(id=ada.id))
+    assert changes_in(await recorded(service, "CreateUser", 1)) == [{**about, "now": "exists"}]
+    assert changes_in(await recorded(service, "ReplaceUser", 1)) == [
+        {**about, "now": "renamed", "name": "lovelace@example.com"},
+        {**about, "now": "inactive"},
+    ]
+    about["principal"] = "lovelace@example.com"
+    assert changes_in(await recorded(service, "DeleteUser", 1)) == [{**about, "now": "deleted"}]
+    group = await admin(admin.scim.CreateGroup, identity_pb2.CreateGroupRequest(display_name="one"))
+    renamed = identity_pb2.ReplaceGroupRequest(id=group.id, display_name="other")
+    await admin(admin.scim.ReplaceGroup, renamed)
+    await admin(admin.scim.DeleteGroup, identity_pb2.DeleteRequest(id=group.id))
+    found = [await recorded(service, f"{verb}Group", 1) for verb in ("Create", "Replace", "Delete")]
+    assert changes_in([each for records in found for each in records]) == [
+        {"group": "one", "group_id": group.id, "now": "exists"},
+        {"group": "one", "group_id": group.id, "now": "renamed", "name": "other"},
+        {"group": "other", "group_id": group.id, "now": "deleted"},
+    ]
+
+
+async def test_which_levels_of_an_endpoint_are_others_and_which_scopes_have_new_keys_is_in_the_log(
+    service: RunningSecrets,
+) -> None:
+    admin = service.admin
+    await admin.create_user("ada@example.com")
+    endpoint, _ = await service.grant(admin)
+
+    def entry(level: permissions_pb2.PermissionLevel.ValueType) -> permissions_pb2.AccessControlRequest:
+        return permissions_pb2.AccessControlRequest(user_name="ada@example.com", permission_level=level)
+
+    for level in (permissions_pb2.CAN_QUERY, permissions_pb2.CAN_MANAGE, permissions_pb2.CAN_MANAGE):
+        update = permissions_pb2.UpdatePermissionsRequest(
+            serving_endpoint_id=endpoint, access_control_list=[entry(level)]
+        )
+        await admin(admin.permissions.UpdatePermissions, update)
+    await admin(admin.permissions.SetPermissions, permissions_pb2.SetPermissionsRequest(serving_endpoint_id=endpoint))
+    updates = await recorded(service, "UpdatePermissions", 3)
+    assert [each.get("changes") for each in updates] == [
+        [{"user": "ada@example.com", "now": "CAN_QUERY"}],
+        [{"user": "ada@example.com", "now": "CAN_MANAGE"}],
+        None,
+    ]
+    assert {"user": "ada@example.com", "now": "no permission"} in changes_in(
+        await recorded(service, "SetPermissions", 1)
+    )
+    for scope in ("one", "two", "three"):
+        await admin.create_scope(scope)
+    operator = service.peer("operator")
+    await operator(operator.key_rotation.RotateScopeKeys, pb.RotateScopeKeysRequest(scopes=["two", "ONE"]))
+    rotated = changes_in(await recorded(service, "RotateScopeKeys", 1))
+    assert rotated == [{"scope": "one", "now": "new key"}, {"scope": "two", "now": "new key"}]
+
+
+async def test_which_credential_was_made_for_whom_is_in_the_log(service: RunningSecrets) -> None:
+    ada = await service.admin.create_user("ada@example.com")
+    caller = service.public(await service.token_for("ada@example.com"))
+    await refusal(caller.keys("of-no-scope"))
+    (use,) = await recorded(service, "ListSecrets", 1)
+    made = changes_in(await recorded(service, "CreateOboToken", 1))
+    assert made == [{"token_id": use["credential"], "owner_id": ada.id, "now": "good"}]
+
+
+async def test_what_a_record_tells_of_a_change_has_a_small_length_whatever_names_it_tells(tmp_path: Path) -> None:
+    async with a_trail(tmp_path) as trail:
+        a_call(trail)
+        name = "\U0001f600" * 255
+        for _ in range(audit.MOST_CHANGES):
+            audit.changed(principal=name, principal_id="1" * 16, group=name, now="no permission")
+        await trail._database.write(trail.append)
+        (record,) = await records_of(trail)
+    assert len(json.dumps(record["changes"])) <= 650 * audit.MOST_CHANGES  # as docs/audit.md says
+
+
+async def test_what_one_record_does_not_hold_goes_on_in_the_next(service: RunningSecrets) -> None:
+    admin = service.admin
+    users = [await admin.create_user(f"user-{number}") for number in range(2 * audit.MOST_CHANGES + 1)]
+    members = [identity_pb2.Member(value=each.id) for each in users]
+    await admin(admin.scim.CreateGroup, identity_pb2.CreateGroupRequest(display_name="many", members=members))
+    records = await recorded(service, "CreateGroup", 3)
+    assert [each.get("part") for each in records] == [None, 2, 3]
+    assert [len(each["changes"]) for each in records] == [audit.MOST_CHANGES, audit.MOST_CHANGES, 2]
+    assert len({(each["request_id"], each["actor"], each["outcome"]) for each in records}) == 1
+    assert {each["principal"] for each in changes_in(records) if "principal" in each} == {
+        each.user_name for each in users
+    }
+    log = [path.read_bytes() for path in sorted((service.settings.data_dir / "audit").glob("secrets-*"))]
+    assert verify(b"".join(log).splitlines(), await keys_of(service)).is_whole
+
+
 async def test_a_refused_credential_is_recorded_at_the_exchange(service: RunningSecrets) -> None:
     await refusal(service.assertion("dapi-nobody"))
     (record,) = await recorded(service, "ExchangeToken", 1)
@@ -583,7 +700,7 @@ async def test_a_name_is_cut_where_it_takes_too_many_bytes(tmp_path: Path, name:
 )
 def test_a_name_is_not_taken_for_further_fields(principal: str, shown: str) -> None:
     request = pb.PutAclRequest(scope="s", principal=principal, permission=pb.READ)
-    assert audit.about(request) == f"scope=s principal={shown} permission={pb.READ}"
+    assert audit.about(request) == f"scope=s principal={shown} permission=READ"
 
 
 async def test_rotation_and_retention_keep_the_chain(tmp_path: Path) -> None:
