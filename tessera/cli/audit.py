@@ -101,7 +101,8 @@ def _export(arguments: argparse.Namespace) -> int:
     first, after = 0, arguments.after
     with connected() as rest, _new_file(arguments.file) as file:
         # Every question is recorded, too, so there would always be one more.
-        until = _seq(_records(rest, arguments.log, max_results=1)[-1])
+        newest = _records(rest, arguments.log, max_results=1)
+        until = _seq(newest[-1]) if newest else 0
         while after < until and (records := _records(rest, arguments.log, after=after, max_results=_MOST)):
             if after and _seq(records[0]) != after + 1:
                 gone = f"Records {after + 1} to {_seq(records[0]) - 1} of the log were removed because of age or size"

@@ -118,6 +118,16 @@ async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, t
     )
 
 
+async def test_an_audit_log_without_a_record_is_shown_and_exported(tmp_path: Path) -> None:
+    exported = tmp_path / "log"
+    async with running_platform() as platform:
+        # Each question is recorded when it has its answer, so there is one for each log.
+        assert await run(platform, "audit", "export", "serving", str(exported)) == f"{exported}: no records\n"
+    assert exported.read_text() == ""
+    async with running_platform() as platform:
+        assert await run(platform, "audit", "tail", "serving") == ""
+
+
 async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
     key, keys = AuditKey(bytes(32)), tmp_path / "keys"
     keys.write_text(json.dumps([{"service": "secrets", "key": key.raw.hex()}]))
