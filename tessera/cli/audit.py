@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 from urllib.parse import urlencode
 
 import grpc
@@ -57,7 +58,9 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     keys.add_argument("--data-dir", type=Path, metavar="DIR", help="the running platform's data directory")
     keys.set_defaults(run=_keys)
     verifying = actions.add_parser("verify", help="find out whether a log is whole; needs no platform")
-    verifying.add_argument("files", type=Path, nargs="+", metavar="FILE", help="all files of one service's log")
+    verifying.add_argument(
+        "files", type=Path, nargs="+", metavar="FILE", help="all files of one service's log, in any order"
+    )
     verifying.add_argument("--keys", type=Path, required=True, metavar="FILE", help="what `tessera audit keys` wrote")
     verifying.add_argument(
         "--heads",
@@ -174,7 +177,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if named := {log for log in _LOGS for path in arguments.files if path.name.startswith(log)}:
         keys = {log: keys.get(log, []) for log in named}
     try:
-        verdict = verify(_lines(sorted(arguments.files, key=lambda path: path.name)), keys, _heads(arguments.heads))
+        verdict = verify(_lines(_ordered(arguments.files)), keys, _heads(arguments.heads))
     except OSError as error:
         raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from None
     for problem in verdict.problems:
@@ -183,6 +186,34 @@ def _verify(arguments: argparse.Namespace) -> int:
         records = f"{verdict.records} records of {verdict.service}" if verdict.records else "0 records"
         print(f"whole: {records}, {verdict.first} to {verdict.head.seq}, head {verdict.head.mac}")
     return 0 if verdict.is_whole else 1
+
+
+def _ordered(files: list[Path]) -> list[Path]:
+    """The files in the order of their first records, whatever they are called."""
+    if len(files) == 1:
+        return files
+    for path in files:
+        if path.exists() and not path.is_file():
+            raise StartError(f"{path} is no regular file. Verify it by itself, since several are read twice.")
+    return sorted(files, key=_first)
+
+
+def _first(path: Path) -> float:
+    """The number of a file's first record; of a file without one a number behind all others."""
+    if not path.exists() and (number := path.stem.rpartition("-")[2]).isdecimal():
+        return int(number)  # it may have expired just now, and its name says where it was
+    with path.open("rb") as file:
+        numbers = (_object(line).get("seq") for line in file)
+        return next((number for number in numbers if isinstance(number, int)), math.inf)
+
+
+def _object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line, which is empty where that has none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _lines(files: list[Path]) -> Iterator[bytes]:

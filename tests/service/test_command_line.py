@@ -128,15 +128,50 @@ async def test_an_audit_log_without_a_record_is_shown_and_exported(tmp_path: Pat
         assert await run(platform, "audit", "tail", "serving") == ""
 
 
+KEY = AuditKey(bytes(32))
+
+
+def a_log(*facts: dict[str, Any], service: str = "secrets") -> list[str]:
+    """A record with each of these facts, as lines."""
+    head, lines = Head(), []
+    for each in facts:
+        text, head = line(KEY, head, {"service": service, **each}, at=0.0)
+        lines.append(f"{text}\n")
+    return lines
+
+
+def verifying(folder: Path, *files: Path) -> tuple[str, ...]:
+    """The command that verifies these files of records of `a_log`; what it needs besides is in the folder."""
+    keys = folder / "keys"
+    keys.write_text(json.dumps([{"service": name, "key": KEY.raw.hex()} for name in ("secrets", "serving")]))
+    return ("audit", "verify", *map(str, files), "--keys", str(keys))
+
+
+@pytest.mark.parametrize("names", [("old", "new"), ("secrets.jsonl.1", "secrets.jsonl"), ("a", "b")])
+async def test_files_of_an_audit_log_have_any_names_and_any_order(tmp_path: Path, names: tuple[str, str]) -> None:
+    records, (old, new), empty = a_log(*[{}] * 20), (tmp_path / name for name in names), tmp_path / "c"
+    old.write_text("".join(records[:9]))
+    # As a forwarder that was killed leaves it: half a line is taken back, and a record may be there twice.
+    new.write_text("".join(records[8:]))
+    empty.touch()
+    for files in ((old, new, empty), (empty, new, old)):
+        found = await tessera({}, *verifying(tmp_path, *files))
+        assert (found.status, found.said[:36]) == (0, "whole: 20 records of secrets, 1 to 2")
+    new.write_text("".join(["no record\n", *records[9:]]))
+    found = await tessera({}, *verifying(tmp_path, new, old))
+    assert (found.status, found.said) == (1, "NOT WHOLE: line 10: this is no record\n")
+    for missing in ("secrets.jsonl.2", "secrets-000000000021.jsonl"):
+        said = await complaint({}, *verifying(tmp_path, tmp_path / missing, old))
+        assert f"{missing} cannot be read" in said
+    said = await complaint({}, *verifying(tmp_path, Path("/dev/null"), old))
+    assert "/dev/null is no regular file." in said  # a pipe can be read once only
+
+
 async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
-    key, keys = AuditKey(bytes(32)), tmp_path / "keys"
-    keys.write_text(json.dumps([{"service": "secrets", "key": key.raw.hex()}]))
-    head = Head()
     files = [tmp_path / f"secrets-{number:012}.jsonl" for number in range(1, 5)]
-    for path, facts in zip(files, [{}, {}, {}, {"method": EXPIRED, "through": 2}], strict=True):
-        text, head = line(key, head, {"service": "secrets", **facts}, at=0.0)
-        path.write_text(f"{text}\n")
-    verify = ("audit", "verify", *map(str, files), "--keys", str(keys))
+    for path, record in zip(files, a_log({}, {}, {}, {"method": EXPIRED, "through": 2}), strict=True):
+        path.write_text(record)
+    verify = verifying(tmp_path, *files)
     for path in files[:2]:
         path.unlink()
         assert (await tessera({}, *verify)).status == 0
