@@ -112,12 +112,14 @@ class Verdict:
         return not self.problems
 
 
-def verify(lines: Iterable[bytes], keys: Mapping[str, Sequence[AuditKey]], anchors: Iterable[Head] = ()) -> Verdict:
+def verify(
+    lines: Iterable[bytes], keys: Mapping[str, Sequence[AuditKey]], anchors: Iterable[Head] = (), *, begin: int = 1
+) -> Verdict:
     """Looks whether a log is whole; `lines` are all of it, in its order, without line breaks.
 
     `keys` are the audit keys of each service, the oldest first: a log is of one service, and goes on with a newer key
     and never with an older one again. `anchors` are heads that were published: the log must hold each that is not older
-    than its beginning. A log that begins later than its first record must say in its chain that what was before was
+    than its beginning. A log that begins later than record `begin` must say in its chain that what was before was
     removed. Stops at the first break, since nothing after it can be told from an invention.
     """
     verdict = Verdict()
@@ -165,7 +167,7 @@ def verify(lines: Iterable[bytes], keys: Mapping[str, Sequence[AuditKey]], ancho
         recent[seq] = mac
         if len(recent) > REMEMBERED:
             recent.popitem(last=False)
-    if verdict.is_whole and verdict.first > removed + 1:
+    if verdict.is_whole and verdict.first > max(removed + 1, begin):
         verdict.problems.append(f"the log begins at record {verdict.first}, and does not say that what was before went")
     if verdict.is_whole and verdict.records == 0 and wanted:
         verdict.problems.append("the log holds no record")

@@ -70,6 +70,15 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="LOG",
         help="a log of that service with the heads that it published: what was cut off at the end is found by them",
     )
+    verifying.add_argument(
+        "--from",
+        type=int,
+        default=1,
+        metavar="SEQ",
+        dest="begin",
+        help="the log may begin there, as after `export --after`; nothing is said about what was before, so take the"
+        " number from what you know and not from the log",
+    )
     verifying.set_defaults(run=_verify)
 
 
@@ -177,7 +186,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     if named := {log for log in _LOGS for path in arguments.files if path.name.startswith(log)}:
         keys = {log: keys.get(log, []) for log in named}
     try:
-        verdict = verify(_lines(_ordered(arguments.files)), keys, _heads(arguments.heads))
+        lines = _lines(_ordered(arguments.files))
+        verdict = verify(lines, keys, _heads(arguments.heads), begin=arguments.begin)
     except OSError as error:
         raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from None
     for problem in verdict.problems:

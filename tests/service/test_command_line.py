@@ -167,6 +167,19 @@ async def test_files_of_an_audit_log_have_any_names_and_any_order(tmp_path: Path
     assert "/dev/null is no regular file." in said  # a pipe can be read once only
 
 
+async def test_an_audit_log_is_verified_from_where_it_is_said_to_begin(tmp_path: Path) -> None:
+    records, exported = a_log(*[{}] * 9), tmp_path / "log"
+    exported.write_text("".join(records[4:]))
+    verify = verifying(tmp_path, exported)
+    found = await tessera({}, *verify)
+    assert (found.status, "the log begins at record 5, and" in found.said) == (1, True)
+    found = await tessera({}, *verify, "--from", "4")  # which is missing, then
+    assert (found.status, "the log begins at record 5, and" in found.said) == (1, True)
+    for begin in ("5", "6"):
+        found = await tessera({}, *verify, "--from", begin)
+        assert (found.status, found.said[:34]) == (0, "whole: 5 records of secrets, 5 to ")
+
+
 async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
     files = [tmp_path / f"secrets-{number:012}.jsonl" for number in range(1, 5)]
     for path, record in zip(files, a_log({}, {}, {}, {"method": EXPIRED, "through": 2}), strict=True):

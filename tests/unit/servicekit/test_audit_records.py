@@ -122,6 +122,12 @@ def test_a_beginning_may_be_gone_only_where_the_log_says_so() -> None:
     assert not verify([*lines[3:], text.encode()], KEYS).is_whole
 
 
+def test_a_beginning_may_be_gone_where_somebody_else_says_so() -> None:
+    lines, _ = a_log(5)
+    assert [verify(lines[2:], KEYS, begin=begin).is_whole for begin in (1, 2, 3, 4)] == [False, False, True, True]
+    assert not verify([lines[2], lines[4]], KEYS, begin=3).is_whole
+
+
 def test_what_an_exporter_wrote_twice_counts_once() -> None:
     lines, heads = a_log(4)
     verdict = verify([*lines[:3], *lines[1:]], KEYS, heads)
