@@ -79,6 +79,11 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="the log may begin there, as after `export --after`; nothing is said about what was before, so take the"
         " number from what you know and not from the log",
     )
+    verifying.add_argument(
+        "--syslog",
+        action="store_true",
+        help="what stands in a line before the first { is of a syslog server, and not looked at",
+    )
     verifying.set_defaults(run=_verify)
 
 
@@ -187,6 +192,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         keys = {log: keys.get(log, []) for log in named}
     try:
         lines = _lines(_ordered(arguments.files))
+        if arguments.syslog:
+            lines = map(_message, lines)
         verdict = verify(lines, keys, _heads(arguments.heads), begin=arguments.begin)
     except OSError as error:
         raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from None
@@ -213,8 +220,13 @@ def _first(path: Path) -> float:
     if not path.exists() and (number := path.stem.rpartition("-")[2]).isdecimal():
         return int(number)  # it may have expired just now, and its name says where it was
     with path.open("rb") as file:
-        numbers = (_object(line).get("seq") for line in file)
+        numbers = (_object(_message(line)).get("seq") for line in file)
         return next((number for number in numbers if isinstance(number, int)), math.inf)
+
+
+def _message(line: bytes) -> bytes:
+    """A line without what a syslog server writes before a record."""
+    return line[max(line.find(b"{"), 0) :]
 
 
 def _object(line: bytes) -> dict[str, Any]:

@@ -180,6 +180,20 @@ async def test_an_audit_log_is_verified_from_where_it_is_said_to_begin(tmp_path:
         assert (found.status, found.said[:34]) == (0, "whole: 5 records of secrets, 5 to ")
 
 
+async def test_an_audit_log_is_verified_as_a_syslog_server_wrote_it(tmp_path: Path) -> None:
+    records, log = a_log({"object": "{"}, {}), tmp_path / "log"
+    verify = verifying(tmp_path, log)
+    log.write_text("".join(f"Nov 28 04:30:00 host tessera-secrets[7]: {each}" for each in records))
+    found = await tessera({}, *verify)
+    assert (found.status, found.said) == (1, "NOT WHOLE: line 1: this is no record\n")
+    found = await tessera({}, *verify, "--syslog")
+    assert (found.status, found.said[:40]) == (0, "whole: 2 records of secrets, 1 to 2, hea")
+    for changed in (records[0].replace('{"seq"', '{{"seq"'), f"{records[0][:-1]} \n", records[0][1:]):
+        log.write_text(f"host: {changed}")
+        found = await tessera({}, *verify, "--syslog")
+        assert (found.status, found.said) == (1, "NOT WHOLE: line 1: this is no record\n")
+
+
 async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
     files = [tmp_path / f"secrets-{number:012}.jsonl" for number in range(1, 5)]
     for path, record in zip(files, a_log({}, {}, {}, {"method": EXPIRED, "through": 2}), strict=True):
