@@ -169,7 +169,7 @@ def verify(
             recent.popitem(last=False)
     if verdict.is_whole and verdict.first > max(removed + 1, begin):
         verdict.problems.append(f"the log begins at record {verdict.first}, and does not say that what was before went")
-    if verdict.is_whole and verdict.records == 0 and wanted:
+    if verdict.is_whole and verdict.records == 0:
         verdict.problems.append("the log holds no record")
     if verdict.is_whole and (missing := max(wanted, default=0)) > verdict.head.seq:
         verdict.problems.append(f"the log ends at record {verdict.head.seq}, and record {missing} was published")

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlencode
@@ -68,7 +69,8 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="append",
         default=[],
         metavar="LOG",
-        help="a log of that service with the heads that it published: what was cut off at the end is found by them",
+        help="a log of that service with the heads that it published: what was cut off at the end is found by them;"
+        " for several give it several times",
     )
     verifying.add_argument(
         "--from",
@@ -194,15 +196,29 @@ def _verify(arguments: argparse.Namespace) -> int:
         lines = _lines(_ordered(arguments.files))
         if arguments.syslog:
             lines = map(_message, lines)
-        verdict = verify(lines, keys, _heads(arguments.heads), begin=arguments.begin)
+        beginning = list(islice(lines, 1))
+        service = _object(beginning[0]).get("service") if beginning else None
+        heads = {head for of, head in _heads(arguments.heads) if of == service}
+        verdict = verify(chain(beginning, lines), keys, heads, begin=arguments.begin)
     except OSError as error:
         raise StartError(f"{error.filename} cannot be read: {error.strerror}.") from None
     for problem in verdict.problems:
         print(f"NOT WHOLE: {problem}")
-    if verdict.is_whole:
-        records = f"{verdict.records} records of {verdict.service}" if verdict.records else "0 records"
-        print(f"whole: {records}, {verdict.first} to {verdict.head.seq}, head {verdict.head.mac}")
-    return 0 if verdict.is_whole else 1
+    if not verdict.is_whole:
+        return 1
+    covered = [head.seq for head in heads if head.seq >= verdict.first]
+    if arguments.heads and not covered:
+        logs = ", ".join(map(str, arguments.heads))
+        raise StartError(
+            f"No head of {verdict.service} from record {verdict.first} on is in {logs}, so it is not known whether the"
+            " end was cut off. What there is has no gap; name further logs of the service with --heads, or verify it"
+            " without."
+        )
+    records = f"{verdict.records} records of {verdict.service}"
+    print(f"whole: {records}, {verdict.first} to {verdict.head.seq}, head {verdict.head.mac}")
+    if covered:
+        print(f"published heads of {verdict.service} that are in it: {len(covered)}, the last at record {max(covered)}")
+    return 0
 
 
 def _ordered(files: list[Path]) -> list[Path]:
@@ -254,13 +270,11 @@ def _lines(files: list[Path]) -> Iterator[bytes]:
                 yield line.removesuffix(b"\n")
 
 
-def _heads(logs: list[Path]) -> Iterator[Head]:
+def _heads(logs: list[Path]) -> Iterator[tuple[str, Head]]:
+    """The heads in logs, and which service published each."""
     for path in logs:
         with path.open("rb") as file:
             for line in file:
-                try:
-                    event = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(event, dict) and event.get("event") == _HEAD_EVENT:
-                    yield Head(int(event["seq"]), str(event["mac"]))
+                event = _object(line)
+                if event.get("event") == _HEAD_EVENT:
+                    yield str(event.get("service")), Head(int(event["seq"]), str(event["mac"]))

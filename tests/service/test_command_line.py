@@ -194,6 +194,44 @@ async def test_an_audit_log_is_verified_as_a_syslog_server_wrote_it(tmp_path: Pa
         assert (found.status, found.said) == (1, "NOT WHOLE: line 1: this is no record\n")
 
 
+def published(record: str, **instead: object) -> str:
+    """What a service's log says when that record is the last."""
+    of = json.loads(record)
+    event = {"seq": of["seq"], "mac": of["mac"], "service": of["service"], "event": "audit head", **instead}
+    return f"{json.dumps(event)}\n"
+
+
+async def test_an_end_that_was_cut_off_is_found_by_heads_of_that_service(tmp_path: Path) -> None:
+    records, others = a_log(*[{}] * 9), a_log(*[{}] * 9, service="serving")
+    log, old, new = tmp_path / "log", tmp_path / "old", tmp_path / "new"
+    log.write_text("".join(records))
+    old.write_text("".join(["Traceback\n", published(records[3]), published(others[3])]))
+    new.write_text("".join([published(others[8]), published(records[6]), published(records[6])]))
+    verify = (*verifying(tmp_path, log), "--heads", str(old))
+    found = await tessera({}, *verify, "--heads", str(new))
+    assert found.status == 0
+    assert found.said.splitlines()[1] == "published heads of secrets that are in it: 2, the last at record 7"
+    log.write_text("".join(records[:5]))
+    assert (await tessera({}, *verify)).status == 0  # the newest heads are elsewhere
+    found = await tessera({}, *verify, "--heads", str(new))
+    assert (found.status, found.said) == (1, "NOT WHOLE: the log ends at record 5, and record 7 was published\n")
+
+
+@pytest.mark.parametrize("heads", ["/dev/null", "serving"])
+async def test_heads_that_say_nothing_about_an_audit_log_are_no_assurance(tmp_path: Path, heads: str) -> None:
+    log, begun = tmp_path / "log", a_log(*[{}] * 5)
+    log.write_text("".join(begun[2:]))
+    (tmp_path / "serving").write_text(published(a_log({}, service="serving")[0]) + published(begun[1]))
+    said = await complaint({}, *verifying(tmp_path, log), "--from", "3", "--heads", str(tmp_path / heads))
+    assert f"No head of secrets from record 3 on is in {tmp_path / heads}, so" in said
+
+
+async def test_no_record_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "log").touch()
+    found = await tessera({}, *verifying(tmp_path, tmp_path / "log"))
+    assert (found.status, found.said) == (1, "NOT WHOLE: the log holds no record\n")
+
+
 async def test_an_audit_log_of_which_files_expire_is_verified_from_there_on(tmp_path: Path) -> None:
     files = [tmp_path / f"secrets-{number:012}.jsonl" for number in range(1, 5)]
     for path, record in zip(files, a_log({}, {}, {}, {"method": EXPIRED, "through": 2}), strict=True):

@@ -98,6 +98,7 @@ def test_an_end_that_was_cut_off_is_found_by_what_was_published() -> None:
     assert verify(lines[:3], KEYS, heads[:3]).is_whole
     assert not verify(lines[:3], KEYS, [heads[3]]).is_whole
     assert not verify([], KEYS, [heads[3]]).is_whole
+    assert not verify([], KEYS).is_whole
 
 
 def test_a_log_with_another_history_is_found_by_what_was_published() -> None:
