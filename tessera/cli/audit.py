@@ -187,7 +187,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         keys: dict[str, list[AuditKey]] = {}
         for each in told:
             keys.setdefault(each["service"], []).append(AuditKey(bytes.fromhex(each["key"])))
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise StartError(f"{arguments.keys} cannot be read, or is not what `tessera audit keys` wrote.") from None
     # One service must not put a log of its own in the place of the other's.
     if named := {log for log in _LOGS for path in arguments.files if path.name.startswith(log)}:
@@ -274,7 +274,11 @@ def _heads(logs: list[Path]) -> Iterator[tuple[str, Head]]:
     """The heads in logs, and which service published each."""
     for path in logs:
         with path.open("rb") as file:
-            for line in file:
+            for number, line in enumerate(file, start=1):
                 event = _object(line)
-                if event.get("event") == _HEAD_EVENT:
-                    yield str(event.get("service")), Head(int(event["seq"]), str(event["mac"]))
+                if event.get("event") != _HEAD_EVENT:
+                    continue
+                seq, mac = event.get("seq"), event.get("mac")
+                if type(seq) is not int or not isinstance(mac, str):
+                    raise StartError(f"{path}, line {number}, is no head of an audit log, though it says so.")
+                yield str(event.get("service")), Head(seq, mac)

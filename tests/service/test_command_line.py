@@ -226,6 +226,27 @@ async def test_heads_that_say_nothing_about_an_audit_log_are_no_assurance(tmp_pa
     assert f"No head of secrets from record 3 on is in {tmp_path / heads}, so" in said
 
 
+async def test_a_damaged_head_is_told_with_its_place_and_other_lines_are_passed_over(tmp_path: Path) -> None:
+    log, heads, (record,) = tmp_path / "log", tmp_path / "heads", a_log({})
+    log.write_text(record)
+    verify = (*verifying(tmp_path, log), "--heads", str(heads))
+    other = f"{'[' * 200_000}\n\n[]\n\x00\n"
+    heads.write_text(other + published(record))
+    assert (await tessera({}, *verify)).status == 0
+    for instead in ({"seq": "x"}, {"seq": None}, {"seq": True}, {"mac": 1}):
+        heads.write_text(f"{other}{published(record, **instead)}")
+        assert f"{heads}, line 5, is no head of an audit log" in await complaint({}, *verify)
+    heads.write_text('{"event":"audit head"}')
+    assert f"{heads}, line 1, is no head of an audit log" in await complaint({}, *verify)
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "", "1", '[{"service":"secrets"}]', '{"a":1}'])
+async def test_damaged_keys_of_audit_logs_are_told(tmp_path: Path, content: str) -> None:
+    verify = verifying(tmp_path, tmp_path / "log")
+    (tmp_path / "keys").write_text(content)
+    assert "is not what `tessera audit keys` wrote" in await complaint({}, *verify)
+
+
 async def test_no_record_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     found = await tessera({}, *verifying(tmp_path, tmp_path / "log"))
