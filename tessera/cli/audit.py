@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import grpc
 
-from servicekit import channels, settings, sockets
+from servicekit import channels, private_file, settings, sockets
 from servicekit.audit_records import AuditKey, Head, verify
 from servicekit.errors import StartError
 from tessera.cli import shown
@@ -33,6 +33,9 @@ _MOST = 1_000
 
 _LOOK_SECONDS = 1.0
 """How often who follows a log asks for what is new."""
+
+_LONGEST_KEYS = 1 << 20
+"""Bytes of a file of audit keys, which has a hundred for each key that there ever was."""
 
 _HEAD_EVENT = "audit head"
 """What a service logs when it publishes the head of its chain."""
@@ -183,7 +186,9 @@ async def _listed(configured: settings.ServiceSettings) -> pb.ListAuditKeysRespo
 def _verify(arguments: argparse.Namespace) -> int:
     """Prints what the log holds, or what is wrong with it."""
     try:
-        told = json.loads(arguments.keys.read_text())
+        told = json.loads(
+            private_file.read(arguments.keys, what="The file of audit keys", longest=_LONGEST_KEYS, may_be_link=True)
+        )
         keys: dict[str, list[AuditKey]] = {}
         for each in told:
             keys.setdefault(each["service"], []).append(AuditKey(bytes.fromhex(each["key"])))

@@ -143,6 +143,7 @@ def a_log(*facts: dict[str, Any], service: str = "secrets") -> list[str]:
 def verifying(folder: Path, *files: Path) -> tuple[str, ...]:
     """The command that verifies these files of records of `a_log`; what it needs besides is in the folder."""
     keys = folder / "keys"
+    keys.touch(0o600)
     keys.write_text(json.dumps([{"service": name, "key": KEY.raw.hex()} for name in ("secrets", "serving")]))
     return ("audit", "verify", *map(str, files), "--keys", str(keys))
 
@@ -245,6 +246,16 @@ async def test_damaged_keys_of_audit_logs_are_told(tmp_path: Path, content: str)
     verify = verifying(tmp_path, tmp_path / "log")
     (tmp_path / "keys").write_text(content)
     assert "is not what `tessera audit keys` wrote" in await complaint({}, *verify)
+
+
+async def test_keys_of_audit_logs_that_others_may_read_are_refused(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(a_log({})[0])
+    verify = verifying(tmp_path, log)
+    (tmp_path / "keys").chmod(0o644)
+    assert "has mode 0644, so others may have read it." in await complaint({}, *verify)
+    (tmp_path / "keys").unlink()
+    assert f"{tmp_path / 'keys'} cannot be read" in await complaint({}, *verify)
 
 
 async def test_no_record_is_no_log(tmp_path: Path) -> None:
