@@ -8,9 +8,10 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -52,7 +53,9 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     tail.set_defaults(run=_tail)
     exporting = actions.add_parser("export", help="write a whole log to a new file, as an admin", epilog=shown.WHERE)
     exporting.add_argument("log", choices=_LOGS, metavar="LOG", help="secrets or serving: whose log")
-    exporting.add_argument("file", type=Path, metavar="FILE", help="where to, mode 0600; the way it is verified")
+    exporting.add_argument(
+        "file", type=Path, metavar="FILE", help="where to, mode 0600; the way it is verified; - is standard output"
+    )
     exporting.add_argument(
         "--after", type=int, default=0, metavar="SEQ", help="only records behind that one, to go on with an export"
     )
@@ -119,9 +122,10 @@ def _coming(rest: Rest, log: str, follower: str, *, after: int) -> Iterator[str]
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    """Writes records to a file, and prints which; what is written goes on from `--after` and has no gap."""
+    """Writes records to a file, and says which; what is written goes on from `--after` and has no gap."""
     first, after = 0, arguments.after
-    with connected() as rest, _new_file(arguments.file) as file:
+    is_printed = arguments.file == Path("-")
+    with connected() as rest, nullcontext(sys.stdout) if is_printed else _new_file(arguments.file) as file:
         # Every question is recorded, too, so there would always be one more.
         newest = _records(rest, arguments.log, max_results=1)
         until = _seq(newest[-1]) if newest else 0
@@ -131,7 +135,9 @@ def _export(arguments: argparse.Namespace) -> int:
                 raise StartError(f"{gone} before they were read. Export it again, without --after.")
             file.writelines(f"{record}\n" for record in records)
             first, after = first or _seq(records[0]), _seq(records[-1])
-    print(f"{arguments.file}: records {first} to {after}" if first else f"{arguments.file}: no records")
+        file.flush()
+    said = f"records {first} to {after}" if first else "no records"
+    print(f"{arguments.file}: {said}", file=sys.stderr if is_printed else sys.stdout)
     return 0
 
 

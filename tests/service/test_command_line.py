@@ -118,6 +118,17 @@ async def test_an_audit_log_is_shown_exported_and_verified(platform: Platform, t
     )
 
 
+async def test_an_audit_log_is_exported_to_standard_output(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = await tessera(login(platform.url, platform.tokens["admin"]), "audit", "export", "serving", "-")
+    numbers = [json.loads(line)["seq"] for line in ran.said.splitlines()]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert (ran.status, ran.complained) == (0, f"-: records 1 to {len(numbers)}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_an_audit_log_without_a_record_is_shown_and_exported(tmp_path: Path) -> None:
     exported = tmp_path / "log"
     async with running_platform() as platform:
