@@ -186,12 +186,12 @@ class RightsDamaged(DataLoss):
 
 
 class RootKeyNotReplaced(BadRequest):
-    """There is no place for a new root key beside the one in use."""
+    """A new root key cannot be written beside the one in use, or could not be moved into its place."""
 
     def __init__(self, path: str, cause: str) -> None:
         super().__init__(
-            f"A new root key cannot be written beside {path}: {cause}. Let the service write there; or start it with"
-            " the new key's file in TESSERA_ROOT_KEY_FILE and this one's in TESSERA_PREVIOUS_ROOT_KEY_FILE."
+            f"A new root key cannot be put in the place of {path}: {cause}. Let the service write there; or start it"
+            " with the new key's file in TESSERA_ROOT_KEY_FILE and this one's in TESSERA_PREVIOUS_ROOT_KEY_FILE."
         )
 
 

@@ -30,6 +30,16 @@ def write_private(path: Path, content: bytes, *, replace: bool) -> None:
     sync_directory(path.parent)
 
 
+def refuse_unmovable(path: Path) -> None:
+    """Raises OSError when a file cannot be moved or replaced, such as one that is mounted by itself or immutable.
+
+    A link to it fails for the same reasons, and changes nothing.
+    """
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    probe.hardlink_to(path)
+    probe.unlink()
+
+
 def rename(path: Path, to: Path) -> None:
     """Moves a file within its directory, in place of another; on stable storage when this returns."""
     path.replace(to)

@@ -110,6 +110,10 @@ class KmsPlugin:
         self._staged = root
         return root
 
+    async def drop(self) -> None:
+        """As `RootSource.drop`."""
+        self._staged = None
+
     async def finish(self) -> None:
         """As `RootSource.finish`."""
         self._in_use = self._staged

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import select
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from secrets_service import rootkey
-from secrets_service.errors import RootKeyGiven, RootKeyNotReplaced
+from secrets_service.errors import RootKeyGiven, RootKeyNotReplaced, RootKeyWrong
 from secrets_service.kms import KmsPlugin
 from secrets_service.model import SealedKeyring
 from secrets_service.rootkey import LENGTH, RootKey
@@ -43,7 +44,13 @@ class RootSource(Protocol):
         """The key for a store that is not sealed under one of this source yet."""
 
     async def stage(self) -> RootKey:
-        """A new key to put in the place of the one in use; raises RootKeyNotReplaced or RootKeyGiven."""
+        """A new key to put in the place of the one that `key_of` found.
+
+        Raises RootKeyNotReplaced, RootKeyWrong or RootKeyGiven.
+        """
+
+    async def drop(self) -> None:
+        """Nothing is sealed under the key that was staged last, nor will be."""
 
     async def finish(self) -> None:
         """The keyring is sealed under the key that was staged last."""
@@ -54,26 +61,48 @@ class FileSource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.name = f"file {path}"
+        self._is_in = path
+        self._found = ""
+
+    @property
+    def name(self) -> str:
+        """As `RootSource.name`; tells also that the key could not be moved into its place."""
+        aside = "" if self._is_in == self._path else f" (keep it: it could not be moved to {self._path})"
+        return f"file {self._is_in}{aside}"
 
     async def key_of(self, sealed: SealedKeyring) -> RootKey | None:
         """As `RootSource.key_of`."""
-        return await asyncio.to_thread(rootkey.load_wanted, self._path, sealed.root_key_id)
+        try:
+            root, self._is_in = await asyncio.to_thread(rootkey.load_wanted, self._path, sealed.root_key_id)
+        except OSError as error:
+            raise StartError(f"The root key {self._path} cannot be read: {error.strerror}.") from None
+        self._found = root.id
+        return root
 
     async def first(self) -> RootKey:
         """As `RootSource.first`."""
-        return await asyncio.to_thread(rootkey.load_or_make, self._path)
+        try:
+            return await asyncio.to_thread(rootkey.load_or_make, self._path)
+        except OSError as error:
+            raise StartError(f"The root key {self._path} cannot be read or made: {error.strerror}.") from None
 
     async def stage(self) -> RootKey:
         """As `RootSource.stage`."""
         try:
-            return await asyncio.to_thread(rootkey.stage_rotation, self._path)
+            return await asyncio.to_thread(rootkey.stage_rotation, self._path, self._found)
+        except StartError as error:
+            raise RootKeyWrong(str(error)) from None
         except OSError as error:
-            raise RootKeyNotReplaced(str(self._path), error.strerror or "") from None
+            cause = "it is mounted by itself" if error.errno == errno.EXDEV else error.strerror
+            raise RootKeyNotReplaced(str(self._path), cause or "") from None
+
+    async def drop(self) -> None:
+        """As `RootSource.drop`."""
+        await asyncio.to_thread(rootkey.drop_staged, self._path)
 
     async def finish(self) -> None:
         """As `RootSource.finish`."""
-        await asyncio.to_thread(rootkey.finish_rotation, self._path)
+        self._is_in = await asyncio.to_thread(rootkey.finish_rotation, self._path)
 
 
 class GivenSource:
@@ -100,6 +129,9 @@ class GivenSource:
     async def stage(self) -> RootKey:
         """As `RootSource.stage`."""
         raise RootKeyGiven(self.name)
+
+    async def drop(self) -> None:
+        """As `RootSource.drop`; nothing was staged."""
 
     async def finish(self) -> None:
         """As `RootSource.finish`; nothing was staged."""

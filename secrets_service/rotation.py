@@ -159,14 +159,25 @@ class KeyRotation:
     async def _rotate_root(self) -> None:
         await self._root_in_use()
         fresh = await self._base.root.stage()
-        await self._database.write(
-            lambda connection: store.replace_keyring(connection, self._base.keyring.sealed(fresh))
-        )
+        try:
+            await self._database.write(
+                lambda connection: store.replace_keyring(connection, self._base.keyring.sealed(fresh))
+            )
+        except ServiceError as error:
+            # After a failure of the storage, what a later start reads may be what was to be written.
+            if not isinstance(error, StorageError):
+                await self._drop_unless_in_use(fresh)
+            raise
         await self._base.root.finish()
         log.warning(
             "root key rotated: keep a safe copy of the new one; without it every stored value is lost",
             extra={"root_key": self._base.root.name, "root_key_id": fresh.id},
         )
+
+    async def _drop_unless_in_use(self, staged: RootKey) -> None:
+        sealed = await self._database.read(store.find_keyring)
+        if sealed is not None and sealed.root_key_id != staged.id:
+            await self._base.root.drop()
 
     async def _rotate_store(self) -> None:
         root = await self._root_in_use()

@@ -43,5 +43,7 @@ def read(path: Path, *, what: str, longest: int, may_be_link: bool, may_be_given
                 " If they have not, run chmod 600 on it."
             )
         return os.read(descriptor, longest)
+    except OSError as error:
+        raise StartError(f"{name} cannot be read ({error.strerror}).") from None
     finally:
         os.close(descriptor)

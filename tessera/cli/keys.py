@@ -48,7 +48,8 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     scope.set_defaults(request=pb.RotateScopeKeysRequest(), method=lambda keys: keys.RotateScopeKeys)
     for each in (status, root, store, scope):
         operator.add_data_dir(each)
-        each.set_defaults(run=run)
+        each.set_defaults(run=run, failed="The rotation failed (`tessera keys status` tells which keys are in use)")
+    status.set_defaults(failed="The keys are not known")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,9 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     def method(channel: grpc.aio.Channel) -> Any:
         return choose(rpc.KeysStub(channel))
 
-    status = operator.call(
-        arguments, method, request, pb.KeyStatus, timeout=_TIMEOUT_SECONDS, failed="The keys stay as they are"
-    )
+    status = operator.call(arguments, method, request, pb.KeyStatus, timeout=_TIMEOUT_SECONDS, failed=arguments.failed)
     print(f"root key    {status.root_key_id}, from {status.root_key_source}")
     for key in status.store_keys:
         print(

@@ -17,12 +17,14 @@ from typing import Any
 import grpc
 import pytest
 
-from secrets_service import files, foundation, rootsource, rotation, rotation_store, store
+from secrets_service import files, foundation, rootkey, rootsource, rotation, rotation_store, store
 from secrets_service.app import MIGRATIONS
+from secrets_service.memory import RememberingDatabase
 from secrets_service.values import SecretValues
 from servicekit import database
+from servicekit.audit import AuditUnavailable
 from servicekit.errors import StartError
-from servicekit.storage import Connection, StorageError
+from servicekit.storage import Connection, StorageError, StorageFailed
 from tessera.cli.__main__ import main
 from tessera.identity.v1 import identity_pb2 as identity
 from tessera.secrets.v1 import secrets_pb2 as pb
@@ -396,6 +398,90 @@ async def test_root_key_in_a_directory_that_cannot_be_written_stays(
         refused = await refusal(rotate(service, "root"))
     assert (refused.reason, "TESSERA_PREVIOUS_ROOT_KEY_FILE" in refused.message) == ("BAD_REQUEST", True)
     assert await status(service) == before
+
+
+async def test_root_key_that_could_not_be_replaced_is_not_rotated(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mounted(*_: Any) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    before = await status(service)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "hardlink_to", mounted)
+        refused = await refusal(rotate(service, "root"))
+    assert (refused.reason, "it is mounted by itself" in refused.message) == ("BAD_REQUEST", True)
+    assert await status(service) == before
+    assert not service.settings.root_key.with_name("root.key.next").exists()
+    await rotate(service, "root")
+
+
+async def test_root_key_that_cannot_be_moved_into_its_place_is_used_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    def causes() -> list[str]:
+        found = [record.__dict__["cause"] for record in caplog.records if "keep the file" in record.message]
+        caplog.clear()
+        return found
+
+    with data_directory() as directory:
+        key, staged = directory / "root.key", directory / "root.key.next"
+        async with filled(directory) as (service, _):
+            first = key.read_bytes()
+            with monkeypatch.context() as patch:
+                patch.setattr(files, "rename", busy)
+                before, after = await status(service), await rotate(service, "root")
+                assert before.root_key_id != after.root_key_id
+                assert after.root_key_source == f"file {staged} (keep it: it could not be moved to {key})"
+                assert causes() == [os.strerror(errno.EBUSY)]
+                fresh = staged.read_bytes()
+                assert str(staged) in (await refusal(rotate(service, "root"))).message
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "rename", busy)
+            caplog.clear()
+            async with running_secrets(directory) as service:
+                assert causes() == [os.strerror(errno.EBUSY)]
+                await has_everything(service)
+                assert (await refusal(rotate(service, "root"))).reason == "BAD_REQUEST"
+        assert (key.read_bytes(), staged.read_bytes()) == (first, fresh)
+        async with running_secrets(directory) as service:
+            assert (await status(service)).root_key_source == f"file {key}"
+            assert (key.read_bytes(), staged.exists()) == (fresh, False)
+            await rotate(service, "root")
+
+
+async def test_new_root_key_is_dropped_when_it_is_certain_that_nothing_is_sealed_under_it(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, is_kept in ((AuditUnavailable("for a test"), False), (StorageFailed("for a test"), True)):
+
+        def failing(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "replace_keyring", failing)
+            assert (await refusal(rotate(service, "root"))).code is grpc.StatusCode.UNAVAILABLE
+        assert service.settings.root_key.with_name("root.key.next").exists() == is_kept
+    await rotate(service, "root")
+
+
+async def test_new_root_key_stays_when_it_was_refused_after_it_was_in_use(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RememberingDatabase.write
+
+    async def refused_late(*args: Any, **kwargs: Any) -> None:
+        await write(*args, **kwargs)
+        raise AuditUnavailable("for a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RememberingDatabase, "write", refused_late)
+        await refusal(rotate(service, "root"))
+    staged = service.settings.root_key.with_name("root.key.next")
+    assert (await status(service)).root_key_id == rootkey.load(staged).id
 
 
 async def test_store_is_sealed_under_another_root_key_when_both_are_at_hand(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from secrets_service import files, rootkey
+from secrets_service.rootsource import FileSource
 from servicekit.errors import StartError
 
 
@@ -56,6 +58,29 @@ def test_key_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(StartError, match="belongs to another user"):
         rootkey.load(tmp_path / "root.key")
+
+
+def test_key_that_the_disk_does_not_give_is_named_with_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "root.key"
+    rootkey.load_or_make(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "read", broken)
+        with pytest.raises(StartError, match=rf"{path} cannot be read \(Input/output error\)"):
+            rootkey.load(path)
+
+
+async def test_key_that_cannot_be_made_is_named_with_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files, "write_private", read_only)
+    with pytest.raises(StartError, match=rf"{tmp_path}/root.key cannot be read or made: Read-only"):
+        await FileSource(tmp_path / "root.key").first()
 
 
 def test_private_file_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
