@@ -1,13 +1,18 @@
 """The operator's way in: the first admin's token, in a file that only the operator can read.
 
-The file is always written before the database learns of the token. A crash in between is harmless at the first start,
-which then starts over, and at a renewal leaves a file that no longer works and that is renewed by asking again. Nothing
-but the first start and the operator's own request ever writes the file: a token that was taken away stays away.
+The token is always in a file before the database learns of it. At the first start that is its own file, since a crash
+in between starts over. At a renewal it is one beside it, which takes its place once the database has the new token: one
+that is refused leaves the file as good as it was. A crash in between leaves a file that no longer works, and asking
+again renews it. Nothing but the first start and the operator's own request ever writes the file: a token that was taken
+away stays away.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,10 +44,28 @@ class AdminToken:
         self._database = database
         self._macs = macs
         self._now = now
+        self._one_at_a_time = asyncio.Lock()
 
     async def renew(self) -> tuple[Path, int]:
         """Puts a new token in place of the old one, which is revoked; where it is, and its end in Unix milliseconds."""
-        token, info = write(self._path, self._now())
+        # To its end: whoever asked may be gone when the token is stored, and its file is not in its place then.
+        return await asyncio.shield(asyncio.ensure_future(self._renew()))
+
+    async def _renew(self) -> tuple[Path, int]:
+        async with self._one_at_a_time:
+            staged = self._path.with_name(f"{self._path.name}.next")
+            token, info = await asyncio.to_thread(write, staged, self._now())
+            try:
+                await self._record(token, info)
+            except Exception:
+                with contextlib.suppress(OSError):
+                    staged.unlink()
+                raise
+            path = await asyncio.to_thread(self._moved, staged)
+            log.info("admin token renewed", extra={"file": str(path), "token_id": token.id})
+            return path, info.expires_ms
+
+    async def _record(self, token: tokens.Presented, info: TokenInfo) -> None:
 
         def record(connection: Connection) -> None:
             platform = store.find_platform(connection)
@@ -53,8 +76,17 @@ class AdminToken:
             store.insert_token(connection, info, owner_id=owner, creator_id=owner, mac=self._macs.of(token))
 
         await self._database.write(record)
-        log.info("admin token renewed", extra={"file": str(self._path), "token_id": token.id})
-        return self._path, info.expires_ms
+
+    def _moved(self, staged: Path) -> Path:
+        """Where the token is once it was tried to move it into its place; it is good, wherever that is."""
+        try:
+            files.rename(staged, self._path)
+        except OSError as error:
+            log.warning(
+                "the admin token could not be moved into its place",
+                extra={"file": str(staged), "place": str(self._path), "cause": error.strerror},
+            )
+        return staged if os.path.lexists(staged) else self._path
 
 
 def write(path: Path, now: float) -> tuple[tokens.Presented, TokenInfo]:

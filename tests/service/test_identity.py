@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import errno
 import itertools
+import os
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,9 +21,11 @@ from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
-from secrets_service import personal_tokens
+from secrets_service import files, personal_tokens, store
 from servicekit import channels, identity
+from servicekit.audit import AuditUnavailable
 from servicekit.identity import TokenExchange
+from servicekit.storage import StorageFailed
 from tessera.identity.v1 import identity_pb2 as pb
 from tessera.secrets.v1 import secrets_pb2
 from tests.support.eventually import eventually
@@ -444,6 +451,71 @@ async def test_operator_renews_the_admins_token(service: RunningSecrets) -> None
     assert (await me(service.public(other))).user_name == "admin"  # only the one in the file is replaced
     await operator(operator.authority.RenewAdminToken, pb.RenewAdminTokenRequest())
     assert await refused_token(service, renewed)
+
+
+@pytest.mark.parametrize(
+    "error", [AuditUnavailable("for a test"), StorageFailed("for a test"), ValueError("for a test")]
+)
+async def test_admins_token_stays_good_when_a_new_one_is_refused(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def failing(*_: Any) -> None:
+        raise error
+
+    operator = service.peer("operator")
+    renewal = operator.authority.RenewAdminToken, pb.RenewAdminTokenRequest()
+    file = service.settings.admin_token
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "replace_admin_token_id", failing)
+        await refusal(operator(*renewal))
+    assert file.read_text().strip() == service.admin_token
+    assert (await me(service.admin)).user_name == "admin"
+    assert [path.name for path in file.parent.glob("*admin.token*")] == ["admin.token"]
+    await operator(*renewal)
+    assert (await me(service.public(file.read_text().strip()))).user_name == "admin"
+
+
+async def test_admins_new_token_is_where_the_answer_says_when_its_file_cannot_be_replaced(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    operator = service.peer("operator")
+    renewal = operator.authority.RenewAdminToken, pb.RenewAdminTokenRequest()
+    file = service.settings.admin_token
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "rename", busy)
+        answer = await operator(*renewal)
+    staged = Path(answer.path)
+    assert staged.name == "admin.token.next"
+    assert staged.stat().st_mode & 0o777 == 0o600
+    assert (await me(service.public(staged.read_text().strip()))).user_name == "admin"
+    await operator(*renewal)  # as after a crash before the file is in its place
+    assert not staged.exists()
+    assert (await me(service.public(file.read_text().strip()))).user_name == "admin"
+
+
+async def test_admins_token_is_in_its_place_also_when_nobody_waits_for_the_answer(
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone, replace = threading.Event(), store.replace_admin_token_id
+
+    def late(*args: Any) -> None:
+        assert gone.wait(10)
+        replace(*args)
+
+    monkeypatch.setattr(store, "replace_admin_token_id", late)
+    operator = service.peer("operator")
+    call = asyncio.ensure_future(operator(operator.authority.RenewAdminToken, pb.RenewAdminTokenRequest()))
+    file = service.settings.admin_token
+    await eventually(file.with_name("admin.token.next").exists)
+    call.cancel()
+    await asyncio.gather(call, return_exceptions=True)
+    await asyncio.sleep(0.2)  # the service hears of it
+    gone.set()
+    await eventually(lambda: file.read_text().strip() != service.admin_token)
+    assert (await me(service.public(file.read_text().strip()))).user_name == "admin"
 
 
 async def test_admins_token_can_be_renewed_after_it_expired_or_was_deleted(service: RunningSecrets) -> None:
