@@ -14,8 +14,9 @@ from pathlib import Path
 FULL_BYTES = 5 * 2**20
 """A file and its predecessor stay at about twice this."""
 
-_LAST_WORDS_BYTES = 4096
-_LAST_WORDS_LENGTH = 300
+_LAST_WORDS_BYTES = 2**14
+_LAST_WORDS_LENGTH = 2_000
+"""Room for every cause of ours, whose end says what to do, with several long paths in it."""
 
 
 class ServiceLog:
@@ -45,5 +46,12 @@ class ServiceLog:
         try:
             event = json.loads(last)
         except ValueError:
-            return last[:_LAST_WORDS_LENGTH]
-        return str(event.get("cause", ""))[:_LAST_WORDS_LENGTH] if isinstance(event, dict) else ""
+            return _shortened(last)
+        return _shortened(str(event.get("cause", ""))) if isinstance(event, dict) else ""
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _LAST_WORDS_LENGTH:
+        return text
+    begin = text[:_LAST_WORDS_LENGTH]
+    return f"{begin.rpartition(' ')[0] or begin} ..."
