@@ -63,6 +63,7 @@ class ServiceProcess:
         """Starts the service, again and again, until `stop`; raises StartError when it cannot start at all."""
         back_off = BackOff()
         failures = 0
+        told = ""
         while not self._stopping.is_set():
             began = time.monotonic()
             status = await self._live()
@@ -73,7 +74,10 @@ class ServiceProcess:
             if not self.was_ready and (status == _BAD_SETTINGS or failures == _FAILED_STARTS):
                 raise StartError(f"{event}\nIts log: {self.log.path}")
             delay = back_off.after(time.monotonic() - began)
-            self._tell(f"{event}; starting it again in {delay:.1f} s")
+            # A start may wait for something that goes by, such as a port in use; its cause need be told only once.
+            if self.was_ready or event != told:
+                self._tell(f"{event}; starting it again in {delay:.1f} s")
+            told = event
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await self._stopping.wait()
