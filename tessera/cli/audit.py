@@ -41,6 +41,9 @@ _LONGEST_KEYS = 1 << 20
 _HEAD_EVENT = "audit head"
 """What a service logs when it publishes the head of its chain."""
 
+_OF_LOGS = "_service"
+"""What a service adds to its name in its own log, where it is that of its program."""
+
 
 def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the parser."""
@@ -292,4 +295,4 @@ def _heads(logs: list[Path]) -> Iterator[tuple[str, Head]]:
                 seq, mac = event.get("seq"), event.get("mac")
                 if type(seq) is not int or not isinstance(mac, str):
                     raise StartError(f"{path}, line {number}, is no head of an audit log, though it says so.")
-                yield str(event.get("service")), Head(seq, mac)
+                yield str(event.get("service")).removesuffix(_OF_LOGS), Head(seq, mac)

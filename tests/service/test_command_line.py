@@ -209,7 +209,13 @@ async def test_an_audit_log_is_verified_as_a_syslog_server_wrote_it(tmp_path: Pa
 def published(record: str, **instead: object) -> str:
     """What a service's log says when that record is the last."""
     of = json.loads(record)
-    event = {"seq": of["seq"], "mac": of["mac"], "service": of["service"], "event": "audit head", **instead}
+    event = {
+        "seq": of["seq"],
+        "mac": of["mac"],
+        "service": f"{of['service']}_service",
+        "event": "audit head",
+        **instead,
+    }
     return f"{json.dumps(event)}\n"
 
 
