@@ -22,6 +22,8 @@ from servicekit.errors import StartError
 
 SERVICES = ("gateway", "serving", "secrets")
 
+_TRUST_DOMAIN = "tessera"
+_HOURS = 24
 _AUTHORITY_LIFE = timedelta(days=365)
 _SKEW = timedelta(minutes=5)
 """How far back certificates begin, for machines whose clocks differ."""
@@ -42,11 +44,21 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "directory", type=Path, metavar="DIR", help="gets a folder for each service, and `authority` with the key"
     )
     parser.add_argument(
-        "--trust-domain", type=settings.trust_domain, default="tessera", help="of all of them (default: %(default)s)"
+        "--trust-domain",
+        type=settings.trust_domain,
+        metavar="NAME",
+        help=f"of all of them (default: {_TRUST_DOMAIN}; with --renew that of the certificates that are there, which"
+        " stays as it is)",
     )
-    parser.add_argument("--hours", type=_hours, default=24, help="that they last (default: %(default)s)")
     parser.add_argument(
-        "--renew", action="store_true", help="replace the certificates by new ones of the authority that is there"
+        "--hours",
+        type=_hours,
+        help=f"that they last (default: {_HOURS}; with --renew as long as the certificates that are there)",
+    )
+    parser.add_argument(
+        "--renew",
+        action="store_true",
+        help="replace the certificates by new ones of the authority that is there, of the same trust domain",
     )
     parser.set_defaults(run=run)
 
@@ -55,13 +67,54 @@ def run(arguments: argparse.Namespace) -> int:
     """Makes or renews the set and prints where it is; nothing is overwritten unless it is renewed."""
     directory: Path = arguments.directory.absolute()
     os.umask(0o077)
-    authority = _opened(directory) if arguments.renew else _founded(directory)
-    lasting = timedelta(hours=arguments.hours)
+    if arguments.renew:
+        authority = _opened(directory)
+        trust_domain, hours = _as_before(directory, arguments.trust_domain, arguments.hours)
+    else:
+        authority = _founded(directory)
+        trust_domain, hours = arguments.trust_domain or _TRUST_DOMAIN, arguments.hours or _HOURS
     for name in SERVICES:
-        _issue(directory / name, authority, peers.spiffe_id(arguments.trust_domain, name), lasting)
-        print(f"{directory / name}: peer.pem, peer.key and ca.pem for {peers.spiffe_id(arguments.trust_domain, name)}")
-    print(f"They last {arguments.hours} hours; `tessera certs --renew {directory}` replaces them while services run.")
+        uri = peers.spiffe_id(trust_domain, name)
+        _issue(directory / name, authority, uri, timedelta(hours=hours))
+        print(f"{directory / name}: peer.pem, peer.key and ca.pem for {uri}")
+    print(
+        f"They last {hours} hours; `tessera certs --renew {directory}` replaces them while services run, by some of the"
+        " same trust domain that last as long."
+    )
     return 0
+
+
+def _as_before(directory: Path, trust_domain: str | None, hours: int | None) -> tuple[str, int]:
+    """The trust domain of the certificates that are there, and how long they last unless something else is asked for.
+
+    Services refuse a certificate of another trust domain than they were told, so none replaces those that are there.
+    """
+    found = [_described(path) for name in SERVICES if os.path.lexists(path := directory / name / "peer.pem")]
+    domains = sorted({domain for domain, _ in found} | ({trust_domain} if trust_domain else set()))
+    if not domains:
+        raise StartError(
+            f"No certificate in {directory} says of which trust domain it is; name it with --trust-domain."
+        )
+    if len(domains) > 1:
+        raise StartError(
+            f"Renewing changes no trust domain, and there is more than one: {', '.join(domains)}. Nothing is replaced;"
+            " make a new set in another directory."
+        )
+    return domains[0], hours or min((lasting for _, lasting in found), default=_HOURS)
+
+
+def _described(path: Path) -> tuple[str, int]:
+    """The trust domain of a certificate of a set, and how many hours it was to last."""
+    try:
+        cert = x509.load_pem_x509_certificate(path.read_bytes())
+        names = cert.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        (uri,) = names.get_values_for_type(x509.UniformResourceIdentifier)
+        domain = settings.trust_domain(uri.removeprefix("spiffe://").removesuffix(f"/svc/{path.parent.name}"))
+    except (OSError, ValueError, x509.ExtensionNotFound):
+        raise StartError(
+            f"{path} is no certificate of such a set, so nothing is replaced; make a new set in another directory."
+        ) from None
+    return domain, max(1, round((cert.not_valid_after_utc - cert.not_valid_before_utc) / timedelta(hours=1)))
 
 
 def _hours(text: str) -> int:

@@ -31,6 +31,13 @@ def certs(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*module("tessera.cli"), "certs", *arguments], capture_output=True, text=True, timeout=60)
 
 
+def issued(directory: Path) -> tuple[str, float]:
+    """The URI of Serving's certificate of a set, and how many seconds it lasts."""
+    leaf = x509.load_pem_x509_certificate((directory / "serving" / "peer.pem").read_bytes())
+    (name,) = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return name.value, (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds()
+
+
 @pytest.fixture(scope="module")
 def directory() -> Iterator[Path]:
     with short_directory() as path:
@@ -184,10 +191,7 @@ def test_a_development_set_is_for_its_owner_and_is_not_overwritten(tmp_path: Pat
         ),
     ]
     assert {stat.S_IMODE(path.stat().st_mode) for path in found} == {0o600}
-    leaf = x509.load_pem_x509_certificate((tmp_path / "set" / "serving" / "peer.pem").read_bytes())
-    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert [name.value for name in names] == ["spiffe://example.org/svc/serving"]
-    assert (leaf.not_valid_after_utc - leaf.not_valid_before_utc).total_seconds() == 2 * 3600 + 300
+    assert issued(tmp_path / "set") == ("spiffe://example.org/svc/serving", 2 * 3600 + 300)
 
     before = {path: path.read_bytes() for path in found}
     again = certs(str(tmp_path / "set"))
@@ -200,3 +204,38 @@ def test_a_development_set_is_for_its_owner_and_is_not_overwritten(tmp_path: Pat
     nothing = certs("--renew", str(tmp_path / "other"))
     assert nothing.returncode == 1
     assert "no authority" in nothing.stderr
+
+
+def test_renewed_certificates_are_of_the_trust_domain_and_the_life_of_those_that_are_there(tmp_path: Path) -> None:
+    made = certs(str(tmp_path), "--trust-domain", "prod.example", "--hours", "48")
+    assert "They last 48 hours" in made.stdout
+    serving = tmp_path / "serving" / "peer.pem"
+    first = serving.read_bytes()
+    renewed = certs("--renew", str(tmp_path))
+    assert (renewed.returncode, "They last 48 hours" in renewed.stdout) == (0, True)
+    assert serving.read_bytes() != first
+    assert issued(tmp_path) == ("spiffe://prod.example/svc/serving", 48 * 3600 + 300)
+
+    # One that is missing becomes one like the others, and what is asked for may say the same.
+    serving.unlink()
+    assert certs("--renew", str(tmp_path), "--trust-domain", "prod.example", "--hours", "5").returncode == 0
+    assert issued(tmp_path) == ("spiffe://prod.example/svc/serving", 5 * 3600 + 300)
+
+
+def test_nothing_is_renewed_whose_trust_domain_is_another_one_or_is_not_known(tmp_path: Path) -> None:
+    def refused(*arguments: str) -> str:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        ran = certs("--renew", str(tmp_path), *arguments)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+        return ran.stderr
+
+    assert certs(str(tmp_path), "--trust-domain", "prod.example").returncode == 0
+    assert "more than one: prod.example, tessera." in refused("--trust-domain", "tessera")
+    (tmp_path / "gateway" / "peer.pem").write_bytes((tmp_path / "serving" / "peer.pem").read_bytes())
+    assert f"{tmp_path / 'gateway' / 'peer.pem'} is no certificate of such a set" in refused()
+    for name in SERVICES:
+        (tmp_path / name / "peer.pem").unlink()
+    assert "name it with --trust-domain" in refused()
+    assert certs("--renew", str(tmp_path), "--trust-domain", "prod.example").returncode == 0
+    assert issued(tmp_path) == ("spiffe://prod.example/svc/serving", 24 * 3600 + 300)
