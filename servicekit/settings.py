@@ -502,7 +502,7 @@ class AuditedSettings(ServiceSettings):
         destination,
         default="",
         help="Who gets the audit records besides: unix:/dev/log or tcp:HOST:PORT, which speaks syslog, or"
-        " dir:/another/disk. Without it nothing is done that must be recorded.",
+        " dir:/another/disk. While they are not taken there, what must be recorded is refused. Not set: nobody.",
     )
 
     def __post_init__(self) -> None:
