@@ -17,6 +17,12 @@ from servicekit.errors import StartError
 
 _TIMEOUT_SECONDS = 60.0
 _PIECE_BYTES = 65_536
+_MEANT = {
+    "DATABRICKS_HOST": "the platform's address, such as http://127.0.0.1:8080",
+    "DATABRICKS_TOKEN": "a token for the platform",
+}
+"""The variables that name a platform, and what each is to be."""
+
 _ADDRESS = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?")
 
 
@@ -108,11 +114,9 @@ def connected(environment: Mapping[str, str] = os.environ, *, request_id: str | 
 
     Raises StartError when they do not.
     """
-    missing = [name for name in ("DATABRICKS_HOST", "DATABRICKS_TOKEN") if not environment.get(name)]
-    if missing:
-        raise StartError(
-            f"Set {' and '.join(missing)}: the platform's address, such as http://127.0.0.1:8080, and a token for it."
-        )
+    if missing := [name for name in _MEANT if not environment.get(name)]:
+        meant = ", and ".join(_MEANT[name] for name in missing)
+        raise StartError(f"Set {' and '.join(missing)}: {meant}.")
     host = environment["DATABRICKS_HOST"].strip().rstrip("/")
     url = host if "://" in host else f"https://{host}"
     token = environment["DATABRICKS_TOKEN"].strip()

@@ -410,8 +410,9 @@ async def test_follower_whose_endpoint_goes_is_told_why_it_ends(platform: Platfo
 async def test_what_cannot_be_done_is_said_in_one_line(platform: Platform) -> None:
     admin = login(platform.url, platform.tokens["admin"])
     for environment, arguments, words in (
-        ({}, ["endpoints"], "Set DATABRICKS_HOST and DATABRICKS_TOKEN"),
-        ({"DATABRICKS_HOST": platform.url}, ["endpoints"], "Set DATABRICKS_TOKEN"),
+        ({}, ["endpoints"], "Set DATABRICKS_HOST and DATABRICKS_TOKEN: the platform's address, such as"),
+        ({"DATABRICKS_HOST": platform.url}, ["endpoints"], "Set DATABRICKS_TOKEN: a token for the platform.\n"),
+        ({"DATABRICKS_TOKEN": "x"}, ["endpoints"], "Set DATABRICKS_HOST: the platform's address, such as http://127.0"),
         (
             login("http://127.0.0.1:1", "x"),
             ["events", "demo"],
