@@ -45,7 +45,7 @@ def describe(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--trust-domain",
-        type=settings.trust_domain,
+        type=_trust_domain,
         metavar="NAME",
         help=f"of all of them (default: {_TRUST_DOMAIN}; with --renew that of the certificates that are there, which"
         " stays as it is)",
@@ -115,6 +115,13 @@ def _described(path: Path) -> tuple[str, int]:
             f"{path} is no certificate of such a set, so nothing is replaced; make a new set in another directory."
         ) from None
     return domain, max(1, round((cert.not_valid_after_utc - cert.not_valid_before_utc) / timedelta(hours=1)))
+
+
+def _trust_domain(text: str) -> str:
+    try:
+        return settings.trust_domain(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no name of a trust domain: {error}") from None
 
 
 def _hours(text: str) -> int:

@@ -239,3 +239,10 @@ def test_nothing_is_renewed_whose_trust_domain_is_another_one_or_is_not_known(tm
     assert "name it with --trust-domain" in refused()
     assert certs("--renew", str(tmp_path), "--trust-domain", "prod.example").returncode == 0
     assert issued(tmp_path) == ("spiffe://prod.example/svc/serving", 24 * 3600 + 300)
+
+
+def test_what_a_trust_domain_is_called_is_said_to_who_names_none(tmp_path: Path) -> None:
+    refused = certs(str(tmp_path / "set"), "--trust-domain", "Prod Example")
+    assert refused.returncode == 2
+    assert "Prod Example is no name of a trust domain: expected lower case letters, digits" in refused.stderr
+    assert not (tmp_path / "set").exists()

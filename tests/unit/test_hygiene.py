@@ -79,6 +79,7 @@ KNOWN_TEXTS = {
     ("serving_service/shim/replica.py: _forked", "BaseException"),
     ("serving_service/warm/__main__.py: _live", "OSError"),
     ("serving_service/warm/__main__.py: main", "Exception"),
+    ("tessera/cli/certs.py: _trust_domain", "ValueError"),
     ("tessera/cli/verify.py: faults_with_key", "StorageError"),
 }
 """Foreign exceptions whose text is repeated, each looked at: what it can say is the system's, or it stays where whoever
