@@ -208,8 +208,8 @@ class RootKeyGiven(BadRequest):
 class KeySourceDown(Unavailable):
     """The plugin of a key service does not answer, or is not well; that may change."""
 
-    def __init__(self, source: str, cause: str) -> None:
-        super().__init__(f"The root key's source does not answer: {source}: {cause}. See the plugin's log.")
+    def __init__(self, source: str, cause: str, remedy: str = "See the plugin's log.") -> None:
+        super().__init__(f"The root key's source does not answer: {source}: {cause}. {remedy}")
 
 
 class KeySourceWrong(BadRequest):

@@ -62,6 +62,8 @@ _FOR_GOOD = frozenset(
 )
 """What a plugin answers that asking again does not change."""
 
+_NOBODY_THERE = "Start the plugin, or name the socket that it listens at."
+
 
 class KmsPlugin:
     """The source of root keys at a socket: `rootsource.RootSource`. Raises KeySourceDown and KeySourceWrong."""
@@ -165,23 +167,31 @@ class KmsPlugin:
     async def _called(self, method: Callable[[rpc.KeyManagementServiceStub], object], request: object, _: type[A]) -> A:
         """The plugin's answer. Its texts of errors are not passed on: nobody knows what it puts there."""
         await asyncio.to_thread(self._refuse_unsafe)
-        try:
-            # A channel of its own for each call: they are rare, and a plugin that was restarted is found at once.
-            async with channels.opened(f"unix:{self._path}") as channel, asyncio.timeout(DEADLINE_SECONDS + 1):
-                call: Callable[..., Awaitable[A]] = method(rpc.KeyManagementServiceStub(channel))  # type: ignore[assignment]
-                return await call(request, timeout=DEADLINE_SECONDS)
-        except TimeoutError:
-            raise KeySourceDown(self.name, "no answer in time") from None
-        except grpc.aio.AioRpcError as error:
-            kind = KeySourceWrong if error.code() in _FOR_GOOD else KeySourceDown
-            raise kind(self.name, f"it answered {error.code().name}") from None
+        # A channel of its own for each call: they are rare, and a plugin that was restarted is found at once.
+        async with channels.opened(f"unix:{self._path}") as channel:
+            call: Callable[..., Awaitable[A]] = method(rpc.KeyManagementServiceStub(channel))  # type: ignore[assignment]
+            try:
+                async with asyncio.timeout(DEADLINE_SECONDS + 1):
+                    return await call(request, timeout=DEADLINE_SECONDS)
+            except TimeoutError:
+                raise KeySourceDown(self.name, "no answer in time") from None
+            except grpc.aio.AioRpcError as error:
+                # UNAVAILABLE is also what gRPC says when there was nobody to ask.
+                if (
+                    error.code() == grpc.StatusCode.UNAVAILABLE
+                    and channel.get_state() != grpc.ChannelConnectivity.READY
+                ):
+                    cause = "nothing listens at that socket, or nothing that this user may speak to"
+                    raise KeySourceDown(self.name, cause, _NOBODY_THERE) from None
+                kind = KeySourceWrong if error.code() in _FOR_GOOD else KeySourceDown
+                raise kind(self.name, f"it answered {error.code().name}") from None
 
     def _refuse_unsafe(self) -> None:
         """Raises KeySourceDown when there is no socket, KeySourceWrong when others could have put it there."""
         try:
             socket, directory = self._path.lstat(), self._path.parent.stat()
         except OSError as error:
-            raise KeySourceDown(self.name, f"{error.strerror}") from None
+            raise KeySourceDown(self.name, f"its socket cannot be found ({error.strerror})", _NOBODY_THERE) from None
         if not stat.S_ISSOCK(socket.st_mode):
             raise KeySourceWrong(self.name, "it is no socket")
         if {socket.st_uid, directory.st_uid} - {0, os.geteuid()} or directory.st_mode & 0o022:

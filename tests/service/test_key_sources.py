@@ -16,7 +16,8 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
-from socket import SHUT_WR, socketpair
+from socket import AF_UNIX, SHUT_WR, socketpair
+from socket import socket as new_socket
 from typing import Any
 
 import grpc
@@ -24,6 +25,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from secrets_service import app, kms
+from secrets_service.errors import KeySourceDown
 from secrets_service.settings import SecretsSettings
 from servicekit import channels, settings, sockets
 from servicekit.errors import StartError
@@ -492,6 +494,30 @@ async def test_plugin_that_is_not_well_is_waited_for(directory: Path, socket: Pa
         plugin.answers = {"status": lambda _: kms_pb2.StatusResponse(version="v2", healthz="no\nnetwork")}
         refused = await refusal(rotate_root(service))
         assert "it says of itself: no?network" in refused.message
+
+
+async def test_socket_where_nobody_listens_is_told_from_a_plugin_that_answers(
+    directory: Path, socket: Path, keys: Keys
+) -> None:
+    class Unavailable(Plugin):
+        async def Status(self, request: kms_pb2.StatusRequest, context: Any) -> kms_pb2.StatusResponse:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "")
+            raise AssertionError
+
+    async def cause() -> str:
+        with pytest.raises(KeySourceDown, match="does not answer: KMS plugin") as caught:
+            await kms.KmsPlugin(socket).status()
+        return caught.value.message
+
+    way_out = "Start the plugin, or name the socket that it listens at."
+    assert (await cause()).endswith(f"{socket}: its socket cannot be found (No such file or directory). {way_out}")
+    async with listening(socket, Unavailable(keys)):
+        assert (await cause()).endswith(f"{socket}: it answered UNAVAILABLE. See the plugin's log.")
+    socket.unlink(missing_ok=True)
+    with new_socket(AF_UNIX) as left:
+        left.bind(str(socket))  # and nobody listens, as after a crash
+    assert f"{socket}: nothing listens at that socket, or" in await cause()
+    assert (await cause()).endswith(way_out)
 
 
 async def test_plugin_without_the_key_stops_the_start_and_nothing_is_changed(
