@@ -33,6 +33,8 @@ COMMANDS: Mapping[str, Sequence[str]] = {
 """How each service is started, by its short name."""
 
 _READY_SECONDS = 60.0
+_SILENT_SECONDS = 3.0
+"""For how long nobody has to be told what a start waits for."""
 _PREDECESSOR_SECONDS = 6.0
 _ROTATE_SECONDS = 1.0
 
@@ -199,17 +201,37 @@ async def _until_ready(
             group.create_task(ready("gateway", readiness.until_http_is_ready(chosen.gateway, has_tls=chosen.has_tls)))
 
     probes = asyncio.create_task(all_ready())
+    waits = asyncio.create_task(_waits_told(services, tell))
     try:
         await asyncio.wait([probes, *lives], timeout=_READY_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for work in (probes, *lives):
             if work.done():
                 work.result()
                 return
-        late = [f"{name} (its log: {service.log.path})" for name, service in services.items() if not service.was_ready]
+        late = [_late(service) for service in services.values() if not service.was_ready]
         raise StartError(f"not ready after {_READY_SECONDS:.0f} s: {', '.join(late)}")
     finally:
-        probes.cancel()
-        await asyncio.wait([probes])
+        for task in (probes, waits):
+            task.cancel()
+        await asyncio.wait([probes, waits])
+
+
+async def _waits_told(services: Mapping[str, ServiceProcess], tell: Tell) -> None:
+    """Tells what services that run and are not ready say that they wait for, each cause once."""
+    told: set[tuple[str, str]] = set()
+    await asyncio.sleep(_SILENT_SECONDS)
+    while True:
+        for name, service in services.items():
+            cause = "" if service.was_ready or service.has_ended() else service.log.waits_for()
+            if cause and (name, cause) not in told:
+                told.add((name, cause))
+                tell(f"  … {name:8} is not ready yet: {cause}")
+        await asyncio.sleep(1.0)
+
+
+def _late(service: ServiceProcess) -> str:
+    cause = service.log.waits_for()
+    return f"{service.name} ({f'{cause} Its' if cause else 'its'} log: {service.log.path})"
 
 
 async def _stopped(

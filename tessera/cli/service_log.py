@@ -25,29 +25,47 @@ class ServiceLog:
     def __init__(self, path: Path, full_bytes: int = FULL_BYTES) -> None:
         self.path = path
         self._full_bytes = full_bytes
+        self._began_at = 0
 
     def open(self) -> int:
         """A descriptor that appends, to be given to the service and closed by the caller."""
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(self.path, flags, 0o600)
+        descriptor = os.open(self.path, flags, 0o600)
+        self._began_at = os.fstat(descriptor).st_size
+        return descriptor
 
     def rotate(self) -> None:
         """Moves the content to `<name>.1` when the file is full."""
         if self.path.exists() and self.path.stat().st_size > self._full_bytes:
             shutil.copy(self.path, self.path.with_name(f"{self.path.name}.1"))
             os.truncate(self.path, 0)
+            self._began_at = 0
 
     def last_words(self) -> str:
         """Why the service ended, as far as its last line tells; empty when it tells nothing."""
+        last = self._last_line()
+        cause = _cause(last)
+        return _shortened(last if cause is None else cause)
+
+    def waits_for(self) -> str:
+        """What a service that runs waits for, as far as its last event tells; empty when it tells nothing."""
+        return _shortened(_cause(self._last_line()) or "")
+
+    def _last_line(self) -> str:
+        """What the service wrote last since it was started last; what one before it wrote is no cause of anything."""
         with self.path.open("rb") as file:
-            file.seek(max(0, self.path.stat().st_size - _LAST_WORDS_BYTES))
+            file.seek(max(self._began_at, self.path.stat().st_size - _LAST_WORDS_BYTES))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        last = lines[-1] if lines else ""
-        try:
-            event = json.loads(last)
-        except ValueError:
-            return _shortened(last)
-        return _shortened(str(event.get("cause", ""))) if isinstance(event, dict) else ""
+        return lines[-1] if lines else ""
+
+
+def _cause(line: str) -> str | None:
+    """The cause that an event tells; None for a line that is no event."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return str(event.get("cause", "")) if isinstance(event, dict) else ""
 
 
 def _shortened(text: str) -> str:

@@ -24,6 +24,7 @@ from servicekit.errors import StartError
 from tessera.cli import platform, replicas
 from tessera.cli.platform import Config, Platform
 from tessera.cli.rest import RefusedError, Rest
+from tessera.cli.service_log import ServiceLog
 from tests.support import processes, stand_ins
 from tests.support.eventually import eventually
 from tests.support.registered_models import fingerprint, stack_environment
@@ -78,6 +79,34 @@ async def test_service_that_cannot_start_ends_the_start_with_its_reason(director
     assert sum("starting it again" in line for line in rehearsal.told) == 1  # as often as the reason is another one
     assert (directory / "run" / "secrets.log").read_text().count(stand_ins.CAUSE) > 1
     assert processes.of_directory(directory) == {}
+
+
+async def test_service_that_waits_is_told_with_what_it_waits_for(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "_SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(platform, "_READY_SECONDS", 4.0)
+    rehearsal = Rehearsal(directory, secrets="waiting")
+    with pytest.raises(StartError, match=rf"not ready after 4 s: secrets \({stand_ins.CAUSE} Its log: "):
+        async with rehearsal.running():
+            pytest.fail("a platform without Secrets is not ready")
+    assert [line for line in rehearsal.told if "not ready" in line] == [
+        f"  … secrets  is not ready yet: {stand_ins.CAUSE}"
+    ]
+    assert processes.of_directory(directory) == {}
+
+
+def test_last_words_are_those_of_the_last_start(directory: Path) -> None:
+    log = ServiceLog(directory / "one.log")
+    for line in ('{"event": "cannot start", "cause": "no disk"}\n', ""):
+        descriptor = log.open()
+        os.write(descriptor, line.encode())
+        os.close(descriptor)
+        cause = "no disk" if line else ""
+        assert (log.last_words(), log.waits_for()) == (cause, cause)
+    with log.path.open("a") as file:
+        file.write("Killed\n")
+    assert (log.last_words(), log.waits_for()) == ("Killed", "")
 
 
 async def test_service_that_ignores_term_is_killed_within_ten_seconds(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """Tiny programs in the place of the services, each named for its behaviour, so that `up` is tested on bad days.
 
 `python stand_ins.py <service> <behaviour>`: `well` listens and says that it is ready; `dying` says why it cannot start
-and ends; `stubborn` is well and ignores every wish that it may end.
+and ends; `waiting` says what it waits for, and does; `stubborn` is well and ignores every wish that it may end.
 """
 
 import http.server
@@ -30,6 +30,10 @@ def main(service: str, behaviour: str) -> None:
     if behaviour == "dying":
         log(event="cannot start", cause=CAUSE)
         sys.exit(1)
+    if behaviour == "waiting":
+        log(event="waiting", cause=CAUSE)
+        sys.stdin.buffer.read()
+        sys.exit(0)
     stubborn = behaviour == "stubborn"
     signal.signal(signal.SIGTERM, signal.SIG_IGN if stubborn else lambda *_: os._exit(0))
     if not stubborn:
