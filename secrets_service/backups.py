@@ -48,6 +48,7 @@ class SecretsBackups:
             "store_id": platform.store_id.hex(),
             "root_key_id": sealed.root_key_id,
             "store_key_version": str(version),
+            "root_key": "elsewhere" if sealed.wrapped is None else "encrypted",
         }
         yield Copy(files, facts)
 

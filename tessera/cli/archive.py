@@ -60,6 +60,11 @@ class Manifest:
     """What the services said besides."""
     files: tuple[File, ...]
 
+    @property
+    def has_root_key(self) -> bool:
+        """Whether the root key is in it, encrypted by a key service; older ones do not say so."""
+        return self.facts.get("root_key") == "encrypted"
+
     def content(self) -> bytes:
         """The manifest as it is written."""
         document = {

@@ -1,7 +1,8 @@
 """`tessera backup`: copies what the platform keeps into a new directory, while it runs.
 
 The directory holds secret values sealed only, and no root key: keep the root key elsewhere, since nothing can be
-restored without it. Model files are not in it, wherever the registry keeps them; docs/backup.md tells what is and why.
+restored without it. One that a key service keeps is in it, as that service encrypted it. Model files are not in it,
+wherever the registry keeps them; docs/backup.md tells what is and why.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ async def made(arguments: argparse.Namespace) -> int:
     for file in manifest.files:
         print(f"  {file.name}: {file.size:,} bytes")
     print(f"{target} holds the platform as it was at {manifest.made_at}.")
-    print(f"To restore it takes the root key {manifest.facts['root_key_id']}, which is not in it.")
+    needed = f"To restore it takes the root key {manifest.facts['root_key_id']}, which is"
+    if manifest.has_root_key:
+        print(f"{needed} in it, encrypted: only the key service of this platform decrypts it.")
+    else:
+        print(f"{needed} not in it.")
     return 0
 
 

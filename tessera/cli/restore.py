@@ -53,6 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
     backup = archive.opened(arguments.backup.absolute())
     key = verify.root_key(arguments)
+    if key is None and backup.manifest.has_root_key:
+        raise StartError(
+            f"{_FAILED}: the root key {backup.manifest.facts['root_key_id']} is in it, encrypted by a key service. Set"
+            " TESSERA_ROOT_KEY_SOURCE=kms:/path of the plugin that speaks for that service."
+        )
     if key is None:
         raise StartError(
             f"{_FAILED}: it takes the root key {backup.manifest.facts['root_key_id']}. Name its file by --root-key, or"

@@ -361,6 +361,11 @@ async def test_backup_under_a_key_service_is_verified_and_restored_with_it(
             await secrets.admin.put("shop", "key", "value")
             await back_up(Platform(data, secrets, serving, secrets.admin_token), folder)
             token = secrets.admin_token
+        assert (
+            "which is in it, encrypted: only the key service of this platform decrypts it." in capsys.readouterr().out
+        )
+        assert await ran(["restore", str(folder), str(directory / "refused")]) == 1
+        assert "is in it, encrypted by a key service. Set TESSERA_ROOT_KEY_SOURCE" in capsys.readouterr().err
         assert await ran(["verify", str(folder)]) == 0
         assert "Not looked at without the root key" in capsys.readouterr().out
         monkeypatch.setenv("TESSERA_ROOT_KEY_SOURCE", source)
