@@ -36,7 +36,10 @@ def read(path: Path, *, what: str, longest: int, may_be_link: bool, may_be_given
         if not stat.S_ISREG(found.st_mode):
             raise StartError(f"{name} is not a regular file.")
         if found.st_uid != os.geteuid() and not (may_be_given and found.st_uid == 0):
-            raise StartError(f"{name} belongs to another user.")
+            raise StartError(
+                f"{name} belongs to another user (number {found.st_uid}; this process runs as {os.geteuid()}), who may"
+                " have read it. Run as that user; or, if none but you has had it, give it to this one with chown."
+            )
         if stat.S_IMODE(found.st_mode) not in (0o400, 0o600, *((0o440, 0o640) if may_be_given else ())):
             raise StartError(
                 f"{name} has mode {stat.S_IMODE(found.st_mode):04o}, so others may have read it."

@@ -56,7 +56,9 @@ def test_pipe_does_not_hang_the_start(tmp_path: Path) -> None:
 def test_key_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rootkey.load_or_make(tmp_path / "root.key")
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(StartError, match="belongs to another user"):
+    with pytest.raises(
+        StartError, match=f"belongs to another user .number {os.getuid()}; .* Run as that user; or, .* chown"
+    ):
         rootkey.load(tmp_path / "root.key")
 
 
