@@ -6,6 +6,7 @@ key or not at all; one that was not holds nothing, so a crash before the foundin
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import secrets
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from secrets_service import admin, directory_store, first_format, integrity, names, places, rootsource, store
+from secrets_service.audit_servicer import SECRETS
 from secrets_service.authority import SigningKeys
 from secrets_service.cipher import Damaged
 from secrets_service.directory import FIRST_ENTITLEMENTS
@@ -175,6 +177,7 @@ async def _migrated(
 async def _founded(
     settings: SecretsSettings, source: RootSource, database: Storage, now: Callable[[], float]
 ) -> Foundation:
+    await asyncio.to_thread(_require_that_none_is_missing, settings)
     store_id = os.urandom(16)
     root = await source.first()
     keyring = Keyring.made(store_id, int(now() * 1000))
@@ -210,3 +213,15 @@ async def _founded(
         extra={"root_key": source.name, "admin_token": str(settings.admin_token)},
     )
     return Foundation(source, platform, keyring, authenticated, macs, SigningKeys({key_id: key}))
+
+
+def _require_that_none_is_missing(settings: SecretsSettings) -> None:
+    """Raises StartError where audit records say that there was a store: whoever lost its database wants no new one."""
+    files = [path for path in settings.audit_sink(SECRETS).files() if path.stat().st_size]
+    if files:
+        others = f" and {len(files) - 1} more" if files[1:] else ""
+        raise StartError(
+            f"{settings.database} is missing or empty, but a store was here before: there are audit files of it"
+            f" ({files[0]}{others}). Restore a backup (tessera restore), or move these files away to begin anew; no new"
+            " store was made."
+        )

@@ -408,6 +408,27 @@ async def test_store_that_lost_what_it_begins_with_is_not_founded_again(edit: st
         assert service.settings.admin_token.read_text().strip() == token
 
 
+@pytest.mark.parametrize("is_empty", [False, True], ids=["missing", "empty"])
+async def test_lost_store_is_not_founded_again_beside_its_audit_files(is_empty: bool) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+            database, files = service.settings.database, directory / "audit"
+            await eventually(lambda: any(path.stat().st_size for path in files.glob("secrets-*")))
+        for path in database.parent.glob("secrets.db*"):
+            path.unlink()
+        if is_empty:
+            database.touch()
+        for _ in range(2):  # a start that was refused does not pave the way
+            with pytest.raises(StartError, match=r"secrets.db is missing or empty.*secrets-0+1.jsonl.*restore"):
+                async with running_secrets(directory):
+                    pass
+        assert service.settings.admin_token.read_text().strip() == service.admin_token
+        files.rename(directory / "kept")
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("Shop")
+
+
 def _dump(database: Path) -> list[str]:
     with closing(sqlite3.connect(database)) as connection:
         return list(connection.iterdump())
