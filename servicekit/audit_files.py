@@ -73,21 +73,19 @@ class FileSink:
         """Looks where the last process stopped, and takes half a line back."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         files = self.files()
-        self._file, self._size, self._last, self._last_text = (files[-1] if files else None), 0, 0, ""
-        if self._file is None:
+        if not files:
+            self._file, self._size, self._last, self._last_text = None, 0, 0, ""
             return
-        descriptor = os.open(self._file, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(files[-1], os.O_RDWR | os.O_CLOEXEC)
         try:
-            self._size, last = whole_lines(descriptor)
+            size, text = whole_lines(descriptor)
         finally:
             os.close(descriptor)
-        if not self._size:
-            self._last = first_of(self._file) - 1
-            return
         try:
-            self._last, self._last_text = int(json.loads(last)["seq"]), last
+            last = int(json.loads(text)["seq"]) if size else first_of(files[-1]) - 1
         except (ValueError, KeyError, TypeError):
-            raise Diverged(f"{self._file.name} does not end with a record") from None
+            raise Diverged(f"{files[-1].name} does not end with a record") from None
+        self._file, self._size, self._last, self._last_text = files[-1], size, last, text
 
     def _check_overlap(self, records: list[tuple[int, str]]) -> None:
         """Raises Diverged where the files are of another history, as after a backup was restored beside them."""

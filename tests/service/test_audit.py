@@ -823,6 +823,21 @@ async def test_half_a_line_of_a_killed_process_is_taken_back(tmp_path: Path) -> 
     assert file.read_text().splitlines() == ['{"seq":1}', '{"seq":2}', '{"seq":3}']
 
 
+async def test_files_whose_end_could_not_be_read_are_read_again_before_they_are_continued(tmp_path: Path) -> None:
+    sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    sink.add([(1, '{"seq":1}'), (2, '{"seq":2}')])
+    (file,) = sink.files()
+    file.rename(tmp_path / "kept")
+    file.mkdir()
+    again = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    with pytest.raises(IsADirectoryError):
+        again.add([(2, '{"seq":2}'), (3, '{"seq":3}')])
+    file.rmdir()
+    (tmp_path / "kept").rename(file)
+    again.add([(2, '{"seq":2}'), (3, '{"seq":3}')])
+    assert file.read_text().splitlines() == ['{"seq":1}', '{"seq":2}', '{"seq":3}']
+
+
 async def test_files_of_another_history_are_not_continued(tmp_path: Path) -> None:
     sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
     sink.add([(number, f'{{"seq":{number}}}') for number in range(1, 6)])
