@@ -110,6 +110,7 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         await stack.enter_async_context(audit.opened(trail))
         sink = settings.audit_sink(SECRETS)
         exporter = Exporter(trail, file, sink, settings.audit_forwarder(SECRETS), now=now)
+        await exporter.compare()
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
         onward = Onward(now)
         authority = Authority(

@@ -13,16 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 from servicekit import audit, audit_store
 from servicekit.audit import Trail
-from servicekit.audit_files import Diverged, FileSink, first_of
+from servicekit.audit_files import Diverged, FileSink, first_of, other_records
 from servicekit.audit_forward import Forwarder
-from servicekit.audit_records import EXPIRED
+from servicekit.audit_records import EXPIRED, mac_of
 from servicekit.storage import Connection, Storage, StorageError
 
 LOOK_SECONDS = 0.5
@@ -55,6 +55,15 @@ class Exporter:
         self._now = now
         self._most_unexported = most_unexported
         self._moving = asyncio.Lock()
+        self._fits = False
+
+    async def compare(self) -> None:
+        """Looks whether files and database are one log, without moving anything.
+
+        To be called before the first call is taken: where they are not, it has changes refused. `move` looks again.
+        """
+        with self._files_told_of():
+            await self._compare()
 
     async def run(self) -> None:
         """Moves records until cancelled; what is left then is moved after the next start. Raises SyncFailed."""
@@ -83,9 +92,17 @@ class Exporter:
         await self._look()
 
     async def _file(self) -> None:
-        try:
+        with self._files_told_of():
+            if not self._fits:
+                await self._compare()
             await self._file_all()
             await self._expire()
+
+    @contextlib.contextmanager
+    def _files_told_of(self) -> Iterator[None]:
+        """Has changes refused when what is done with the files fails, and no more when it does not."""
+        try:
+            yield
         except OSError as error:
             self._trail.fails(audit.SINK, f"its files cannot be written: {error.strerror}")
         except Diverged as error:
@@ -94,6 +111,15 @@ class Exporter:
             self._trail.fails(audit.SINK, "its database cannot be used")
         else:
             self._trail.works(audit.SINK)
+
+    async def _compare(self) -> None:
+        last, text = await asyncio.to_thread(self._sink.end)
+        head = await self._database.read(audit_store.head)
+        mac = await self._database.read(audit_store.mac_at, last)
+        if last > head.seq or (mac and text and mac != mac_of(text)):
+            self._sink.forget()
+            raise other_records(last)
+        self._fits = True
 
     async def _file_all(self) -> None:
         at = (await self._database.read(audit_store.progress)).exported

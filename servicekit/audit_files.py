@@ -44,17 +44,25 @@ class FileSink:
     def add(self, records: list[tuple[int, str]]) -> None:
         """Has these records on stable storage; those that are there already are left out. Raises Diverged."""
         try:
-            if self._last is None:
-                self._find_end()
-            self._check_overlap(records)
+            self._check_overlap(records, *self.end())
         except Diverged:
-            self._last = None  # somebody is to mend that, so it is looked at again the next time
+            self.forget()
             raise
         for at in range(0, len(records), AT_ONCE):
             new = [(seq, text) for seq, text in records[at : at + AT_ONCE] if seq > (self._last or 0)]
             if new:
                 self._write(new[0][0], "".join(f"{text}\n" for _, text in new).encode("ascii"))
                 self._last, self._last_text = new[-1]
+
+    def end(self) -> tuple[int, str]:
+        """The last record's number and text, as far as there are any; raises Diverged."""
+        if self._last is None:
+            self._find_end()
+        return self._last or 0, self._last_text
+
+    def forget(self) -> None:
+        """Has the end looked for again the next time, since somebody is to mend the files."""
+        self._last = None
 
     def superfluous(self, now: float) -> list[Path]:
         """The oldest files, as far as they are to go; never the one that is being written."""
@@ -87,11 +95,10 @@ class FileSink:
             raise Diverged(f"{files[-1].name} does not end with a record") from None
         self._file, self._size, self._last, self._last_text = files[-1], size, last, text
 
-    def _check_overlap(self, records: list[tuple[int, str]]) -> None:
+    def _check_overlap(self, records: list[tuple[int, str]], last: int, text: str) -> None:
         """Raises Diverged where the files are of another history, as after a backup was restored beside them."""
-        last = self._last or 0
-        if records and records[0][0] <= last and self._last_text and (last, self._last_text) not in records:
-            raise Diverged(f"the files hold other records up to {last} than the database, which may be restored")
+        if records and records[0][0] <= last and text and (last, text) not in records:
+            raise other_records(last)
 
     def _write(self, first: int, content: bytes) -> None:
         if self._file is None or self._size >= self._file_bytes:
@@ -118,6 +125,11 @@ class FileSink:
 
 class Diverged(Exception):
     """The files cannot be continued; the message says why."""
+
+
+def other_records(last: int) -> Diverged:
+    """What to raise where the files are of another history."""
+    return Diverged(f"the files hold other records up to {last} than the database, which may be restored")
 
 
 class SyncFailed(Exception):

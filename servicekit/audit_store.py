@@ -41,6 +41,14 @@ def head(connection: Connection) -> Head:
     return Head(*connection.execute("SELECT dropped_seq, dropped_mac FROM audit_state").fetchone())
 
 
+def mac_at(connection: Connection, seq: int) -> str:
+    """The MAC of a record; empty where it is not known here any more."""
+    if found := connection.execute("SELECT line FROM audit_records WHERE seq = ?", (seq,)).fetchone():
+        return mac_of(found[0])
+    found = connection.execute("SELECT dropped_mac FROM audit_state WHERE dropped_seq = ?", (seq,)).fetchone()
+    return str(found[0]) if found else ""
+
+
 def append(connection: Connection, lines: Sequence[str], before: Head) -> None:
     """Adds the records behind a head."""
     if len(lines) == 1:

@@ -118,6 +118,7 @@ async def running(
         trail = await stack.enter_async_context(audit.opened(Trail("serving", opened, key=None)))
         sink = settings.audit_sink("serving")
         exporter = Exporter(trail, opened, sink, settings.audit_forwarder("serving"))
+        await exporter.compare()
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)

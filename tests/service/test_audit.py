@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
+import shutil
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ from tessera.serving.v1 import serving_pb2
 from tests.support.eventually import eventually
 from tests.support.platform import running_platform
 from tests.support.secrets import RunningSecrets, data_directory, refusal, running_secrets
+from tests.support.serving import running_serving
 
 VALUE = "canary-of-the-audit-log-0123456789"
 
@@ -774,9 +776,9 @@ async def test_a_log_is_read_back_over_files_and_what_is_in_none_yet(tmp_path: P
         assert [seq for seq, _ in await tail.newest(3)] == [61]
 
 
-def a_sink(directory: Path, *, records: int) -> FileSink:
+def a_sink(directory: Path, *, records: int, service: str = "secrets") -> FileSink:
     """Files of one record each."""
-    sink = FileSink(directory / "audit", "secrets", file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
+    sink = FileSink(directory / "audit", service, file_bytes=1, keep_bytes=1 << 30, keep_seconds=1e9)
     for number in range(1, records + 1):
         sink.add([(number, f'{{"seq":{number}}}')])
     return sink
@@ -850,6 +852,55 @@ async def test_files_of_another_history_are_not_continued(tmp_path: Path) -> Non
     file.rename(tmp_path / "kept")
     restored.add([(3, '{"seq":3,"other":1}')])
     assert restored.files()[0].read_text() == '{"seq":3,"other":1}\n'
+
+
+async def test_a_store_beside_files_of_another_history_changes_nothing_from_the_first_call_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with data_directory() as directory:
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("s")
+            await service.admin.put("s", "k", VALUE)
+            await recorded(service, "PutSecret", 1)
+        store = directory / "secrets" / "secrets.db"
+        shutil.copy(store, tmp_path)
+        async with running_secrets(directory) as service:
+            await service.admin.create_scope("later")
+            await recorded(service, "CreateScope", 2)
+        shutil.copy(tmp_path / "secrets.db", store)
+        look = asyncio.Event()
+        move = audit_export.Exporter.move
+
+        async def held(exporter: audit_export.Exporter) -> None:
+            await look.wait()
+            await move(exporter)
+
+        monkeypatch.setattr(audit_export.Exporter, "move", held)
+        async with running_secrets(directory) as service:
+            assert (await refusal(service.admin.create_scope("t"))).code is grpc.StatusCode.UNAVAILABLE
+            assert await lacks_audit(service)
+            look.set()
+            await asyncio.sleep(3 * audit_export.LOOK_SECONDS)
+            assert await lacks_audit(service), "a look without records to move takes nothing back"
+            (directory / "audit").rename(directory / "kept")
+
+            async def is_read() -> bool:
+                return not await lacks_audit(service) and await service.admin.get("s", "k") == VALUE.encode()
+
+            await eventually(is_read)
+
+
+async def test_serving_looks_at_its_files_before_it_takes_a_call(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def held(_: audit_export.Exporter) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(audit_export.Exporter, "move", held)
+    with data_directory() as directory:
+        a_sink(directory, records=3, service="serving")
+        async with running_serving(directory):
+            assert "audit log fails" in caplog.messages
 
 
 async def test_too_many_records_that_wait_count_as_a_sink_that_fails(tmp_path: Path) -> None:
