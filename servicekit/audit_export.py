@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,8 @@ from servicekit.audit_files import Diverged, FileSink, first_of, other_records
 from servicekit.audit_forward import Forwarder
 from servicekit.audit_records import EXPIRED, mac_of
 from servicekit.storage import Connection, Storage, StorageError
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 """How often the database is looked at."""
@@ -61,6 +64,7 @@ class Exporter:
         """Looks whether files and database are one log, without moving anything.
 
         To be called before the first call is taken: where they are not, it has changes refused. `move` looks again.
+        Records that are gone from the end of the files are warned of, and refuse nothing: older ones may go, these not.
         """
         with self._files_told_of():
             await self._compare()
@@ -119,7 +123,10 @@ class Exporter:
         if last > head.seq or (mac and text and mac != mac_of(text)):
             self._sink.forget()
             raise other_records(last)
+        exported = (await self._database.read(audit_store.progress)).exported
         self._fits = True
+        if last < exported:
+            log.warning("audit files lack records", extra={"first": last + 1, "last": exported})
 
     async def _file_all(self) -> None:
         at = (await self._database.read(audit_store.progress)).exported

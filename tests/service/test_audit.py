@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import socket
 import uuid
@@ -901,6 +902,34 @@ async def test_serving_looks_at_its_files_before_it_takes_a_call(
         a_sink(directory, records=3, service="serving")
         async with running_serving(directory):
             assert "audit log fails" in caplog.messages
+
+
+@pytest.mark.parametrize(("gone", "lacking"), [("all", (1, 4)), ("end", (4, 4)), ("oldest", None), ("none", None)])
+async def test_records_that_are_gone_from_the_end_of_the_files_are_warned_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, gone: str, lacking: tuple[int, int] | None
+) -> None:
+    async with database.opened(tmp_path / "a.db", with_tables(tmp_path / "m")) as opened:
+        trail = audit.Trail("secrets", opened, AuditKey(bytes(32)))
+        place = partial(FileSink, tmp_path / "audit", "secrets", keep_bytes=1 << 30, keep_seconds=1e9)
+        exporter = audit_export.Exporter(trail, opened, place(file_bytes=1))
+        for _ in range(2):
+            await trail.event("test")
+            await exporter.move()
+        for _ in range(2):
+            await trail.event("test")
+        await exporter.move()
+        files = place(file_bytes=1).files()
+        assert len(files) == 3
+        for path in {"all": files, "oldest": files[:1]}.get(gone, []):
+            path.unlink()
+        if gone == "end":
+            os.truncate(files[-1], files[-1].stat().st_size - 10)
+        again = audit_export.Exporter(trail, opened, place(file_bytes=1))
+        await again.compare()
+        await again.move()
+        said = [record.__dict__ for record in caplog.records if record.message == "audit files lack records"]
+        assert [(each["first"], each["last"]) for each in said] == ([lacking] if lacking else [])
+        assert trail.is_failing() == 0.0
 
 
 async def test_too_many_records_that_wait_count_as_a_sink_that_fails(tmp_path: Path) -> None:
