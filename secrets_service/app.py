@@ -107,10 +107,11 @@ async def running(settings: SecretsSettings, *, now: Callable[[], float] = time.
         base = await _unsealed(settings, root, file, now, certificate)
         feed = AccessFeed()
         trail = Trail(SECRETS, file, audit_key(base.keyring, SECRETS), now=now)
-        await stack.enter_async_context(audit.opened(trail))
         sink = settings.audit_sink(SECRETS)
         exporter = Exporter(trail, file, sink, settings.audit_forwarder(SECRETS), now=now)
         await exporter.compare()
+        stack.push_async_callback(exporter.finish)
+        await stack.enter_async_context(audit.opened(trail))
         opened = RememberingDatabase(file, Answers(AnswerSeal(base.keyring), now, trail), feed)
         onward = Onward(now)
         authority = Authority(

@@ -70,7 +70,7 @@ class Exporter:
             await self._compare()
 
     async def run(self) -> None:
-        """Moves records until cancelled; what is left then is moved after the next start. Raises SyncFailed."""
+        """Moves records until cancelled. Raises SyncFailed."""
         try:
             while True:
                 async with self._moving:
@@ -79,6 +79,15 @@ class Exporter:
         finally:
             if self._forwarder is not None:
                 self._forwarder.close()
+
+    async def finish(self) -> None:
+        """Has the files hold all that was recorded, up to the head that the trail told last; to be called after that.
+
+        Where that is more than is moved at once, as after the files failed for a while, the next start does it.
+        """
+        with self._files_told_of():
+            if self._fits and await self._database.read(audit_store.waiting) <= AT_ONCE:
+                await self._file_all()
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[list[Path]]:

@@ -115,10 +115,12 @@ async def running(
         secrets = await stack.enter_async_context(
             channels.opened(sockets.socket_address(directory, callee="secrets", caller="serving"))
         )
-        trail = await stack.enter_async_context(audit.opened(Trail("serving", opened, key=None)))
+        trail = Trail("serving", opened, key=None)
         sink = settings.audit_sink("serving")
         exporter = Exporter(trail, opened, sink, settings.audit_forwarder("serving"))
         await exporter.compare()
+        stack.push_async_callback(exporter.finish)
+        await stack.enter_async_context(audit.opened(trail))
         pool = HttpPool()
         stack.push_async_callback(pool.close)
         exchange = TokenExchange(secrets, stale_seconds=settings.stale_identity_seconds)
