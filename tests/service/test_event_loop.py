@@ -113,3 +113,5 @@ async def _everything(platform: Platform) -> None:
         assert (await platform.fetch("GET", f"/api/2.0/{path}", token=platform.tokens["admin"])).status == 200
     await ada.delete("demo")
     await admin.delete("scope", "key")
+    log = platform.secrets.settings.data_dir / "audit"
+    await eventually(lambda: any(b"/DeleteSecret" in path.read_bytes() for path in log.glob("secrets-*")))
