@@ -260,16 +260,16 @@ class Groups:
     def _recorded(self, connection: Connection, group_id: int, profile: GroupProfile, folded: str) -> DetailedGroup:
         before = directory_store.members_of(connection, group_id)
         after = {int(each) if names.is_id(each) else -1: each for each in profile.members}
-        kinds = directory_store.kinds_of(connection, after.keys() - before)
-        for member, spelled in after.items():
-            if member not in before and kinds.get(member, Kind.GROUP) is Kind.GROUP:
-                raise InvalidMember(spelled[: names.LONGEST_TEXT], is_group=member in kinds)
-        directory_store.update_group(connection, group_id, profile, folded=folded)
         added, removed = after.keys() - before, before - after.keys()
+        known = directory_store.kinds_and_names_of(connection, added | removed)
+        for member, spelled in after.items():
+            if member in added and (member not in known or known[member][0] is Kind.GROUP):
+                raise InvalidMember(spelled[: names.LONGEST_TEXT], is_group=member in known)
+        directory_store.update_group(connection, group_id, profile, folded=folded)
         directory_store.change_members(connection, group_id, added=added, removed=removed)
-        for now, concerned in (("member", added), ("no member", removed)):
-            for member, name in directory_store.names_of(connection, concerned):
-                audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)
+        for member, (_, name) in sorted(known.items()):
+            now = "member" if member in added else "no member"
+            audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)
         recorded = directory_store.find_group(connection, group_id)
         assert recorded is not None  # it was just written
         return recorded

@@ -345,22 +345,13 @@ def change_members(connection: Connection, group_id: int, *, added: Iterable[int
         _join(connection, each, group_id)
 
 
-def kinds_of(connection: Connection, ids: Iterable[int]) -> dict[int, Kind]:
-    """What those of the principals are that exist."""
+def kinds_and_names_of(connection: Connection, ids: Iterable[int]) -> dict[int, tuple[Kind, str]]:
+    """What those of the principals are that exist, and what they are called."""
     rows = connection.execute(
-        "SELECT id, kind FROM principals WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))",
+        "SELECT id, kind, name FROM principals WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(?))",
         (json.dumps(list(ids)),),
     )
-    return {principal_id: Kind(kind) for principal_id, kind in rows}
-
-
-def names_of(connection: Connection, ids: Iterable[int]) -> list[tuple[int, str]]:
-    """The ids and names of principals, in the order of the ids."""
-    rows = connection.execute(
-        "SELECT id, name FROM principals WHERE id IN (SELECT CAST(value AS BIGINT) FROM json_each(?)) ORDER BY id",
-        (json.dumps(list(ids)),),
-    )
-    return rows.fetchall()
+    return {principal_id: (Kind(kind), name) for principal_id, kind, name in rows}
 
 
 def count_groups(connection: Connection) -> int:

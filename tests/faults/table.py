@@ -1410,8 +1410,8 @@ FAULTS = (
         name="new-admin-not-in-the-log",
         property="S27",
         file="secrets_service/directory.py",
-        old="                audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)\n",
-        new="                pass\n",
+        old="            audit.changed(principal=name, principal_id=str(member), now=now, group=profile.name)\n",
+        new="            pass\n",
         tests=("tests/service/test_audit.py::test_who_becomes_an_admin_and_who_is_none_any_more_is_in_the_log",),
     ),
     Fault(
