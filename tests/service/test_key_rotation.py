@@ -386,31 +386,25 @@ async def test_root_key_is_rotated_from_the_one_that_is_in_use_only(service: Run
     await service.admin.create_scope("one")
 
 
-async def test_root_key_in_a_directory_that_cannot_be_written_stays(
-    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read_only(*_: Any, **__: Any) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    before = await status(service)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_private", read_only)
-        refused = await refusal(rotate(service, "root"))
-    assert (refused.reason, "TESSERA_PREVIOUS_ROOT_KEY_FILE" in refused.message) == ("BAD_REQUEST", True)
-    assert await status(service) == before
-
-
+@pytest.mark.parametrize(
+    ("place", "step", "number", "cause"),
+    [
+        (files, "write_private", errno.EROFS, os.strerror(errno.EROFS)),
+        (Path, "hardlink_to", errno.EXDEV, "it is mounted by itself"),
+    ],
+)
 async def test_root_key_that_could_not_be_replaced_is_not_rotated(
-    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch
+    service: RunningSecrets, monkeypatch: pytest.MonkeyPatch, place: Any, step: str, number: int, cause: str
 ) -> None:
-    def mounted(*_: Any) -> None:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    def failing(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
 
     before = await status(service)
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "hardlink_to", mounted)
+        patch.setattr(place, step, failing)
         refused = await refusal(rotate(service, "root"))
-    assert (refused.reason, "it is mounted by itself" in refused.message) == ("BAD_REQUEST", True)
+    assert (refused.reason, cause in refused.message) == ("BAD_REQUEST", True)
+    assert "TESSERA_PREVIOUS_ROOT_KEY_FILE" in refused.message
     assert await status(service) == before
     assert not service.settings.root_key.with_name("root.key.next").exists()
     await rotate(service, "root")
