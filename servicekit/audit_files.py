@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 DIGITS = 12
@@ -36,6 +37,8 @@ class FileSink:
         self._size = 0
         self._last: int | None = None
         self._last_text = ""
+        self._one_at_a_time = threading.Lock()
+        """A writer whose task was cancelled goes on in its thread; the next one comes after it."""
 
     def files(self) -> list[Path]:
         """All files, the oldest first."""
@@ -43,6 +46,10 @@ class FileSink:
 
     def add(self, records: list[tuple[int, str]]) -> None:
         """Has these records on stable storage; those that are there already are left out. Raises Diverged."""
+        with self._one_at_a_time:
+            self._add(records)
+
+    def _add(self, records: list[tuple[int, str]]) -> None:
         try:
             self._check_overlap(records, *self.end())
         except Diverged:

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import threading
 import uuid
 from collections.abc import AsyncIterator
 from functools import partial
@@ -812,6 +813,24 @@ async def test_what_is_read_of_a_log_has_no_gap_where_a_file_expires_behind_the_
         files[1].unlink()
         monkeypatch.setattr(sink, "files", lambda: files)  # the first was opened before both went
         assert [seq for seq, _ in await AuditTail(trail._database, sink).after(0, 10)] == [3]
+
+
+def test_who_writes_while_another_still_does_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = FileSink(tmp_path, "secrets", file_bytes=1 << 20, keep_bytes=1 << 30, keep_seconds=1e9)
+    records = [(1, '{"seq":1}'), (2, '{"seq":2}')]
+    write, other = sink._write, threading.Thread(target=sink.add, args=(records,))
+
+    def interrupted(first: int, content: bytes) -> None:
+        monkeypatch.setattr(sink, "_write", write)
+        other.start()
+        other.join(timeout=0.2)  # in which it would be done if nothing kept it
+        write(first, content)
+
+    monkeypatch.setattr(sink, "_write", interrupted)
+    sink.add(records)
+    other.join()
+    (file,) = sink.files()
+    assert file.read_text() == '{"seq":1}\n{"seq":2}\n'
 
 
 async def test_half_a_line_of_a_killed_process_is_taken_back(tmp_path: Path) -> None:
